@@ -1,0 +1,536 @@
+"""Distil MAR's inner chain of 100 denoising steps to one: stage 0 trains a teacher where there is none, stage 1 is GSIM.
+
+Must exist: nothing for shapes; for ImageNet the latent cache (data.py) and the public teacher (data.py --get mar_base).
+
+    python distill.py --data shapes                                  # CPU, from nothing, under 15 minutes
+    python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
+    python distill.py --data path/to/images                          # train/<class>/*; below 64 px directly
+    torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B
+    torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint, bit for bit
+
+The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching: METHOD below, `gsim_loss`. Here
+1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
+2. the critic and the student are updated from the same weights (neither first), so that gradient accumulation and
+   ranks change nothing; betas (0, .99), as SiD, because the critic's target moves;
+3. t_init, learning rates and update ratio, which the paper does not state, are ours (README has the measurements);
+4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
+"""
+import copy
+import json
+import math
+import os
+import time
+from dataclasses import replace
+from statistics import NormalDist
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import load_vae, open_data, train_indices
+from fid import feature_statistics, judge, load_or_train_classifier
+from model import (MAR, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, at_least, average, config_dict,
+                   diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint, run_main,
+                   save_checkpoint, setup, uniform, update_ema)
+from sample import draw, save_grid
+
+# Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
+TEACHER_T, TEACHER_EPS, DROP, NOISE, CRITIC_T, CRITIC_EPS, STUDENT_T, STUDENT_EPS = (TRAIN + 64 * i for i in range(8))
+T_MIN, T_MAX = 20, 973  # levels of the student's loss: sigma .04 to 24.7, SiD's and DMD2's range on MAR's schedule
+
+# What `--data` changes; an explicit flag always wins. Figures for shapes: README, "How the defaults were chosen".
+DEFAULTS = {
+    "shapes": dict(size="shapes", teacher_steps=2400, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
+                   steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, ar_steps=8, eval_every=200,
+                   eval_images=2048, save_every=200, warmup=0),
+    "cifar10": dict(size="cifar10", teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
+                    steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0, ar_steps=16,
+                    eval_every=1000, eval_images=2000, save_every=500),
+}
+
+
+def parse_args(argv=None):
+    """Flags, in the order: files, data and model, teacher, distillation, optimiser, watching, system."""
+    p = Parser(description="Train a MAR teacher where there is none, and distil it to one step.")
+    p.add_argument("--data", default="imagenet256", help="shapes, cifar10, an image folder, or a cache built by data.py")
+    p.add_argument("--out", default=None, help="folder of the run (default out/<name of the data>)")
+    p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    p.add_argument("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
+    p.add_argument("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
+    p.add_argument("--teacher", default=None, help="teacher checkpoint; its size is read off the file")
+    p.add_argument("--teacher_steps", type=at_least(0), default=0, help="updates of stage 0; 0 = --teacher is needed")
+    p.add_argument("--teacher_batch", type=at_least(1), default=256, help="images an update of stage 0, all ranks")
+    p.add_argument("--teacher_lr", type=at_least(0, float), default=1e-4, help="peak learning rate of stage 0")
+    p.add_argument("--teacher_ema", type=at_least(0, float), default=0.9999, help="averaging a step, stage 0")
+    p.add_argument("--draws", type=at_least(1), default=4, help="(t, noise) draws a token in stage 0: the transformer "
+                   "runs once for all, so more is cheap where the head is small")
+    p.add_argument("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
+    p.add_argument("--critic", default="full", choices=["full", "head"], help="what of the critic is trained; head: "
+                   "it reads the teacher's transformer, which saves 3 of 8 passes a step")
+    p.add_argument("--guidance", type=at_least(0, float), default=2.9, help="scale baked into the student; 1 = none")
+    p.add_argument("--guidance_schedule", default="constant", choices=["constant", "linear"],
+                   help="linear: the scale grows with the share revealed, as MAR samples")
+    p.add_argument("--t_init", type=at_least(1), default=None, help="time step the student starts from (default: "
+                   "the size's, 755 for ImageNet); higher: noisier start, larger eps errors")
+    p.add_argument("--critic_steps", type=at_least(1), default=1, help="critic updates a student update")
+    p.add_argument("--steps", type=at_least(0), default=150000, help="updates of the critic in stage 1")
+    p.add_argument("--batch", type=at_least(1), default=256, help="images an update of stage 1, all ranks together")
+    p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: raise it when memory ends")
+    p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="student's learning rate")
+    p.add_argument("--critic_lr", type=at_least(0, float), default=1e-5, help="critic's learning rate")
+    p.add_argument("--warmup", type=at_least(0), default=100, help="updates of linear warm-up, both stages")
+    p.add_argument("--decay", type=at_least(0, float), default=0.4, help="share of each stage, its last, over which "
+                   "the learning rate falls to 0 (the critic's stays)")
+    p.add_argument("--clip", type=at_least(0, float), default=1.0, help="gradient norm limit, each network; 0 = none")
+    p.add_argument("--ema", type=at_least(0, float), default=0.9999, help="averaging of the student a step")
+    p.add_argument("--ar_steps", type=at_least(1), default=64, help="AR steps of the pictures shown and judged")
+    p.add_argument("--teacher_head_steps", type=at_least(2), default=100, help="chain length of the teacher shown")
+    p.add_argument("--eval_every", type=at_least(1), default=5000, help="updates between grids and figures")
+    p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a Frechet distance")
+    p.add_argument("--save_every", type=at_least(1), default=1000, help="updates between checkpoints")
+    p.add_argument("--log_every", type=at_least(1), default=20, help="updates between log lines (a host sync each)")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    known, _ = p.parse_known_args(argv)
+    if known.data != "imagenet256":  # any other data: an image folder gets CIFAR-10's defaults
+        p.set_defaults(**DEFAULTS.get(known.data, DEFAULTS["cifar10"]))
+    args = p.parse_args(argv)
+    args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A batch: real pictures, some tokens known, the rest to be predicted
+
+
+def masked_count(config, seed, step):
+    """Tokens masked in this step, one draw for the whole batch as MAR: normal(1, .25) cut to [mask_ratio_min, 1]."""
+    normal = NormalDist(1.0, 0.25)
+    low, high = normal.cdf(config.mask_ratio_min), normal.cdf(1.0)
+    ratio = normal.inv_cdf(low + (high - low) * np.random.default_rng([seed, step]).random())
+    return min(config.seq_len, max(1, math.ceil(config.seq_len * ratio)))
+
+
+def training_batch(data, model, batch, seed, step, device, rank, world):
+    """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on device; B = batch / world.
+
+    Everything depends on (seed, step) and the picture's place in the global batch alone.
+    """
+    indices, flip = train_indices(len(data), batch, step, seed, rank, world)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + rank)  # the VAE's posterior noise
+    x, labels = data.batch(indices, flip, generator)
+    place = step * batch + rank * len(indices) + torch.arange(len(indices))
+    keys = image_keys(torch.stack([torch.full_like(place, seed), place], 1)).to(device, non_blocking=True)
+    orders = random_orders(keys, model.config.seq_len)
+    m = masked_count(model.config, seed, step)
+    masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
+    return model.patchify(x.to(device, non_blocking=True)), labels.to(device, non_blocking=True), keys, visible, masked
+
+
+def gather_tokens(tokens, index):
+    """(B, L, C), (B, P) -> (B * P, C)."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2])).flatten(0, 1)
+
+
+def random_steps(keys, purpose, positions, low, high):
+    """Integer time steps, uniform in low..high, one a token: -> (B * P,) long."""
+    return (low + uniform(keys, purpose, positions)[:, :, 0] * (high - low + 1)).long().flatten()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses. Rows are tokens: N = B * P.
+
+
+def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
+    """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass."""
+    hidden = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop
+    c = model.context(tokens, visible, labels.masked_fill(hidden, -1), masked).flatten(0, 1)  # (N, D)
+    x0 = gather_tokens(tokens, masked).repeat(draws, 1)  # (draws * N, C)
+    t = torch.cat([random_steps(keys, TEACHER_T + i, masked, 0, 999) for i in range(draws)])
+    eps = torch.cat([gaussian(keys, TEACHER_EPS + i, masked, tokens.shape[2]).flatten(0, 1) for i in range(draws)])
+    alpha, sigma = alpha_sigma(t)
+    x_t = alpha * x0 + sigma * eps
+    return diffusion_loss(model.head(x_t, t, c.repeat(draws, 1)), x0, x_t, t, eps).mean()
+
+
+def pseudo_huber(y, r=1e-5):
+    """d(y) = sqrt(|y|^2 + r^2) - r for each row, and its derivative d'(y): (N, C) -> (N,), (N, C)."""
+    root = (y.square().sum(1, keepdim=True) + r * r).sqrt()
+    return root[:, 0] - r, y / root
+
+
+def gsim_loss(x_t, eps, alpha, sigma, score_q, score_p, distance=pseudo_huber):
+    """Guided score implicit matching for each token: x_t, eps (N, C), alpha, sigma (N, 1) -> (N,).
+
+    KL(student || teacher) is an integral over t of |s_q - s_p|^2. L2 carries the gradient that reaches it through where
+    x_t lies, L1 the one through the student's score itself, whose parameters we cannot differentiate: it is traded
+    for a derivative of the samples. score_q, score_p: x_t -> (N, C), differentiable in x_t.
+    """
+    s_q, s_p = score_q(x_t), score_p(x_t)
+    d, d_prime = distance(s_q - s_p)
+    L1 = -(d_prime * (s_q + eps / sigma)).sum(1)  # grad log p(x_t | x0) = -eps / sigma
+    L2 = d
+    return (sigma**2 / alpha)[:, 0] * (L1 + L2)  # the weight states the loss in x0's units
+
+
+def gsim_gradient(x0, t, eps, eps_q, eps_p):
+    """d loss / d x0 (N, C) for fixed heads, and the loss (N,). x0 detached (N, C); eps_q, eps_p: x_t -> (N, C).
+
+    The loss reaches the student only through x_t = alpha x0 + sigma eps: so differentiate down to x_t here and let
+    the caller push the result into the student's graph. The heads' weights get no gradient.
+    """
+    alpha, sigma = alpha_sigma(t)
+    x_t = (alpha * x0 + sigma * eps).requires_grad_()
+    loss = gsim_loss(x_t, eps, alpha, sigma, lambda x: -eps_q(x) / sigma, lambda x: -eps_p(x) / sigma)
+    return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
+
+
+@torch.no_grad()
+def vsd_gradient(x0, t, eps, eps_q, eps_p):
+    """Variational score distillation (Diff-Instruct, DMD): the difference of scores itself, in x0's units and
+    normalised for each token by the teacher's distance. No derivative of a network. Shapes as gsim_gradient."""
+    alpha, sigma = alpha_sigma(t)
+    x_t = alpha * x0 + sigma * eps
+    real = eps_p(x_t)
+    x0_p = (x_t - sigma * real) / alpha
+    difference = sigma / alpha * (real - eps_q(x_t))
+    gradient = difference / ((x0 - x0_p).abs().mean(1, keepdim=True) + 1e-3)
+    return gradient, difference.square().sum(1).sqrt()
+
+
+def critic_loss(eps_q, x0, t, eps):
+    """Denoising score matching on the student's samples: plain eps error, (N,). x0 detached."""
+    alpha, sigma = alpha_sigma(t)
+    return (eps_q(alpha * x0 + sigma * eps) - eps).square().mean(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisers and watching
+
+
+def make_optimizer(model, lr, betas, weight_decay=0.0):
+    """AdamW in one fused call; decay on the transformer's matrices only, as MAR: vectors and the head are exempt."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim > 1 and not name.startswith("head_net.")]
+    others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+def set_lr(optimizer, peak, step, total, warmup, decay):
+    """Linear warm-up, constant, linear to 0 over the last share `decay`."""
+    lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def cut_by_t(t, value, bins=10):
+    """Sums and counts of value (N,) by time step: -> (2, bins). What a mean over t hides."""
+    index = (t * bins) // 1000
+    out = torch.zeros(2, bins, device=t.device)
+    out[0].index_add_(0, index, value)
+    out[1].index_add_(0, index, torch.ones_like(value))
+    return out
+
+
+class Watch:
+    """The judge of a run: draws pictures of a network on all ranks, gives its row of the table, writes the grid.
+
+    Pixels are judged by the data's own classifier. Latents are shown (with --vae) and not judged: that is fid.py's.
+    """
+
+    def __init__(self, args, data, device, rank, world):
+        self.args, self.rank, self.world, self.device = args, rank, world, device
+        self.vae = load_vae(args.vae).to(device) if args.vae else None
+        self.pixels, self.can_show, self.classifier = data.pixels, data.pixels or self.vae is not None, None
+        if data.pixels and rank == 0:
+            self.classifier = load_or_train_classifier(data, args.out, device=device)
+            self.reference = feature_statistics(self.classifier, data)
+        self.labels = torch.arange(-(-args.eval_images // world) * world) % data.num_classes  # ranks get equal shares
+        self.shown = torch.arange(-(-min(2 * data.num_classes, 20) // world) * world) % data.num_classes
+        self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
+
+    def pictures(self, model, labels, head_steps, guidance, seed):
+        """uint8 (N, 3, H, W) on every rank; picture i is that of (seed, i) whoever draws it."""
+        share = len(labels) // self.world
+        mine = labels[self.rank * share:(self.rank + 1) * share]
+        images = draw(model, mine, seed=seed, start=self.rank * share, vae=self.vae, ar_steps=self.args.ar_steps,
+                      head_steps=head_steps, guidance=guidance, guidance_schedule=self.args.guidance_schedule)
+        if self.world == 1:
+            return images
+        whole = torch.empty(self.world, *images.shape, dtype=torch.uint8, device=self.device)
+        dist.all_gather_into_tensor(whole, images.to(self.device))
+        return whole.flatten(0, 1).cpu()  # (N, 3, H, W)
+
+    def look(self, name, model, head_steps, guidance):
+        """Draw with `model` a row of the grid and, of pixels, the row {"fd", "accuracy", "seconds_per_image"} of the
+        table. Rows of the grid share classes, orders and noise. Cost: eval_images pictures."""
+        if self.can_show:
+            self.grid[name] = self.pictures(model, self.shown, head_steps, guidance, self.args.seed)
+        if self.pixels:
+            start = time.time()
+            images = self.pictures(model, self.labels, head_steps, guidance, self.args.seed + 1)
+            seconds = (time.time() - start) / len(self.labels)
+            if self.rank == 0:
+                self.rows[name] = {**judge(self.classifier, images, self.labels, self.reference),
+                                   "seconds_per_image": seconds}
+        return self.rows.get(name, {})
+
+    def write_grid(self, name):
+        """The rows drawn so far, one below the other."""
+        if self.rank == 0 and self.grid:
+            save_grid(list(self.grid.items()), os.path.join(self.args.out, name))
+
+
+def print_table(rows):
+    """The table of results.json for the terminal."""
+    print(f"{'':14s}{'FD':>8s}{'accuracy':>10s}{'s/image':>10s}")
+    for name, row in rows.items():
+        print(f"{name:14s}{row['fd']:8.2f}{row['accuracy']:10.3f}{row['seconds_per_image']:10.4f}")
+
+
+def log_line(args, rank, bar, **values):
+    """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
+    values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
+    if rank == 0:
+        with open(os.path.join(args.out, "log.jsonl"), "a") as f:
+            f.write(json.dumps(values) + "\n")
+        bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if isinstance(v, float)})
+
+
+def stop_if_bad(bad, args):
+    """bad: 0-d int64, the first step with a non-finite loss (a huge number if none). Checked before any save."""
+    if bad < NEVER:
+        raise UserError(f"the loss was not finite at step {int(bad)}: the last good checkpoint in {args.out} is kept; "
+                        "lower the learning rate, or go on with --resume and another --seed")
+
+
+NEVER = 1 << 60
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 0: the teacher, by MAR's own loss
+
+
+def train_teacher(args, data, device, rank, world, resumed):
+    """Train a MAR of args.size on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen).
+
+    A step costs one transformer pass forward and backward, and `draws` head passes on the masked tokens.
+    """
+    config = SIZES[args.size]
+    if (config.img_size, config.num_classes, config.pixels) != (data.img_size, data.num_classes, data.pixels):
+        config = replace(config, img_size=data.img_size, num_classes=data.num_classes)
+    torch.manual_seed(args.seed)
+    model = MAR(config).to(device).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, args.teacher_lr, (0.9, 0.95), weight_decay=0.02)
+    start = 0
+    if resumed:
+        start = resumed["step"]
+        for target, key in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            target.load_state_dict(resumed[key])
+    gradients = Gradients(model)
+    bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
+    bar = tqdm(range(start, args.teacher_steps), initial=start, total=args.teacher_steps, desc="teacher", unit="step",
+               disable=rank > 0, mininterval=1)
+    for step in bar:
+        set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
+        torch.manual_seed(hash((args.seed, step, rank)) & 0x7FFFFFFF)  # dropout; so a resumed run drops the same
+
+        batch = training_batch(data, model, args.teacher_batch, args.seed, step, device, rank, world)
+        gradients.zero()
+        parts = [z.chunk(args.accumulate) for z in batch]
+        total = 0.0
+        for i, part in enumerate(zip(*parts)):
+            if i == len(parts[0]) - 1:
+                gradients.begin()
+            loss = teacher_loss(model, *part, args.draws) / len(parts[0])
+            loss.backward()
+            total = total + loss.detach()
+        norm = gradients.finish(args.clip)
+        optimizer.step()
+        update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))  # ramp: forget the random start
+
+        average(total, world)
+        bad = torch.minimum(bad, torch.where(torch.isfinite(total + norm), NEVER, step))
+        last = step + 1 == args.teacher_steps
+        if (step + 1) % args.log_every == 0 or last:
+            log_line(args, rank, bar, stage="teacher", step=step + 1, loss=total, grad_norm=norm,
+                     images_per_s=args.teacher_batch * (step + 1 - clock_step) / (time.time() - clock))
+            clock, clock_step = time.time(), step + 1
+        if (step + 1) % args.save_every == 0 or last:
+            stop_if_bad(bad, args)
+            if rank == 0:
+                save_checkpoint({"stage": "teacher", "step": step + 1, "args": vars(args), "model": model.state_dict(),
+                                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict()},
+                                os.path.join(args.out, "resume.pt"))
+    write_product(args, data, ema, "teacher", args.teacher_steps, rank)
+    return ema
+
+
+def write_product(args, data, model, stage, step, rank):
+    """teacher.pt or student.pt: what sample.py, fid.py and rl.py read. Weights and sizes; no optimiser."""
+    if rank == 0:
+        save_checkpoint({"config": config_dict(model.config), "stage": stage, "ema": model.state_dict(), "step": step,
+                         "args": vars(args), "class_names": list(data.class_names)},
+                        os.path.join(args.out, f"{stage}.pt"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1: distillation
+
+
+def distil(args, data, teacher, device, rank, world, watch, resumed):
+    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json.
+
+    Transformer passes a step, in forward equivalents: teacher 2 (with its null class), student 3, critic 3 or, with
+    --critic head, 0. Each runs once and serves every head call of the step.
+    """
+    C = teacher.config.token_dim
+    student = copy.deepcopy(teacher).requires_grad_(True)  # eval mode all: scores must differ for one reason only
+    ema = copy.deepcopy(teacher)
+    shared = {id(p): p for name, p in teacher.named_parameters() if not name.startswith("head_net.")}
+    critic = copy.deepcopy(teacher, memo=shared if args.critic == "head" else None)
+    (critic.head_net if args.critic == "head" else critic).requires_grad_(True)
+    optimizer = make_optimizer(student, args.lr, (0.0, 0.99))
+    critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
+    start = 0
+    if resumed:
+        start = resumed["step"]
+        for target, key in ((student, "model"), (ema, "ema"), (critic, "critic"), (optimizer, "optimizer"),
+                            (critic_optimizer, "critic_optimizer")):
+            target.load_state_dict(resumed[key])
+    gradients, critic_gradients = Gradients(student), Gradients(critic)
+    distillation_gradient = gsim_gradient if args.loss == "gsim" else vsd_gradient
+    bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
+    bins, critic_bins = torch.zeros(2, 10, device=device), torch.zeros(2, 10, device=device)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.loss, unit="step",
+               disable=rank > 0, mininterval=1)
+    for step in bar:
+        student_turn = step % args.critic_steps == 0
+        set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
+        set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, 0.0)
+
+        # ---- gradients of both networks, at the same weights
+        batch = training_batch(data, teacher, args.batch, args.seed + 1, step, device, rank, world)
+        parts = [z.chunk(args.accumulate) for z in batch]
+        gradients.zero(), critic_gradients.zero()
+        for i, (tokens, labels, keys, visible, masked) in enumerate(zip(*parts)):
+            if i == len(parts[0]) - 1:
+                gradients.begin(), critic_gradients.begin()
+            g = args.guidance
+            if args.guidance_schedule == "linear":  # the scale that sampling has at this share revealed
+                g = 1 + (g - 1) * visible.shape[1] / teacher.config.seq_len
+            with torch.no_grad():
+                c_p, c_null = teacher_contexts(teacher, tokens, visible, labels, masked, g)
+            with torch.set_grad_enabled(student_turn):
+                c_theta = student.context(tokens, visible, labels, masked).flatten(0, 1)  # (N, D)
+                x0 = student.one_step(gaussian(keys, NOISE, masked, C).flatten(0, 1), c_theta)  # (N, C)
+            fake = x0.detach()
+            c_phi = c_p if args.critic == "head" else critic.context(tokens, visible, labels, masked).flatten(0, 1)
+
+            t = random_steps(keys, CRITIC_T, masked, 0, 999)
+            eps = gaussian(keys, CRITIC_EPS, masked, C).flatten(0, 1)
+            loss_phi = critic_loss(lambda x: critic.eps(x, t, c_phi), fake, t, eps)  # (N,)
+            (loss_phi.mean() / len(parts[0])).backward()
+            critic_bins += cut_by_t(t, loss_phi.detach())
+
+            if student_turn:
+                t = random_steps(keys, STUDENT_T, masked, T_MIN, T_MAX)
+                eps = gaussian(keys, STUDENT_EPS, masked, C).flatten(0, 1)
+                c_q = c_phi.detach()
+                v, loss_theta = distillation_gradient(fake, t, eps, lambda x: critic.eps(x, t, c_q),
+                                                      lambda x: guided_eps(teacher, x, t, c_p, c_null, g))
+                x0.backward(v / (len(v) * len(parts[0])))
+                bins += cut_by_t(t, loss_theta)
+
+        # ---- updates
+        critic_norm = critic_gradients.finish(args.clip)
+        critic_optimizer.step()
+        if student_turn:
+            norm = gradients.finish(args.clip)
+            optimizer.step()
+            update_ema(ema, student, args.ema)
+            bad = torch.minimum(bad, torch.where(torch.isfinite(norm + critic_norm), NEVER, step))
+
+        # ---- log, evaluate, save
+        last = step + 1 == args.steps
+        if (step + 1) % args.log_every == 0 or last:
+            average(bins, world), average(critic_bins, world)
+            log_line(args, rank, bar, stage="distil", step=step + 1, loss=bins[0].sum() / bins[1].sum(),
+                     critic_loss=critic_bins[0].sum() / critic_bins[1].sum(), grad_norm=norm, critic_norm=critic_norm,
+                     images_per_s=args.batch * (step + 1 - clock_step) / (time.time() - clock),
+                     loss_by_t=bins[0] / bins[1].clamp(min=1), critic_by_t=critic_bins[0] / critic_bins[1].clamp(min=1))
+            bins.zero_(), critic_bins.zero_()
+            clock, clock_step = time.time(), step + 1
+        if (step + 1) % args.eval_every == 0 or last:
+            stop_if_bad(bad, args)
+            row = watch.look("student", ema, 1, 1.0)
+            watch.write_grid(f"grid_{step + 1:06d}.png")
+            if row:
+                log_line(args, rank, bar, stage="distil", step=step + 1, **row)
+            clock = time.time()
+        if (step + 1) % args.save_every == 0 or last:
+            stop_if_bad(bad, args)
+            write_product(args, data, ema, "student", step + 1, rank)
+            if rank == 0:
+                save_checkpoint({"stage": "student", "step": step + 1, "args": vars(args),
+                                 "model": student.state_dict(), "ema": ema.state_dict(), "critic": critic.state_dict(),
+                                 "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict()},
+                                os.path.join(args.out, "resume.pt"))
+    return ema
+
+
+def teacher_contexts(teacher, tokens, visible, labels, masked, g):
+    """c_p and, with guidance, the null class's c: (N, D) each, one pass of both halves. c_null is None for g = 1."""
+    if g == 1:
+        return teacher.context(tokens, visible, labels, masked).flatten(0, 1), None
+    tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
+    c = teacher.context(tokens, visible, torch.cat([labels, torch.full_like(labels, -1)]), masked)
+    return c.flatten(0, 1).chunk(2)
+
+
+def guided_eps(teacher, x, t, c_p, c_null, g):
+    """eps_p(x, t, null) + g (eps_p(x, t, c_p) - eps_p(x, t, null)), one head call of both halves: -> (N, C)."""
+    if c_null is None:
+        return teacher.eps(x, t, c_p)
+    eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
+    return null + g * (eps - null)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, rank, world = setup(args.device)
+    data = open_data(args.data)
+    os.makedirs(args.out, exist_ok=True)
+    resumed = read_checkpoint(os.path.join(args.out, "resume.pt")) if args.resume else None
+    with open(os.path.join(args.out, "config.json"), "w") as f:
+        json.dump(vars(args), f, indent=1)
+    watch = Watch(args, data, device, rank, world)
+
+    if args.teacher:
+        teacher = load_mar(args.teacher)
+    elif resumed and resumed["stage"] == "student":
+        teacher = load_mar(os.path.join(args.out, "teacher.pt"))
+    else:
+        teacher = train_teacher(args, data, device, rank, world, resumed)
+        resumed = None
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    if args.t_init:
+        teacher.config = replace(teacher.config, t_init=args.t_init)
+
+    watch.look("teacher_100", teacher, args.teacher_head_steps, args.guidance)
+    watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
+    watch.write_grid("grid_000000.png")
+    if rank == 0:
+        print_table(watch.rows)
+    distil(args, data, teacher, device, rank, world, watch, resumed)
+    if rank == 0:
+        print_table(watch.rows)
+        with open(os.path.join(args.out, "results.json"), "w") as f:
+            json.dump(watch.rows, f, indent=1)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,797 @@
+"""MAR, the masked autoregressive image model, and its one-step form: the networks, the diffusion, the sampler.
+
+A picture is L continuous tokens of C channels (256 x 16 for ImageNet 256). A transformer reads the tokens that are known
+and gives every unknown token a condition vector c; a small MLP, the head, turns noise into the token given c. Slow, as
+published: 100 denoising steps of the head at each of K AR steps. Fast, after distill.py: one call of the head at each.
+
+This file needs nothing before it. It is imported, not run:
+
+    from model import MAR, SIZES, load_mar
+    teacher = load_mar("mar_base/checkpoint-last.pth")                   # the public LTH14/mar file, or one of ours
+    latents = teacher.generate(labels, ar_steps=64, head_steps=100, guidance=2.9)
+    latents = load_mar("out/imagenet/student.pt").generate(labels, ar_steps=64)
+
+Alphabet, here and in every other file:
+    B images   L tokens an image   C channels a token   D transformer width   W head width   S buffer slots
+    V visible tokens   P tokens to predict   N = B*P rows of the head   t integer time step 0..999
+    x0 a clean token   n, eps Gaussian noise   c condition   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
+Architecture and file formats: github.com/LTH14/mar (Li et al. 2024). One-step form: MARVAL, arXiv 2511.15190.
+"""
+import argparse
+import functools
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@dataclass(frozen=True)
+class MARConfig:
+    """All that is needed to rebuild a network; saved in every checkpoint. Lengths in pixels, tokens or channels."""
+
+    img_size: int = 256
+    vae_stride: int = 16  # pixels a latent cell; 1 = no VAE, the tokens are pixels in [-1, 1]
+    patch_size: int = 1  # latent cells (or pixels) a token, per side
+    vae_channels: int = 16
+    num_classes: int = 1000
+    width: int = 768
+    heads: int = 12
+    encoder_depth: int = 12
+    decoder_depth: int = 12
+    buffer_size: int = 64  # class-embedding slots in front of the tokens, so that an empty picture still has an input
+    head_depth: int = 6
+    head_width: int = 1024
+    dropout: float = 0.1  # training the teacher only; distillation and sampling run without
+    label_drop: float = 0.1  # share of training pictures whose class is hidden: what guidance compares with
+    mask_ratio_min: float = 0.7  # training masks are drawn from a normal(1, .25) cut to [this, 1]
+    t_init: int = 755  # where the one-step student starts: sigma/alpha = 2.5 (SiD, SIM); near 999 is unusable
+
+    @property
+    def pixels(self):
+        return self.vae_stride == 1
+
+    @property
+    def latent_size(self):
+        return self.img_size // self.vae_stride
+
+    @property
+    def seq_len(self):
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def token_dim(self):
+        return self.vae_channels * self.patch_size**2
+
+
+SIZES = {
+    "base": MARConfig(),
+    "large": MARConfig(width=1024, heads=16, encoder_depth=16, decoder_depth=16, head_depth=8, head_width=1280),
+    "huge": MARConfig(width=1280, heads=16, encoder_depth=20, decoder_depth=20, head_depth=12, head_width=1536),
+    "shapes": MARConfig(img_size=16, vae_stride=1, patch_size=4, vae_channels=3, num_classes=8, width=96, heads=3,
+                        encoder_depth=3, decoder_depth=3, buffer_size=4, head_depth=3, head_width=192, dropout=0.0,
+                        mask_ratio_min=0.5, t_init=625),
+    "cifar10": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=384, heads=6,
+                         encoder_depth=6, decoder_depth=6, buffer_size=16, head_depth=4, head_width=512,
+                         mask_ratio_min=0.5, t_init=625),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise as a function. Every random number that shapes a picture is a hash of (seed, index of the picture, purpose,
+# token, channel) and not a draw from a generator's state. So a picture does not depend on the batch it is drawn in, on
+# the rank that draws it or on the device, a resumed run needs no saved generator, and no state has to leave a CUDA graph.
+
+ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR step k uses CHAIN + 1000 * k + j
+TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)
+
+
+def _hash(x):
+    """splitmix64's finaliser (Steele et al. 2014) on int64 tensors: (...) -> (...). Wrap-around is what is wanted."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # >> keeps the sign in torch: the mask makes it logical
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def image_keys(seeds, device="cpu"):
+    """Seeds of pictures, (B,) ints or (B, 2) pairs (seed, index) -> (B,) int64 keys for `uniform` and `gaussian`."""
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+    if seeds.dim() == 1:
+        seeds = torch.stack([torch.zeros_like(seeds), seeds], 1)  # a bare int i is the pair (0, i)
+    return _hash(_hash(seeds[:, 0] + 0x51ED270B) + seeds[:, 1])
+
+
+def _bits(keys, purpose, positions, channels):
+    """(B,) keys, (B, P) positions -> (B, P, channels) int64 hashes."""
+    keys = _hash(keys ^ _hash(torch.tensor(purpose + 1)).item())[:, None, None]
+    channel = torch.arange(channels, device=keys.device)
+    return _hash(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
+
+
+def uniform(keys, purpose, positions, channels=1):
+    """Uniform numbers in (0, 1), one for each (picture, position, channel): -> (B, P, channels) float32."""
+    return (((_bits(keys, purpose, positions, channels) >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+
+
+def gaussian(keys, purpose, positions, channels):
+    """Standard normal numbers by Box-Muller, one for each (picture, position, channel): -> (B, P, channels) float32."""
+    bits = _bits(keys, purpose, positions, channels)
+    u1 = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24  # the two halves of one hash are the two uniforms,
+    u2 = (bits & 0xFFFFFF).float() * 2.0**-24  # 24 bits each: all that float32 holds; tails reach 5.9
+    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
+
+
+def random_orders(keys, seq_len):
+    """A random order of the tokens for each picture: (B,) keys -> (B, L) long. The first m are masked when m are."""
+    positions = torch.arange(seq_len, device=keys.device).expand(len(keys), seq_len)
+    return uniform(keys, ORDER, positions)[:, :, 0].argsort(dim=1, stable=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Diffusion: the part of the public 1,079 lines that MAR executes
+
+
+@functools.lru_cache(maxsize=None)
+def cosine_schedule(steps=1000):
+    """The 1,000-step cosine schedule (Nichol & Dhariwal 2021), respaced to `steps`.
+
+    Returns a dict of float64 arrays of length `steps`: t (the index the network sees), beta, abar (cumulative alpha),
+    abar_prev, log_beta, log_post_var (the two bounds of the learned variance), coef_x0, coef_xt (posterior mean).
+    """
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    abar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
+    # round(i * stride) and not linspace: the public code's rounding decides which steps "100" means
+    t = np.array([round(i * 999 / (steps - 1)) for i in range(steps)]) if steps > 1 else np.array([0])
+    abar = abar[t]
+    abar_prev = np.append(1.0, abar[:-1])
+    beta = 1 - abar / abar_prev  # from the ratios of the kept abar
+    post_var = beta * (1 - abar_prev) / (1 - abar)  # 0 at index 0, where the public code repeats the next one
+    log_post_var = np.log(np.append(post_var[1] if steps > 1 else beta[0], post_var[1:]))
+    return {"t": t, "beta": beta, "abar": abar, "abar_prev": abar_prev, "log_beta": np.log(beta),
+            "log_post_var": log_post_var, "coef_x0": beta * np.sqrt(abar_prev) / (1 - abar),
+            "coef_xt": (1 - abar_prev) * np.sqrt(1 - beta) / (1 - abar)}
+
+
+@functools.lru_cache(maxsize=None)
+def schedule_tables(device):
+    """The 1,000-step schedule as float32 tensors on `device`, for gathers by a tensor t; alpha and sigma added."""
+    tables = dict(cosine_schedule(1000))
+    tables["alpha"], tables["sigma"] = np.sqrt(tables["abar"]), np.sqrt(1 - tables["abar"])
+    return {name: torch.tensor(value, dtype=torch.float32, device=device) for name, value in tables.items()}
+
+
+def alpha_sigma(t):
+    """alpha_t and sigma_t as (N, 1) columns for (N,) integer steps: x_t = alpha_t x0 + sigma_t eps."""
+    tables = schedule_tables(t.device)
+    return tables["alpha"][t, None], tables["sigma"][t, None]
+
+
+def diffusion_loss(out, x0, x_t, t, eps):
+    """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
+
+    out (N, 2C) the head's eps and variance, x0, x_t, eps (N, C), t (N,) -> (N,). Source: Nichol & Dhariwal 2021, eq. 16,
+    as LTH14/mar runs it (the bound is not scaled down; the mean is detached, so the bound trains the variance alone).
+    """
+    eps_hat, v = out.chunk(2, dim=1)  # (N, C) each
+    tables = {name: value[t, None] for name, value in schedule_tables(t.device).items()}
+    frac = (v + 1) / 2
+    log_var = frac * tables["log_beta"] + (1 - frac) * tables["log_post_var"]
+    x0_hat = (x_t - tables["sigma"] * eps_hat.detach()) / tables["alpha"]
+    mean_hat = tables["coef_x0"] * x0_hat + tables["coef_xt"] * x_t
+    mean = tables["coef_x0"] * x0 + tables["coef_xt"] * x_t
+    kl = 0.5 * (log_var - tables["log_post_var"] - 1 + torch.exp(tables["log_post_var"] - log_var)
+                + (mean - mean_hat) ** 2 * torch.exp(-log_var))
+    bound = torch.where(t[:, None] == 0, -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var), kl) / math.log(2)
+    return ((eps - eps_hat) ** 2).mean(1) + bound.mean(1)
+
+
+def discretised_log_likelihood(x, mean, log_scale):
+    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (N, C) each. The last step's term of the bound."""
+    def cdf(z):  # the public code's tanh approximation, kept so that losses agree
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper = cdf((x - mean + 1 / 255) * torch.exp(-log_scale))
+    lower = cdf((x - mean - 1 / 255) * torch.exp(-log_scale))
+    inner = torch.log((upper - lower).clamp(min=1e-12))
+    left, right = torch.log(upper.clamp(min=1e-12)), torch.log((1 - lower).clamp(min=1e-12))
+    return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The head: a residual MLP on one token
+
+
+def modulate(x, shift, scale):
+    """adaLN (Peebles & Xie 2023): x, shift, scale of one shape."""
+    return x * (1 + scale) + shift
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+
+
+class TimeEmbed(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):  # (N,) integer steps, used raw, not divided by 1,000
+        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
+        angles = t[:, None].float() * frequencies  # (N, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))  # (N, W)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, y):
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
+
+
+class Head(nn.Module):
+    """eps and variance of a noisy token. `embed` is apart from `forward` because a chain embeds its condition once."""
+
+    def __init__(self, token_dim, cond_dim, width, depth):
+        super().__init__()
+        self.time_embed = TimeEmbed(width)
+        self.cond_embed = nn.Linear(cond_dim, width)
+        self.input_proj = nn.Linear(token_dim, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * token_dim)
+
+    def embed(self, t, c):
+        return self.time_embed(t) + self.cond_embed(c)  # (N, W)
+
+    def forward(self, x, y):  # (N, C), (N, W) -> (N, 2C)
+        x = self.input_proj(x)  # (N, W)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, queries=None):  # (B, T, D); `queries` (B, Q, D): attend from these instead, to all of x
+        D = x.shape[2]
+        if queries is None:
+            q, k, v = self.qkv(x).chunk(3, dim=2)
+        else:
+            q = F.linear(queries, self.qkv.weight[:D], self.qkv.bias[:D])
+            k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=2)
+        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, T or Q, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x = self.proj(x.transpose(1, 2).flatten(2))  # (B, T or Q, D)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = dropout
+
+    def forward(self, x):
+        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return F.dropout(self.fc2(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (timm's Block), with one addition: `keep` computes only some of the positions."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, dropout)
+
+    def forward(self, x, keep=None):  # (B, T, D) -> (B, T, D), or (B, Q, D) for keep (B, Q)
+        y = self.norm1(x)
+        if keep is None:
+            x = x + self.attn(y)
+        else:
+            x = take(x, keep) + self.attn(y, take(y, keep))
+        return x + self.mlp(self.norm2(x))
+
+
+def take(x, index):
+    """Rows of each picture: x (B, T, D), index (B, Q) -> (B, Q, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def put(x, index, rows):
+    """x (B, T, D) with `rows` (B, Q, D) written at index (B, Q), as a new tensor that gradients flow through."""
+    return x.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), rows.to(x.dtype))
+
+
+def mask_counts(seq_len, ar_steps):
+    """How many tokens are masked before each AR step, and 0 at the end: K + 1 ints. The cosine schedule of MaskGIT."""
+    if not 1 <= ar_steps <= seq_len:
+        raise UserError(f"ar_steps {ar_steps} must lie in 1..{seq_len}, the number of tokens of a picture")
+    counts = [seq_len]
+    for k in range(1, ar_steps):
+        counts.append(max(1, min(counts[-1] - 1, math.floor(seq_len * math.cos(math.pi / 2 * k / ar_steps)))))
+    return counts + [0]
+
+
+def reveal_plan(orders, ar_steps):
+    """The AR steps as index tensors: yields (visible (B, V), predict (B, P)), each ascending, for k = 0..K-1."""
+    counts = mask_counts(orders.shape[1], ar_steps)
+    for now, after in zip(counts, counts[1:]):
+        yield orders[:, now:].sort(dim=1).values, orders[:, after:now].sort(dim=1).values
+
+
+class MAR(nn.Module):
+    """The public MAR, function for function; only its speed differs. Names of parameters are the public ones but for
+    the head's prefix (`head_net.` here, `diffloss.net.` there)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, L, S = config.width, config.seq_len, config.buffer_size
+        self.class_emb = nn.Embedding(config.num_classes, D)
+        self.fake_latent = nn.Parameter(torch.zeros(1, D))  # the null class
+        self.z_proj = nn.Linear(config.token_dim, D)
+        self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, S + L, D))
+        self.encoder_blocks = nn.ModuleList(Block(D, config.heads, config.dropout) for _ in range(config.encoder_depth))
+        self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder_embed = nn.Linear(D, D)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, S + L, D))
+        self.decoder_blocks = nn.ModuleList(Block(D, config.heads, config.dropout) for _ in range(config.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, L, D))
+        self.head_net = Head(config.token_dim, D, config.head_width, config.head_depth)
+        self.checkpoint_blocks = False  # recompute blocks in backward: a third more time for a fraction of the memory
+        self.initialise()
+
+    def initialise(self):
+        """MAR's initialisation: Xavier for matrices, normal(.02) for embeddings, zero for whatever ends a residual."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for p in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
+                  self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned,
+                  self.head_net.time_embed.mlp[0].weight, self.head_net.time_embed.mlp[2].weight):
+            nn.init.normal_(p, std=0.02)
+        for layer in [block.adaLN_modulation[1] for block in self.head_net.res_blocks] + [
+                self.head_net.final_layer.adaLN_modulation[1], self.head_net.final_layer.linear]:
+            nn.init.zeros_(layer.weight)  # the head starts as the identity on its residual stream, and predicts 0
+
+    def patchify(self, latents):
+        """(B, c, h, w) -> (B, L, C), raster order; a token's channels are ordered (c, row, column) as in MAR."""
+        p = self.config.patch_size
+        B, c, h, w = latents.shape
+        x = latents.reshape(B, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h/p, w/p, c, p, p)
+        return x.reshape(B, -1, c * p * p)
+
+    def unpatchify(self, tokens):
+        """(B, L, C) -> (B, c, h, w), the inverse of patchify."""
+        p, side = self.config.patch_size, self.config.latent_size // self.config.patch_size
+        x = tokens.reshape(len(tokens), side, side, -1, p, p).permute(0, 3, 1, 4, 2, 5)  # (B, c, side, p, side, p)
+        return x.reshape(len(tokens), -1, side * p, side * p)
+
+    def class_vectors(self, labels):
+        """(B,) long -> (B, D); a label of -1 is the null class. No host sync: both are computed, one is chosen."""
+        return torch.where(labels[:, None] < 0, self.fake_latent, self.class_emb(labels.clamp(min=0)))
+
+    def run_blocks(self, blocks, x):
+        for block in blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def encode(self, tokens, visible, labels):
+        """Known tokens only: tokens (B, L, C), visible (B, V) ascending, labels (B,) -> (B, S + V, D).
+
+        V is a shape, known to the host, so nothing has to be counted on the device. Masked tokens never enter.
+        """
+        S = self.config.buffer_size
+        x = self.z_proj(take(tokens, visible))  # (B, V, D)
+        x = x + take(self.encoder_pos_embed_learned[:, S:].expand(len(x), -1, -1), visible)
+        buffer = self.class_vectors(labels)[:, None] + self.encoder_pos_embed_learned[:, :S]  # (B, S, D)
+        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))  # (B, S + V, D)
+        return self.encoder_norm(self.run_blocks(self.encoder_blocks, x))
+
+    def decode(self, encoded, visible, predict):
+        """encoded (B, S + V, D), visible (B, V), predict (B, P) -> condition c (B, P, D) of the tokens to predict.
+
+        In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others.
+        """
+        S = self.config.buffer_size
+        x = self.decoder_embed(encoded)
+        full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
+        x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
+        x = x + self.decoder_pos_embed_learned
+        x = self.run_blocks(self.decoder_blocks[:-1], x)
+        x = self.decoder_norm(self.decoder_blocks[-1](x, keep=predict + S))  # (B, P, D)
+        return x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
+
+    def context(self, tokens, visible, labels, predict):
+        """One transformer pass: tokens (B, L, C), visible (B, V), labels (B,) (-1: null class), predict (B, P)
+        -> c (B, P, D) float32. bf16 inside on CUDA; the head's inputs, scores and losses stay float32."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+            c = self.decode(self.encode(tokens, visible, labels), visible, predict)
+        return c.float()
+
+    def condition(self, tokens, mask, labels):
+        """tokens (B, L, C), mask (B, L) with 1 = masked and the same count in every row, labels (B,) long or None for
+        the null class -> c (B, L, D). For outsiders and checks: counting the mask costs a host sync; our own loops
+        know their counts and call `context`."""
+        counts = mask.sum(dim=1).long().tolist()
+        if len(set(counts)) != 1:
+            raise ValueError(f"condition: every row of the mask must hold the same number of ones, got {counts}")
+        visible = mask.argsort(dim=1, stable=True)[:, :mask.shape[1] - counts[0]]  # stable: raster order is kept
+        if labels is None:
+            labels = torch.full((len(tokens),), -1, device=tokens.device)
+        everything = torch.arange(mask.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self.context(tokens, visible, labels, everything)
+
+    def head(self, x, t, c):
+        """x (N, C) noisy tokens, t (N,) integer steps, c (N, D) -> (N, 2C): eps, then the variance outputs."""
+        return self.head_net(x, self.head_net.embed(t, c))
+
+    def eps(self, x, t, c):
+        """The score half of the head, (N, C). The variance outputs are no part of a score."""
+        return self.head(x, t, c)[:, :self.config.token_dim]
+
+    def one_step(self, n, c, c_null=None, guidance=1.0):
+        """The one-step generator: noise n (N, C), condition c (N, D) -> x0 = (z - sigma_s eps(z, s, c)) / alpha_s,
+        z = sigma_s n, s = t_init. guidance (a float or (N, 1)) with c_null: the undistilled teacher's one step."""
+        s = torch.full((len(n),), self.config.t_init, device=n.device)
+        alpha, sigma = alpha_sigma(s)
+        z = sigma * n
+        eps = self.eps(z, s, c)
+        if c_null is not None:
+            null = self.eps(z, s, c_null)
+            eps = null + guidance * (eps - null)
+        return (z - sigma * eps) / alpha
+
+    def denoise(self, x, c, c_null, guidance, steps, temperature, noise):
+        """The slow inner chain: x (N, C) start noise, c (N, D), c_null (N, D) or None, noise(j) -> (N, C) for chain
+        step j -> x0 (N, C). Condition and time steps are embedded once for all steps; both halves of the guidance
+        go through the head as one batch."""
+        table, C = cosine_schedule(steps), self.config.token_dim
+        y_c = self.head_net.cond_embed(c if c_null is None else torch.cat([c, c_null]))  # (N or 2N, W)
+        y_t = self.head_net.time_embed(torch.as_tensor(table["t"], device=x.device))  # (steps, W)
+        for j in reversed(range(steps)):
+            beta = {name: float(value[j]) for name, value in table.items()}
+            out = self.head_net(x if c_null is None else torch.cat([x, x]), y_t[j] + y_c)
+            eps, v = out[:len(x), :C], out[:len(x), C:]  # the variance is the conditional half's, as in MAR
+            if c_null is not None:
+                null = out[len(x):, :C]
+                eps = null + guidance * (eps - null)
+            x0 = math.sqrt(1 / beta["abar"]) * x - math.sqrt(1 / beta["abar"] - 1) * eps
+            if self.config.pixels:
+                x0 = x0.clamp(-1, 1)  # pixels are known to lie there; without it a small head's errors at t near 999
+                # grow by 20,000 and never come back. MAR does not clamp latents, whose range nobody knows.
+            x = beta["coef_x0"] * x0 + beta["coef_xt"] * x
+            if j > 0:
+                frac = (v + 1) / 2
+                log_var = frac * beta["log_beta"] + (1 - frac) * beta["log_post_var"]
+                x = x + temperature * torch.exp(0.5 * log_var) * noise(j)
+        return x
+
+    @torch.no_grad()
+    def unmask(self, labels, ar_steps=64, head_steps=1, guidance=1.0, guidance_schedule="linear", temperature=1.0,
+               seeds=None, orders=None, noise=None):
+        """`generate` step by step: yields (tokens (B, L, C), visible (B, V) before the step, predict (B, P) in it)."""
+        B, L, C = len(labels), self.config.seq_len, self.config.token_dim
+        keys = image_keys(range(B) if seeds is None else seeds, labels.device)
+        if orders is None:
+            orders = random_orders(keys, L)
+        if noise is None:
+            def noise(k, j, predict):  # j = None: the start noise, one draw a token whatever step reveals it
+                return gaussian(keys, START if j is None else CHAIN + 1000 * k + j, predict, C)
+        tokens = torch.zeros(B, L, C, device=labels.device)
+        for k, (visible, predict) in enumerate(reveal_plan(orders, ar_steps)):
+            # share known after this step; MAR never counts the last token, so its last step has (L - 1) / L
+            revealed = min(visible.shape[1] + predict.shape[1], L - 1) / L
+            g = 1 + (guidance - 1) * revealed if guidance_schedule == "linear" else guidance
+            if guidance == 1:
+                c, c_null = self.context(tokens, visible, labels, predict).flatten(0, 1), None  # (N, D)
+            else:  # both halves in one pass of 2B pictures
+                pair = [torch.cat([z, z]) for z in (tokens, visible, predict)]
+                c = self.context(pair[0], pair[1], torch.cat([labels, torch.full_like(labels, -1)]), pair[2])
+                c, c_null = c.flatten(0, 1).chunk(2)  # (N, D) each
+            n = noise(k, None, predict).flatten(0, 1)  # (N, C)
+            if head_steps == 1:
+                x0 = self.one_step(temperature * n, c, c_null, g)
+            else:
+                x0 = self.denoise(n, c, c_null, g, head_steps, temperature,
+                                  lambda j: noise(k, j, predict).flatten(0, 1))
+            tokens = put(tokens, predict, x0.view(B, -1, C))
+            yield tokens, visible, predict
+
+    def generate(self, labels, ar_steps=64, head_steps=1, guidance=1.0, guidance_schedule="linear", temperature=1.0,
+                 seeds=None, orders=None, noise=None):
+        """Pictures from nothing: labels (B,) long on the model's device -> latents (B, c, h, w) float32.
+
+        ar_steps K in 1..L; head_steps 1 (the student) or the length of the teacher's chain (100); guidance 1.0 = none,
+        "linear" grows it with the share revealed (MAR), "constant" does not; temperature scales the chain's noise, or
+        in one step the start noise; seeds (B,) ints or (B, 2) pairs (seed, index) fix noise and order of each picture
+        whatever the batch. For replays: orders (B, L), noise(k, j, predict (B, P)) -> (B, P, C), j None at the start.
+        Cost: K transformer passes and K * head_steps of the head, twice with guidance.
+        """
+        for tokens, _, _ in self.unmask(labels, ar_steps, head_steps, guidance, guidance_schedule, temperature, seeds,
+                                        orders, noise):
+            pass
+        return self.unpatchify(tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: the public ones and ours
+# Ours is {"config", "stage", "model", "ema", "args", "step", "train"}: `train` holds what only a resume needs.
+
+
+def config_of_public(state, args, overrides, path):
+    """MARConfig of a public state dict: sizes off the shapes; the number of heads is in no shape, so off the name."""
+    depth = {kind: len({key.split(".")[1] for key in state if key.startswith(kind)})
+             for kind in ("encoder_blocks", "decoder_blocks")}
+    width, token_dim = state["z_proj.weight"].shape
+    known = [size for size in (SIZES["base"], SIZES["large"], SIZES["huge"]) if size.width == width]
+    found = {"width": width, "encoder_depth": depth["encoder_blocks"], "decoder_depth": depth["decoder_blocks"],
+             "num_classes": state["class_emb.weight"].shape[0],
+             "buffer_size": state["encoder_pos_embed_learned"].shape[1] - state["diffusion_pos_embed_learned"].shape[1],
+             "head_depth": len({key.split(".")[3] for key in state if key.startswith("diffloss.net.res_blocks")}),
+             "head_width": state["diffloss.net.input_proj.weight"].shape[0]}
+    for ours, theirs in (("img_size", "img_size"), ("vae_stride", "vae_stride"), ("patch_size", "patch_size"),
+                         ("vae_channels", "vae_embed_dim")):
+        if hasattr(args, theirs):  # released files carry no args: then MARConfig's defaults, which are theirs
+            found[ours] = getattr(args, theirs)
+    if known:
+        found["heads"] = known[0].heads
+    elif "heads" not in overrides:
+        raise UserError(f"{path}: width {width} is none of MAR-B, L, H, and the number of attention heads is in no "
+                        "shape: give load_mar(..., heads=N)")
+    return MARConfig(**{**found, **overrides})
+
+
+def load_mar(path, ema=True, **config_overrides):
+    """A MAR in eval mode on the CPU from a public LTH14/mar checkpoint or one of ours.
+
+    ema: the averaged weights (what every published number uses). config_overrides: fields of MARConfig to set against
+    the file. Raises UserError when the file is missing, truncated, no MAR, or its tensors do not fit.
+    """
+    file = read_checkpoint(path)
+    key = "model_ema" if "model_ema" in file and ema else "ema" if "ema" in file and ema else "model"
+    state = file.get(key)
+    if not isinstance(state, dict) or not ("config" in file or "z_proj.weight" in state and
+                                           "encoder_pos_embed_learned" in state):
+        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
+    if "config" in file:
+        unknown = set(file["config"]) - {f.name for f in fields(MARConfig)}
+        if unknown:
+            raise UserError(f"{path} was written by another version: unknown settings {sorted(unknown)}")
+        config = replace(MARConfig(**file["config"]), **config_overrides)
+    else:
+        config = config_of_public(state, file.get("args"), config_overrides, path)
+    state = {name.replace("diffloss.net.", "head_net."): value for name, value in state.items()}
+    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+        model = MAR(config)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wrong = ([f"{name} missing" for name in wanted if name not in state]
+             + [f"{name} unexpected" for name in state if name not in wanted]
+             + [f"{name} is {tuple(state[name].shape)}, not {wanted[name]}" for name in wanted
+                if name in state and tuple(state[name].shape) != wanted[name]])
+    if wrong:
+        raise UserError(f"{path} does not fit: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''} "
+                        f"({len(wrong)} in all)")
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def read_checkpoint(path):
+    """The dict in a torch file, on the CPU, without running any code it may hold. UserError when that cannot be had."""
+    if not os.path.isfile(path):
+        raise UserError(f"no such file: {path}")
+    try:
+        # the public files carry their command line as an argparse.Namespace: plain data, allowed by name
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen kinds for a bad file; all mean the same to the user
+        raise UserError(f"{path} cannot be read as a checkpoint (truncated, or not a torch file): "
+                        f"{str(error).splitlines()[0][:120]}") from None
+    if not isinstance(file, dict):
+        raise UserError(f"{path} holds no checkpoint but a {type(file).__name__}")
+    return file
+
+
+def save_checkpoint(file, path):
+    """Write a dict with torch.save so that `path` holds either the old file or the new one, whole, at any moment."""
+    temporary = f"{path}.writing"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(file, f)
+            f.flush()
+            os.fsync(f.fileno())  # before the rename: else a power cut could leave the new name on empty blocks
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]} (disk full or no permission?); "
+                        "the previous file is untouched") from None
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, all parameters in one call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plumbing: errors, flags, processes, and the data parallelism
+
+
+class UserError(Exception):
+    """Bad input. The message says in one line what is wrong and what to do; programs end with exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and whose help shows defaults."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def at_least(low, kind=int):
+    """An argparse type: a finite number of `kind` not below `low`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if kind is int else ' number'}") from None
+        if not low <= value < math.inf:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+        return value
+    return parse
+
+
+def run_main(main):
+    """Call main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup(device="auto"):
+    """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu")
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    elif device == "cpu":
+        torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
+    else:
+        raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device), rank, world
+
+
+class Gradients:
+    """Data parallelism by hand: gradients live in a few flat buffers, averaged over the ranks while backward runs.
+
+    Each parameter's .grad is a view into a bucket. Autograd adds into the views; when the last gradient of a bucket has
+    arrived, its all-reduce starts, beside the backward of the layers below. One object a network, one cycle a step:
+
+        gradients.zero()
+        with nothing: loss_1.backward() ... loss_{m-1}.backward()     # micro-steps: no communication
+        gradients.begin(); loss_m.backward()                          # the last micro-step communicates
+        norm = gradients.finish(clip=1.0)                             # wait, average, clip; then optimizer.step()
+
+    Buckets start in one fixed order on every rank, so ranks cannot cross over; a parameter that got no gradient keeps
+    zeros and its bucket is sent by finish(). Clipping reads the flat buffers: a handful of kernels, no host sync.
+    """
+
+    def __init__(self, model, bucket_bytes=25 << 20):  # 25 MB: big enough for bandwidth, small enough to overlap
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        params = [p for p in model.parameters() if p.requires_grad][::-1]  # gradients arrive from the last layer down
+        if self.world > 1:
+            for p in model.parameters():  # every rank starts from rank 0's weights
+                dist.broadcast(p.data, 0)
+        groups, size = [[]], 0
+        for p in params:
+            if size + 4 * p.numel() > bucket_bytes and groups[-1]:
+                groups.append([])
+                size = 0
+            groups[-1].append(p)
+            size += 4 * p.numel()
+        self.flats, self.sizes, self.waiting, self.works = [], [len(g) for g in groups], None, []
+        for b, group in enumerate(groups):
+            flat = torch.zeros(sum(p.numel() for p in group), device=group[0].device)
+            for p, piece in zip(group, flat.split([p.numel() for p in group])):
+                p.grad = piece.view_as(p)
+                if self.world > 1:
+                    p.register_post_accumulate_grad_hook(lambda _, b=b: self._arrived(b))
+            self.flats.append(flat)
+
+    def zero(self):
+        torch._foreach_zero_(self.flats)
+
+    def begin(self):
+        """From now on count arrivals: the next backward is the last of this step."""
+        self.waiting, self.works = list(self.sizes), []
+
+    def _arrived(self, b):
+        if self.waiting is None:
+            return  # an earlier micro-step
+        self.waiting[b] -= 1
+        while len(self.works) < len(self.flats) and self.waiting[len(self.works)] == 0:
+            self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
+
+    def finish(self, clip):
+        """Average over ranks and clip to the global norm `clip` (0: measure only). -> the norm before clipping, a
+        0-d tensor on the device."""
+        if self.world > 1:
+            while len(self.works) < len(self.flats):  # buckets with unused parameters
+                self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
+            for work in self.works:
+                work.wait()
+            torch._foreach_div_(self.flats, self.world)
+        self.waiting = None
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.flats)))
+        if clip > 0:
+            torch._foreach_mul_(self.flats, (clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def average(tensor, world):
+    """Mean of a tensor over the ranks, for logs; in place, returned."""
+    if world > 1:
+        dist.all_reduce(tensor)
+        tensor /= world
+    return tensor
+
+
+def config_dict(config):
+    """MARConfig -> the plain dict a checkpoint holds."""
+    return asdict(config)
