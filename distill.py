@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import load_vae, open_data, train_indices
+from data import PIXEL_LIMIT, PUBLIC, load_vae, open_data, own_size, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, at_least, average, config_dict,
                    diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint, run_main,
@@ -41,24 +41,33 @@ T_MIN, T_MAX = 20, 973  # levels of the student's loss: sigma .04 to 24.7, SiD's
 
 # What `--data` changes; an explicit flag always wins. Figures for shapes: README, "How the defaults were chosen".
 DEFAULTS = {
-    "shapes": dict(size="shapes", teacher_steps=2400, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
+    "shapes": dict(size="shapes", teacher=None, teacher_steps=2400, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
                    steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, ar_steps=8, eval_every=200,
                    eval_images=2048, save_every=200, warmup=0),
-    "cifar10": dict(size="cifar10", teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
+    "cifar10": dict(size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
                     steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0, ar_steps=16,
                     eval_every=1000, eval_images=2000, save_every=500),
 }
 
 
+def is_small(path):
+    """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
+    try:
+        return own_size(path, "train") < PIXEL_LIMIT
+    except UserError:  # open_data will say what is wrong with the folder
+        return False
+
+
 def parse_args(argv=None):
     """Flags, in the order: files, data and model, teacher, distillation, optimiser, watching, system."""
     p = Parser(description="Train a MAR teacher where there is none, and distil it to one step.")
-    p.add_argument("--data", default="imagenet256", help="shapes, cifar10, an image folder, or a cache built by data.py")
+    p.add_argument("--data", default="data/imagenet", help="shapes, cifar10, an image folder with train/<class>/*, or a "
+                   "cache built by data.py")
     p.add_argument("--out", default=None, help="folder of the run (default out/<name of the data>)")
     p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     p.add_argument("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     p.add_argument("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
-    p.add_argument("--teacher", default=None, help="teacher checkpoint; its size is read off the file")
+    p.add_argument("--teacher", default=PUBLIC["mar_base"][1], help="teacher checkpoint; its size is read off the file")
     p.add_argument("--teacher_steps", type=at_least(0), default=0, help="updates of stage 0; 0 = --teacher is needed")
     p.add_argument("--teacher_batch", type=at_least(1), default=256, help="images an update of stage 0, all ranks")
     p.add_argument("--teacher_lr", type=at_least(0, float), default=1e-4, help="peak learning rate of stage 0")
@@ -90,11 +99,11 @@ def parse_args(argv=None):
     p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a Frechet distance")
     p.add_argument("--save_every", type=at_least(1), default=1000, help="updates between checkpoints")
     p.add_argument("--log_every", type=at_least(1), default=20, help="updates between log lines (a host sync each)")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     known, _ = p.parse_known_args(argv)
-    if known.data != "imagenet256":  # any other data: an image folder gets CIFAR-10's defaults
-        p.set_defaults(**DEFAULTS.get(known.data, DEFAULTS["cifar10"]))
+    name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
+    p.set_defaults(**DEFAULTS.get(name, {}))
     args = p.parse_args(argv)
     args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
     return args
@@ -135,7 +144,9 @@ def gather_tokens(tokens, index):
 
 def random_steps(keys, purpose, positions, low, high):
     """Integer time steps, uniform in low..high, one a token: -> (B * P,) long."""
-    return (low + uniform(keys, purpose, positions)[:, :, 0] * (high - low + 1)).long().flatten()
+    span = high - low + 1
+    steps = low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
+    return steps.flatten()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,6 +261,9 @@ class Watch:
         self.labels = torch.arange(-(-args.eval_images // world) * world) % data.num_classes  # ranks get equal shares
         self.shown = torch.arange(-(-min(2 * data.num_classes, 20) // world) * world) % data.num_classes
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
+        if args.resume and os.path.exists(os.path.join(args.out, "results.json")):
+            with open(os.path.join(args.out, "results.json")) as f:
+                self.rows = json.load(f)  # the teacher is not drawn again: its 100 steps take minutes on a CPU
 
     def pictures(self, model, labels, head_steps, guidance, seed):
         """uint8 (N, 3, H, W) on every rank; picture i is that of (seed, i) whoever draws it."""
@@ -259,9 +273,9 @@ class Watch:
                       head_steps=head_steps, guidance=guidance, guidance_schedule=self.args.guidance_schedule)
         if self.world == 1:
             return images
-        whole = torch.empty(self.world, *images.shape, dtype=torch.uint8, device=self.device)
-        dist.all_gather_into_tensor(whole, images.to(self.device))
-        return whole.flatten(0, 1).cpu()  # (N, 3, H, W)
+        parts = [torch.empty_like(images, device=self.device) for _ in range(self.world)]
+        dist.all_gather(parts, images.to(self.device))
+        return torch.cat(parts).cpu()  # (N, 3, H, W)
 
     def look(self, name, model, head_steps, guidance):
         """Draw with `model` a row of the grid and, of pixels, the row {"fd", "accuracy", "seconds_per_image"} of the
@@ -277,17 +291,19 @@ class Watch:
                                    "seconds_per_image": seconds}
         return self.rows.get(name, {})
 
-    def write_grid(self, name):
-        """The rows drawn so far, one below the other."""
+    def write(self, grid_name):
+        """The grid drawn so far, results.json, and the table on the terminal."""
         if self.rank == 0 and self.grid:
-            save_grid(list(self.grid.items()), os.path.join(self.args.out, name))
+            save_grid(list(self.grid.items()), os.path.join(self.args.out, grid_name))
+        if self.rank == 0 and self.rows:
+            with open(os.path.join(self.args.out, "results.json"), "w") as f:
+                json.dump(self.rows, f, indent=1)
+            tqdm.write(f"{'':12s}{'FD':>8s}{'accuracy':>10s}{'s/image':>10s}")
+            for name, row in self.rows.items():
+                tqdm.write(f"{name:12s}{row['fd']:8.2f}{row['accuracy']:10.3f}{row['seconds_per_image']:10.4f}")
 
 
-def print_table(rows):
-    """The table of results.json for the terminal."""
-    print(f"{'':14s}{'FD':>8s}{'accuracy':>10s}{'s/image':>10s}")
-    for name, row in rows.items():
-        print(f"{name:14s}{row['fd']:8.2f}{row['accuracy']:10.3f}{row['seconds_per_image']:10.4f}")
+NEVER = 1 << 60  # a step that is not reached
 
 
 def log_line(args, rank, bar, **values):
@@ -306,21 +322,51 @@ def stop_if_bad(bad, args):
                         "lower the learning rate, or go on with --resume and another --seed")
 
 
-NEVER = 1 << 60
+def start_folder(args, rank, world):
+    """Make the run's folder; refuse to write over another run. Before anything long starts."""
+    path = os.path.join(args.out, "resume.pt")
+    if args.resume and not os.path.exists(path):
+        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
+    if not args.resume and os.path.exists(path):
+        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+    if args.batch % (world * args.accumulate) or args.teacher_batch % (world * args.accumulate):
+        raise UserError(f"--batch {args.batch} and --teacher_batch {args.teacher_batch} must be multiples of processes x "
+                        f"--accumulate = {world} x {args.accumulate}")
+    if rank == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            with open(os.path.join(args.out, "config.json"), "w") as f:
+                json.dump(vars(args), f, indent=1)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    if world > 1:
+        dist.barrier()  # nobody writes into the folder before it is there
+
+
+def check_fit(args, config, data):
+    """The teacher, the data and the flags must speak of the same pictures."""
+    for what, theirs, ours in (("pictures of side", config.img_size, data.img_size),
+                               ("classes", config.num_classes, data.num_classes)):
+        if theirs != ours:
+            raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another of the two")
+    if config.pixels != data.pixels:
+        raise UserError(f"the teacher works on {'pixels' if config.pixels else 'latents'}, --data {args.data} holds the "
+                        "other: build the latent cache with data.py, or choose another teacher")
+    if args.ar_steps > config.seq_len:
+        raise UserError(f"--ar_steps {args.ar_steps}: a picture has {config.seq_len} tokens, so at most that many steps")
+    if args.t_init and args.t_init > T_MAX:
+        raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 0: the teacher, by MAR's own loss
 
 
-def train_teacher(args, data, device, rank, world, resumed):
-    """Train a MAR of args.size on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen).
+def train_teacher(args, config, data, device, rank, world, resumed):
+    """Train a MAR of `config` on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen).
 
     A step costs one transformer pass forward and backward, and `draws` head passes on the masked tokens.
     """
-    config = SIZES[args.size]
-    if (config.img_size, config.num_classes, config.pixels) != (data.img_size, data.num_classes, data.pixels):
-        config = replace(config, img_size=data.img_size, num_classes=data.num_classes)
     torch.manual_seed(args.seed)
     model = MAR(config).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -333,7 +379,7 @@ def train_teacher(args, data, device, rank, world, resumed):
     gradients = Gradients(model)
     bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
     bar = tqdm(range(start, args.teacher_steps), initial=start, total=args.teacher_steps, desc="teacher", unit="step",
-               disable=rank > 0, mininterval=1)
+               disable=rank > 0 or None, mininterval=1)
     for step in bar:
         set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
         torch.manual_seed(hash((args.seed, step, rank)) & 0x7FFFFFFF)  # dropout; so a resumed run drops the same
@@ -406,7 +452,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
     bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
     bins, critic_bins = torch.zeros(2, 10, device=device), torch.zeros(2, 10, device=device)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.loss, unit="step",
-               disable=rank > 0, mininterval=1)
+               disable=rank > 0 or None, mininterval=1)
     for step in bar:
         student_turn = step % args.critic_steps == 0
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
@@ -467,7 +513,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         if (step + 1) % args.eval_every == 0 or last:
             stop_if_bad(bad, args)
             row = watch.look("student", ema, 1, 1.0)
-            watch.write_grid(f"grid_{step + 1:06d}.png")
+            watch.write(f"grid_{step + 1:06d}.png")
             if row:
                 log_line(args, rank, bar, stage="distil", step=step + 1, **row)
             clock = time.time()
@@ -501,35 +547,34 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.teacher and args.teacher_steps:
+        raise UserError("--teacher and --teacher_steps: give a checkpoint or train one here, not both")
+    if not args.teacher and not args.teacher_steps:
+        raise UserError("no teacher: give --teacher FILE (python data.py --get mar_base fetches the public one), or "
+                        "--teacher_steps N to train one")
     device, rank, world = setup(args.device)
     data = open_data(args.data)
-    os.makedirs(args.out, exist_ok=True)
+    teacher = load_mar(args.teacher) if args.teacher else None
+    config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
+                                                    num_classes=data.num_classes)
+    check_fit(args, config, data)
+    start_folder(args, rank, world)
     resumed = read_checkpoint(os.path.join(args.out, "resume.pt")) if args.resume else None
-    with open(os.path.join(args.out, "config.json"), "w") as f:
-        json.dump(vars(args), f, indent=1)
     watch = Watch(args, data, device, rank, world)
 
-    if args.teacher:
-        teacher = load_mar(args.teacher)
-    elif resumed and resumed["stage"] == "student":
+    if teacher is None and resumed and resumed["stage"] == "student":
         teacher = load_mar(os.path.join(args.out, "teacher.pt"))
-    else:
-        teacher = train_teacher(args, data, device, rank, world, resumed)
-        resumed = None
-    teacher = teacher.to(device).eval().requires_grad_(False)
+    if teacher is None:
+        teacher, resumed = train_teacher(args, config, data, device, rank, world, resumed), None
     if args.t_init:
         teacher.config = replace(teacher.config, t_init=args.t_init)
+    teacher = teacher.to(device)
 
-    watch.look("teacher_100", teacher, args.teacher_head_steps, args.guidance)
-    watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
-    watch.write_grid("grid_000000.png")
-    if rank == 0:
-        print_table(watch.rows)
+    if "teacher_1" not in watch.rows:
+        watch.look("teacher_100", teacher, args.teacher_head_steps, args.guidance)
+        watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
+        watch.write("grid_000000.png")
     distil(args, data, teacher, device, rank, world, watch, resumed)
-    if rank == 0:
-        print_table(watch.rows)
-        with open(os.path.join(args.out, "results.json"), "w") as f:
-            json.dump(watch.rows, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ SIZES = {
     "cifar10": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=384, heads=6,
                          encoder_depth=6, decoder_depth=6, buffer_size=16, head_depth=4, head_width=512,
                          mask_ratio_min=0.5, t_init=625),
+    "cifar10_cpu": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=128, heads=4,
+                             encoder_depth=4, decoder_depth=4, buffer_size=8, head_depth=3, head_width=192, dropout=0.0,
+                             mask_ratio_min=0.5, t_init=625),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -639,9 +642,11 @@ def save_checkpoint(file, path):
             f.flush()
             os.fsync(f.fileno())  # before the rename: else a power cut could leave the new name on empty blocks
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch turns a full disk into a RuntimeError
+            raise
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]} (disk full or no permission?); "
                         "the previous file is untouched") from None
 

@@ -1,0 +1,804 @@
+"""Pictures and latents: where every training batch, reference image and decoded sample comes from.
+
+Three kinds of data, one class (`Data`):
+  shapes     8 classes of coloured shapes, drawn on the fly; nothing to download
+  cifar10    the official binary archive             python data.py --get cifar10
+  PATH       any image folder, PATH/train/<class>/*  (and PATH/test or PATH/val for the other split)
+Images below 64 px are used as pixels. Larger ones become KL-16 latents, computed once:
+    python data.py --get kl16
+    python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt                              # one process
+    torchrun --nproc_per_node=8 data.py --data PATH --vae pretrained_models/vae/kl16.ckpt         # all GPUs
+Killed at any moment, the same command goes on where it stopped. Nothing is downloaded unless --get names it.
+"""
+import contextlib
+import functools
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from model import Parser, UserError, at_least, read_checkpoint, run_main, setup
+
+LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
+
+# ---------------------------------------------------------------------------------------------- shapes
+
+# Eight outlines that an eye tells apart at 16 px; colour and ground say nothing about the class, so that a model must get
+# the outline right. Few colours, all saturated, so that a wrong mixture of two is seen at once.
+SHAPES = ["disc", "ring", "square", "triangle", "plus", "cross", "bars", "diamond"]
+COLOURS = torch.tensor([[235, 60, 50], [70, 200, 80], [70, 120, 250], [250, 210, 60]], dtype=torch.float32)
+GROUNDS = torch.tensor([[18, 18, 24], [70, 30, 80]], dtype=torch.float32)
+SUB = 4  # sub-samples a pixel side: 16 grey levels along an edge are enough at 16 px
+
+
+def uniform(index, stream):
+    """Numbers in [0, 1), float64, that depend on (index, stream) alone: splitmix64 (Steele et al. 2014), vectorised."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+        z = np.asarray(index).astype(np.uint64) * np.uint64(16) + np.uint64(stream + 1)
+        z = z * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def inside(kind, x, y):
+    """Which points of the plane a shape covers. x (N,1,W), y (N,H,1), about [-1,1] over the shape -> bool (N,H,W)."""
+    ax, ay = x.abs(), y.abs()
+    if kind == "disc":
+        return x * x + y * y < 1
+    if kind == "ring":
+        square = x * x + y * y
+        return (square < 1.1) & (square > 0.3)
+    if kind == "square":
+        return (ax < 0.85) & (ay < 0.85)
+    if kind == "triangle":
+        return (ax < (y + 1) * 0.6) & (y < 0.8)
+    if kind == "plus":
+        return ((ax < 0.32) & (ay < 1)) | ((ay < 0.32) & (ax < 1))
+    if kind == "cross":
+        return ((ax - ay).abs() < 0.42) & (ax < 0.95) & (ay < 0.95)
+    if kind == "bars":
+        return (ax < 1) & ((ay - 0.6).abs() < 0.3)
+    return ax + ay < 1.15  # diamond
+
+
+def draw_shapes(index, img_size=16):
+    """Image number `index` (N,) of the endless shapes data; its class is index % 8. -> uint8 (N,3,img_size,img_size).
+
+    The picture depends on its index alone, not on the batch. Every class is symmetric under a mirror, so random
+    flips in training leave the distribution as it is.
+    """
+    index = np.asarray(index)
+    draw = lambda stream, low, high: torch.from_numpy(low + (high - low) * uniform(index, stream))
+    cx, cy, radius = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float(), draw(2, 0.56, 0.72).float()
+    colour = COLOURS[draw(3, 0, len(COLOURS)).long()][:, :, None, None]                  # (N,3,1,1)
+    ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][:, :, None, None]
+    grid = (torch.arange(img_size * SUB) + 0.5) * (2 / (img_size * SUB)) - 1
+    # in the shape's own coordinates; the largest radius at the farthest place still leaves a rim of ground
+    x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]                             # (N,1,S*SUB)
+    y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]                             # (N,S*SUB,1)
+    cover = torch.empty(len(index), 1, img_size, img_size)
+    for label, kind in enumerate(SHAPES):
+        rows = torch.from_numpy(np.flatnonzero(index % len(SHAPES) == label))
+        if len(rows):
+            fine = inside(kind, x[rows], y[rows]).float()[:, None]
+            cover[rows] = F.avg_pool2d(fine, SUB)                                        # (n,1,S,S)
+    return (ground + cover * (colour - ground)).round().byte()                           # (N,3,S,S)
+
+
+# ---------------------------------------------------------------------------------------------- image files
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
+
+
+def split_folder(path, split):
+    """The folder of a split: PATH/train, or PATH/test, else PATH/val. UserError when there is none."""
+    names = ["train"] if split == "train" else ["test", "val"]
+    for name in names:
+        if (Path(path) / name).is_dir():
+            return Path(path) / name
+    raise UserError(f"{path}: no folder '{names[0]}' in it; images belong in {path}/{names[0]}/<class>/*.jpg")
+
+
+def class_folders(folder):
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def class_files(folder):
+    return sorted(entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in SUFFIXES)
+
+
+def list_images(path, split):
+    """-> (class names, files, labels). The order is that of sorted names: the same on every machine and rank."""
+    folder = split_folder(path, split)
+    classes, files, labels = class_folders(folder), [], []
+    for label, name in enumerate(classes):
+        found = class_files(folder / name)
+        files += [f"{folder}/{name}/{file}" for file in found]
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
+    return classes, files, np.array(labels, np.int64)
+
+
+def own_size(path, split):
+    """px at which a folder is used unless told otherwise: its first image's below 64, else 256, the public MAR's."""
+    folder = split_folder(path, split)
+    for name in class_folders(folder):  # the first class alone: listing all of ImageNet takes long on a network disk
+        for file in class_files(folder / name)[:1]:
+            with decoding(folder / name / file), Image.open(folder / name / file) as image:
+                return min(image.size) if min(image.size) < PIXEL_LIMIT else 256
+    raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
+
+
+@contextlib.contextmanager
+def decoding(path):
+    """Pillow's many errors for a bad file become one that names it."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: broken image ({reason}); remove it, or leave such out with --skip_broken") from None
+
+
+def to_rgb(image):
+    """Any Pillow image -> 8-bit RGB. Transparency is laid over white: what hides under alpha 0 is often garbage."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def adm_crop(image, size):
+    """Centre crop to size x size exactly as ADM and MAR do it (openai/guided-diffusion image_datasets.py)."""
+    if image.size == (size, size):
+        return image
+    while min(image.size) >= 2 * size:  # halving by BOX first keeps the bicubic step from aliasing
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path, size):
+    """-> uint8 array (3,size,size); UserError naming the file when it cannot be decoded."""
+    with decoding(path), Image.open(path) as image:
+        return np.array(adm_crop(to_rgb(image), size)).transpose(2, 0, 1)                # HWC -> CHW
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+UNDONE, BROKEN = -2, -1  # in labels.npy: not built yet; a broken image that was skipped
+
+
+@contextlib.contextmanager
+def writing(folder):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there: {error.strerror or error}; what is written is kept") from None
+
+
+def create_array(path, shape, dtype, value=None):
+    """An .npy file of `shape`, made once: of two processes that try at the same moment one wins, neither spoils."""
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)  # sparse: no space is taken yet
+    if value is not None:
+        array[:] = value
+    with contextlib.suppress(FileExistsError):
+        os.link(part, path)  # unlike a rename, a link does not replace what is there
+    os.unlink(part)
+
+
+def write_rows(path, start, rows):
+    """Rows from `start` of an .npy file, on disk on return. Through a memory map a full disk would kill us (SIGBUS)."""
+    rows, offset = np.ascontiguousarray(rows), np.load(path, mmap_mode="r").offset
+    with writing(path), open(path, "r+b") as file:
+        file.seek(offset + start * rows[0].nbytes)
+        file.write(rows.data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path, content):
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
+
+
+def cache_settings(path, split, img_size, files, vae=None):
+    """All that decides what is in a cache: one made with other settings is not used. vae: the checksum of its file."""
+    folder = split_folder(path, split).resolve()
+    names = "\n".join("/".join(file.rsplit("/", 2)[1:]) for file in files)               # <class>/<file>
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+    return {"kind": "moments" if vae else "images", "source": str(folder), "split": split, "img_size": img_size,
+            "count": len(files), "file_names_sha256": digest, "vae_sha256": vae}
+
+
+def check_settings(folder, found, wanted):
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(f"{folder}: this cache was made by other settings ({key} {found.get(key)}, wanted {value});"
+                            " delete it or use another folder (--out)")
+
+
+def default_cache(path, img_size, root="out/cache"):
+    return Path(root) / f"{Path(path).resolve().name}-{img_size}{'' if img_size < PIXEL_LIMIT else '-latents'}"
+
+
+def read_meta(folder):
+    """What cache.json says; {} where none is."""
+    try:
+        return json.loads((folder / "cache.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/cache.json cannot be read ({error}); delete {folder}") from None
+
+
+def read_rows(pool, files, size, skip_broken):
+    """Decode files in the pool's threads (Pillow lets go of the GIL). -> uint8 (n,3,size,size), bool (n,) readable."""
+    def one(file):
+        try:
+            return read_image(file, size)
+        except UserError as error:
+            if not skip_broken:
+                raise
+            tqdm.write(f"skipped: {error}")
+    images = list(pool.map(one, files))
+    good = np.array([image is not None for image in images])
+    empty = np.zeros((3, size, size), np.uint8)
+    return np.stack([empty if image is None else image for image in images]), good
+
+
+def prepare_cache(out, settings, shape, dtype):
+    """Make the files of a cache, or find those of a stopped run: same settings. UserError when the disk is too full."""
+    meta, data, count = read_meta(out), out / f"{settings['kind']}.npy", settings["count"]
+    size = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if meta:
+            check_settings(out, meta, settings)
+        # a new array is sparse, so what it takes on the disk is what is written already
+        on_disk = data.stat().st_blocks * 512 if data.exists() else 0
+        free = shutil.disk_usage(out).free
+        print(f"{out}: {count:,} images, {size / 1e9:.2f} GB ({free / 1e9:.1f} GB free)", flush=True)
+        if size - on_disk > free:
+            raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {size / 1e9:.2f} are needed; make room or "
+                            "use another folder (--out)")
+        if not meta:
+            write_json(out / "cache.json", {**settings, "complete": False})
+        create_array(data, (count, *shape), dtype)
+        create_array(out / "labels.npy", (count,), np.int64, UNDONE)
+
+
+def build_cache(out, settings, classes, files, labels, encode, shape, dtype, batch, skip_broken=False):
+    """Fill the cache in folder `out`; every rank its own slice of rows. What a stopped run did is kept.
+
+    encode: uint8 (n,3,S,S) -> array (n, *shape) of `dtype`. labels.npy says which rows are done: a label is written
+    after the row's data has reached the disk, so a row that has one is whole, whatever happened since.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:
+        prepare_cache(out, settings, shape, dtype)
+    if world > 1:
+        dist.barrier()
+    data, marks, count = out / f"{settings['kind']}.npy", out / "labels.npy", len(files)
+    done = np.load(marks) != UNDONE
+    # neighbours in the file go to one rank, in chunks written at one go: a disk likes that better than single rows
+    mine = np.arange(count * rank // world, count * (rank + 1) // world)
+    chunks = [mine[i:i + batch] for i in range(0, len(mine), batch)]
+    chunks = [rows for rows in chunks if not done[rows].all()]
+    left = sum(map(len, chunks))
+    # `ahead` has the next chunk decoded while this one is encoded: else GPU and CPU would wait for each other
+    with (ThreadPoolExecutor(os.cpu_count() // world + 1) as pool, ThreadPoolExecutor(1) as ahead,
+          tqdm(total=left, disable=rank > 0, unit="img", desc=f"rank 0 of {world}") as bar):
+        read = lambda rows: ahead.submit(read_rows, pool, [files[i] for i in rows], settings["img_size"], skip_broken)
+        coming = [read(rows) for rows in chunks[:1]]
+        for i, rows in enumerate(chunks):
+            start = time.time()
+            images, good = coming.pop().result()
+            coming = [read(after) for after in chunks[i + 1:i + 2]]
+            write_rows(data, rows[0], encode(images))
+            write_rows(marks, rows[0], np.where(good, labels[rows], BROKEN))
+            if i == 0 and rank == 0:
+                minutes = (time.time() - start) / len(rows) * left / 60
+                bar.write(f"about {minutes:.1f} minutes; if stopped, the same command goes on from there")
+            bar.update(len(rows))
+    state = np.load(marks)
+    if not (state == UNDONE).any():  # the last rank to finish sees this: no barrier that would time out on a slow one
+        broken = [files[i] for i in np.flatnonzero(state == BROKEN)]
+        write_json(out / "cache.json", {**settings, "class_names": classes, "broken": broken, "complete": True})
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+class Data:
+    """One split of one data set. Indices run from 0 to len - 1.
+
+    name, split, class_names (list of str), num_classes, img_size (px), labels (int64 (N,)), pixels (bool; else
+    latents), latent_channels (3 for pixels). read(indices) -> uint8 (B,3,H,W), read(indices, flips) -> moments.
+    """
+
+    def __init__(self, name, split, class_names, img_size, labels, read, pixels=True):
+        self.name, self.split, self.class_names, self.num_classes = name, split, class_names, len(class_names)
+        self.img_size, self.labels, self.read, self.pixels = img_size, labels, read, pixels
+        self.latent_channels = 3 if pixels else 16
+
+    def __len__(self):
+        return len(self.labels)
+
+    def images(self, indices):
+        """uint8 (B,3,H,W), as stored: never flipped."""
+        if not self.pixels:
+            raise UserError(f"{self.name}: this data holds latents, not images")
+        return self.read(np.asarray(indices))
+
+    def batch(self, indices, flip, generator=None):
+        """indices (B,), flip (B,) bool -> x (B,C,h,w) float32 on the CPU, labels (B,) int64.
+
+        Pixels are in [-1,1]. Latents are a fresh sample of the VAE's posterior, drawn with `generator`, times 0.2325.
+        """
+        indices, flip = np.asarray(indices), np.asarray(flip)
+        labels = torch.from_numpy(self.labels[indices])
+        if self.pixels:
+            x = self.read(indices)
+            x = torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)  # as bytes: a quarter the work
+            return x.float().mul_(2 / 255).sub_(1), labels
+        mean, logvar = self.read(indices, flip.astype(np.int64)).float().chunk(2, dim=1)  # (B,32,h,w) -> 2 x (B,16,h,w)
+        std = logvar.clamp(-30, 20).mul_(0.5).exp_()                                     # the clamp is the public VAE's
+        noise = torch.randn(mean.shape, generator=generator)
+        return torch.addcmul(mean, std, noise).mul_(LATENT_SCALE), labels
+
+
+def open_cache(folder, name, split, wanted):
+    """A finished cache -> Data. `wanted`: settings it must have been made by."""
+    meta = read_meta(folder)
+    check_settings(folder, meta, wanted)
+    if not meta["complete"]:
+        raise UserError(f"{folder}: this cache is not finished; the command that began it goes on with it")
+    try:
+        labels = np.load(folder / "labels.npy")
+        array = np.asarray(np.load(folder / f"{meta['kind']}.npy", mmap_mode="r"))  # asarray: plain indexing is faster
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the cache is damaged ({error}); delete it and build it again") from None
+    rows = np.flatnonzero(labels >= 0)  # without the broken images
+    if not len(rows):
+        raise UserError(f"{folder}: not one of its images could be decoded; delete it")
+    read = lambda indices, *flips: torch.from_numpy(array[(rows[indices], *flips)])  # a copy of these rows alone
+    return Data(name, split, meta["class_names"], meta["img_size"], labels[rows], read, meta["kind"] == "images")
+
+
+def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken=False):
+    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a built cache.
+
+    split: "train" or "test". img_size: px, None for the data's own (16 for shapes, that of the first image below 64,
+    256 above). A folder of small images is decoded once, into `cache`; large ones need their latents built before.
+    """
+    name = str(name)
+    if split not in ("train", "test"):
+        raise UserError(f"split {split}: train or test")
+    if name == "shapes":
+        first, count = (0, 50_000) if split == "train" else (2**32, 10_000)
+        read = lambda indices: draw_shapes(first + indices, img_size or 16)
+        return Data(name, split, SHAPES, img_size or 16, (first + np.arange(count)) % len(SHAPES), read)
+    if name == "cifar10":
+        return open_cifar10(split, img_size)
+    path = Path(name)
+    if not path.is_dir():
+        raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
+    if (path / split / "cache.json").exists():
+        return open_cache(path / split, name, split, {"img_size": img_size} if img_size else {})
+    img_size = img_size or own_size(path, split)
+    folder = default_cache(path, img_size, cache) / split
+    complete = read_meta(folder).get("complete", False)
+    if img_size < PIXEL_LIMIT:
+        classes, files, labels = list_images(path, split)
+        wanted = cache_settings(path, split, img_size, files)
+        if not complete:
+            build_cache(folder, wanted, classes, files, labels, lambda images: images, (3, img_size, img_size),
+                        np.uint8, batch=1024, skip_broken=skip_broken)
+            if dist.is_initialized():
+                dist.barrier()  # the other ranks' rows
+    elif complete:  # made by whatever VAE; the files are not listed again, on ImageNet that takes minutes
+        wanted = {"source": str(split_folder(path, split).resolve()), "img_size": img_size}
+    else:
+        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: python data.py --data "
+                        f"{name} --vae {PUBLIC['kl16'][1]} --img_size {img_size} --split {split}")
+    return open_cache(folder, name, split, wanted)
+
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+def open_cifar10(split, img_size=None, root="data"):
+    """The official binary archive: per image 1 label byte, then 3,072 pixel bytes (red, green, blue planes)."""
+    folder = Path(root) / "cifar-10-batches-bin"  # under the current folder, where --get cifar10 puts it
+    files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    if img_size not in (None, 32):
+        raise UserError(f"cifar10 is of 32 px, not {img_size}")
+    if not folder.is_dir():
+        unpack_cifar10(Path(root))
+    parts = []  # 154 MB in all: no need of a cache, the files are one
+    for file in files:
+        if not (folder / file).is_file() or (folder / file).stat().st_size != 10_000 * 3073:
+            raise UserError(f"{folder / file}: missing or not of 30,730,000 bytes; delete {folder} and run "
+                            "python data.py --get cifar10")
+        parts.append(np.fromfile(folder / file, np.uint8).reshape(10_000, 3073))
+    records = np.concatenate(parts)                                                      # (N,3073)
+    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)
+    return Data("cifar10", split, CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
+
+
+def unpack_cifar10(root):
+    archive = root / "cifar-10-binary.tar.gz"
+    if not archive.is_file():
+        raise UserError(f"no CIFAR-10 in {root}: run python data.py --get cifar10")
+    if file_hash(archive, "md5") != CIFAR10_MD5:
+        raise UserError(f"{archive}: wrong checksum, damaged; delete it and run python data.py --get cifar10")
+    part = root / f"cifar-10.{os.getpid()}"  # a folder of one's own, so that ranks can unpack at the same time
+    with writing(root), tarfile.open(archive) as tar:
+        tar.extractall(part, filter="data")  # the filter refuses links and paths that leave the folder
+    with contextlib.suppress(OSError):  # another rank was first
+        os.rename(part / "cifar-10-batches-bin", root / "cifar-10-batches-bin")
+    shutil.rmtree(part)
+
+
+def file_hash(path, kind="sha256"):
+    """The hex digest of a file, however large: it is read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+@functools.lru_cache(maxsize=2)  # a step can touch two epochs
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def train_indices(n, batch, step, seed, rank=0, world=1):
+    """The step-th batch of endless shuffled epochs over n images -> this rank's (indices, flips), each (batch/world,).
+
+    A pure function of its arguments: resuming needs no saved state, and the ranks' parts make up the one-process batch.
+    """
+    if batch % world:
+        raise UserError(f"--batch {batch} cannot be divided among {world} processes")
+    share = batch // world
+    place = step * batch + rank * share + np.arange(share)  # counted from the first image of the first epoch
+    indices = np.empty(share, np.int64)
+    for epoch in np.unique(place // n):
+        here = place // n == epoch
+        indices[here] = epoch_order(n, seed, int(epoch))[place[here] % n]
+    flips = np.random.default_rng([seed, step, 1]).random(batch) < 0.5  # of the whole batch, whatever world is
+    return indices, flips[rank * share:(rank + 1) * share]
+
+# ---------------------------------------------------------------------------------------------- the KL-16 VAE
+# Module names are those of the public file (LTH14/mar models/vae.py), so its weights load without a table of renames.
+
+CHANNELS = (128, 128, 256, 256, 512)  # a level: full size, 1/2, 1/4, 1/8, 1/16
+
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, 3 x 3 convolution, twice, beside a shortcut. (B,c_in,h,w) -> (B,c_out,h,w)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class SelfAttention(nn.Module):
+    """One head as wide as the feature map is deep; its scale c^-0.5 is scaled_dot_product_attention's own."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B,c,h,w) -> (B,h*w,c)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)         # -> (B,c,h,w)
+        return x + self.proj_out(h)
+
+
+def middle(c):
+    return nn.ModuleDict({"block_1": ResnetBlock(c, c), "attn_1": SelfAttention(c), "block_2": ResnetBlock(c, c)})
+
+
+class Encoder(nn.Module):
+    """(B,3,H,W) -> (B,32,H/16,W/16). Attention only at the deepest level: elsewhere H*W positions are too many."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, CHANNELS[0], 3, padding=1)
+        self.down, c = nn.ModuleList(), CHANNELS[0]
+        for level, width in enumerate(CHANNELS):
+            last = level == len(CHANNELS) - 1
+            stage = nn.ModuleDict({"block": nn.ModuleList([ResnetBlock(c, width), ResnetBlock(width, width)]),
+                                   "attn": nn.ModuleList([SelfAttention(width) for _ in range(2 * last)])})
+            if not last:
+                stage["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
+            self.down.append(stage)
+            c = width
+        self.mid, self.norm_out, self.conv_out = middle(c), norm(c), nn.Conv2d(c, 32, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)                                                              # (B,128,H,W)
+        for stage in self.down:
+            for i, block in enumerate(stage["block"]):
+                h = block(h)
+                if len(stage["attn"]):
+                    h = stage["attn"][i](h)
+            if "downsample" in stage:
+                h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))                  # half; padded right and below
+        for layer in self.mid.values():
+            h = layer(h)
+        return self.conv_out(F.silu(self.norm_out(h)))                                   # (B,32,H/16,W/16)
+
+
+class Decoder(nn.Module):
+    """(B,16,h,w) -> (B,3,16h,16w). A block a level more than the encoder, and no attention on the way up."""
+
+    def __init__(self):
+        super().__init__()
+        c = CHANNELS[-1]
+        self.conv_in, self.mid = nn.Conv2d(16, c, 3, padding=1), middle(c)
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(CHANNELS))):
+            blocks = nn.ModuleList([ResnetBlock(c if i == 0 else width, width) for i in range(3)])
+            stage = nn.ModuleDict({"block": blocks})
+            if level:
+                stage["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+            self.up.insert(0, stage)  # the public list is indexed by level and run from its end
+            c = width
+        self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)                                                              # (B,512,h,w)
+        for layer in self.mid.values():
+            h = layer(h)
+        for stage in reversed(self.up):
+            for block in stage["block"]:
+                h = block(h)
+            if "upsample" in stage:
+                h = stage["upsample"]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(h)))                                   # (B,3,16h,16w)
+
+
+class KLVAE(nn.Module):
+    """KL-16: a picture of H x W px <-> 16 channels of H/16 x W/16. Always in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(), Decoder()
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(32, 32, 1), nn.Conv2d(16, 16, 1)
+
+    @torch.no_grad()
+    def moments(self, images):
+        """(B,3,H,W) in [-1,1] -> (B,32,H/16,W/16): 16 means, then 16 log-variances, not scaled."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, latents):
+        """(B,16,h,w), divided by LATENT_SCALE already -> (B,3,16h,16w), about [-1,1]. Differentiable, for rl.py."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def load_vae(path):
+    """The public kl16.ckpt -> KLVAE, frozen, on the CPU. UserError when the file is another, or not whole."""
+    file = read_checkpoint(path)
+    state = file["model"] if isinstance(file.get("model"), dict) else file
+    state = {name: value for name, value in state.items() if not name.startswith("loss.")}  # a discriminator, unused
+    with torch.device("meta"):  # shapes only: the weights come from the file, initialising them would take a second
+        vae = KLVAE()
+    wanted = vae.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in state]
+    wrong += [f"{name} is unexpected" for name in state if name not in wanted]
+    wrong += [f"{name} is {list(state[name].shape)}, not {list(wanted[name].shape)}" for name in wanted
+              if name in state and state[name].shape != wanted[name].shape]
+    if wrong:
+        is_mar = any("mask_token" in name for name in state)
+        raise UserError(f"{path} is not the KL-16 VAE{' but a MAR' if is_mar else ''}: {'; '.join(wrong[:3])} "
+                        f"({len(wrong)} differences); python data.py --get kl16 gets it")
+    vae.load_state_dict({name: state[name].float() for name in wanted}, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- downloads
+
+# Each can be fetched by hand from its url and put into its place; the same command then verifies it.
+# name: (url, place, bytes (about, unless there is a checksum), checksum as published). A checksum shorter than its hash
+# is a prefix: torch hub puts one into file names. "sha256:" alone: none is published, ours is written beside the file.
+HUB, OPENAI = "https://huggingface.co", "https://openaipublic.azureedge.net/clip/models"
+DROPBOX = "https://www.dropbox.com/scl/fi"
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+CLIPS = {"clip_b32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+         "clip_b16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+         "clip": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+         "clip_l14_336": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02")}
+PUBLIC = {
+    "kl16": (f"{DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
+             "pretrained_models/vae/kl16.ckpt", 254 << 20, "sha256:"),
+    "mar_base": (f"{DROPBOX}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=0",
+                 "pretrained_models/mar/mar_base/checkpoint-last.pth", 1587 << 20, "sha256:"),
+    "mar_large": (f"{DROPBOX}/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=0",
+                  "pretrained_models/mar/mar_large/checkpoint-last.pth", 3650 << 20, "sha256:"),
+    "mar_huge": (f"{DROPBOX}/1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=0",
+                 "pretrained_models/mar/mar_huge/checkpoint-last.pth", 7191 << 20, "sha256:"),
+    "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                  "weights-inception-2015-12-05-6726825d.pth",
+                  "pretrained_models/fid/weights-inception-2015-12-05-6726825d.pth", None, "sha256:6726825d"),
+    "adm_reference": (f"{ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+                      "pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz", None, "sha256:"),
+    **{name: (f"{OPENAI}/{digest}/{file}", f"pretrained_models/clip/{file}", None, f"sha256:{digest}")
+       for name, (file, digest) in CLIPS.items()},
+    "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+            "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
+            "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
+    "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
+                  "pretrained_models/pickscore/model.safetensors", None, "sha256:"),
+    "pickscore_config": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/config.json",
+                         "pretrained_models/pickscore/config.json", None, "sha256:"),
+    "imagereward": (f"{HUB}/THUDM/ImageReward/resolve/main/ImageReward.pt",
+                    "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
+    "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
+                          "pretrained_models/imagereward/vocab.txt", None, "sha256:"),
+    "names": ("https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/master/"
+              "imagenet-simple-labels.json", "pretrained_models/imagenet_class_names.json", None, "sha256:"),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "data/cifar-10-binary.tar.gz",
+                170_052_171, f"md5:{CIFAR10_MD5}"),
+}
+
+
+def verify(name, file, note, size, checksum):
+    """-> sha256 of a file. UserError when it is not the published one, or, where none is published, the one noted."""
+    kind, digest = checksum.split(":")
+    if not digest and note.exists():
+        digest = note.read_text().split()[0]
+    found, bytes_ = file_hash(file, kind), file.stat().st_size
+    if not found.startswith(digest) or (size and abs(bytes_ - size) > 0.01 * size):
+        raise UserError(f"{name}: {file} is damaged or another file: {bytes_:,} bytes, {kind} {found}; published: "
+                        f"{f'{size:,}' if size else '?'} bytes, {kind} {digest or '?'}; delete it and get it again")
+    return found if kind == "sha256" else file_hash(file)
+
+
+def fetch(name, url, part):
+    """Download url into the file `part`, going on where an earlier try stopped."""
+    start = part.stat().st_size if part.exists() else 0
+    # Dropbox sends the file itself, and not a page about it, to this user agent (LTH14/mar util/download.py)
+    headers = {"User-Agent": "Wget/1.16 (linux-gnu)", "Range": f"bytes={start}-"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+            if reply.status != 206:  # the server sends the whole file again
+                start = 0
+            total = start + int(reply.headers.get("Content-Length") or 0)
+            with open(part, "ab" if start else "wb") as file, tqdm(total=total or None, initial=start, unit="B",
+                                                                   unit_scale=True, desc=name) as bar:
+                while block := reply.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to send
+            raise UserError(f"{name}: the server answered {error.code} {error.reason} for {url}") from None
+        return
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{name}: download of {url} stopped ({error}); the same command goes on from there") from None
+    if part.stat().st_size < total:
+        raise UserError(f"{name}: download of {url} stopped at {part.stat().st_size:,} of {total:,} bytes; the same "
+                        "command goes on from there")
+
+
+def get(names, folder="."):
+    """Download public files by name into `folder`; what is to happen is printed first. UserError for anything amiss."""
+    for name in names:
+        if name not in PUBLIC:
+            raise UserError(f"--get {name}: unknown; known are {' '.join(PUBLIC)}")
+    for name in names:
+        url, place, size, checksum = PUBLIC[name]
+        path = Path(folder) / place
+        part, note = Path(f"{path}.part"), Path(f"{path}.sha256")
+        print(f"{name}: {url}\n  -> {path}; {f'{size / 2**20:,.0f} MiB' if size else 'size not published'}; {checksum}"
+              f"{f'not published, will be noted in {note}' if checksum.endswith(':') else ''}", flush=True)
+        if not path.exists():
+            with writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            fetch(name, url, part)
+            try:
+                verify(name, part, note, size, checksum)
+            except UserError:
+                part.unlink()  # going on from damaged bytes would never end well
+                raise
+            os.replace(part, path)
+        sha256 = verify(name, path, note, size, checksum)
+        note.write_text(f"{sha256}  {path.name}\n")
+        print(f"  is there, sha256 {sha256}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def build_latents(args, device):
+    """python data.py --data PATH --vae FILE: both flips of every image as VAE moments."""
+    vae = load_vae(args.vae).to(device)
+    classes, files, labels = list_images(args.data, args.split)
+    side = args.img_size // 16
+    out = Path(args.out or default_cache(args.data, args.img_size)) / args.split
+
+    def encode(images):
+        x = torch.from_numpy(images).to(device).float() / 127.5 - 1                      # (n,3,S,S)
+        moments = vae.moments(torch.cat([x, x.flip(-1)]))                                # (2n,32,h,w)
+        return moments.unflatten(0, (2, -1)).transpose(0, 1).half().cpu().numpy()        # (n,2,32,h,w): [i, flip]
+
+    settings = cache_settings(args.data, args.split, args.img_size, files, file_hash(args.vae)[:16])
+    shape = (2, 32, side, side)
+    build_cache(out, settings, classes, files, labels, encode, shape, np.float16, args.batch, args.skip_broken)
+
+
+def main(argv=None):
+    parser = Parser(description="Build the cache of an image folder, or download public files.")
+    parser.add_argument("--data", help="image folder with train/<class>/*")
+    parser.add_argument("--vae", help="KL-16 VAE file (--get kl16); needed from 64 px on")
+    parser.add_argument("--img_size", type=at_least(1), help="px a side; default 256, or what small images have")
+    parser.add_argument("--split", choices=["train", "test"], default="train", help="test reads PATH/test or PATH/val")
+    parser.add_argument("--out", help="folder of a latent cache; default out/cache/<name>-<size>-latents")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="images encoded at once; less if memory is short")
+    parser.add_argument("--skip_broken", action="store_true", help="name and leave out images that cannot be decoded")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    parser.add_argument("--get", nargs="+", default=[], metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
+    parser.add_argument("--folder", default=".", help="where --get puts its files; other scripts look in the default")
+    args = parser.parse_args(argv)
+    if not args.get and not args.data:
+        raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
+    get(args.get, args.folder)
+    if not args.data:
+        return
+    if not Path(args.data).is_dir():
+        raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
+    args.img_size = args.img_size or own_size(args.data, args.split)
+    device, _, _ = setup(args.device)
+    if args.img_size < PIXEL_LIMIT:
+        if args.vae or args.out:
+            raise UserError(f"--img_size {args.img_size}: below {PIXEL_LIMIT} px pixels are used: no --vae, no --out")
+        open_data(args.data, args.split, args.img_size, skip_broken=args.skip_broken)
+    elif not args.vae or args.img_size % 16:
+        raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
+    else:
+        build_latents(args, device)
+
+
+if __name__ == "__main__":
+    run_main(main)

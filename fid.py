@@ -1,0 +1,1375 @@
+"""The judges of samples: FID, inception score, KID, precision and recall; a classifier of the data; CLIP, PickScore,
+ImageReward. What they say agrees with the public implementations, which test_all.py checks.
+
+Needs samples (a folder of images, an .npz of sample.py --num) or a checkpoint, from which they are drawn as they are
+judged; and the judges' public weights, which are fetched only when asked for:
+
+    python fid.py --get inception adm_reference                # once; also: clip bpe pickscore pickscore_config ...
+    python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
+    python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
+    python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
+    python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
+
+The same call again goes on where a stopped one was. Figures with their conventions go to OUT/results.json.
+"""
+import argparse
+import gzip
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import time
+import unicodedata
+import zipfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices, write_json
+from model import Parser, UserError, at_least, load_mar, read_checkpoint, run_main, save_checkpoint, setup
+from sample import check_vae, draw, fill_in
+
+WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
+WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
+
+
+def as_features(x):
+    """(N, F) tensor or array -> float tensor on the CPU; UserError when it is neither finite nor two-dimensional."""
+    x = torch.as_tensor(x).detach().cpu()
+    if x.ndim != 2 or not x.is_floating_point():
+        raise UserError(f"features must be float (N, F), not {x.dtype} {tuple(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise UserError("the features hold NaN or infinity: look at the images they were made from")
+    return x
+
+
+def mean_and_covariance(features, chunk=4096):
+    """(N, F) features -> mu (F,), sigma (F, F), float64 numpy; N - 1 in the denominator, as numpy.cov."""
+    x = as_features(features)
+    if len(x) < 2:
+        raise UserError(f"a covariance needs at least 2 images, there are {len(x)}: generate or give more")
+    mu = sum(part.double().sum(0) for part in x.split(chunk)) / len(x)
+    # two passes, in chunks: exact to the last digits, and never a float64 copy of 50,000 x 2,048 numbers
+    centred = ((part.double() - mu) for part in x.split(chunk))
+    sigma = sum(part.T @ part for part in centred) / (len(x) - 1)
+    return mu.numpy(), sigma.numpy()
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^1/2) of two Gaussians: (F,), (F, F), (F,), (F, F) -> float.
+
+    With A A^T = s1 the product s1 s2 has the eigenvalues of the symmetric A^T s2 A, so two symmetric
+    eigen-decompositions do: no general matrix root (scipy's is slower and turns complex), and a singular covariance
+    (fewer images than features) needs no special case. FID: Heusel et al. 2017, arXiv 1706.08500.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
+        raise UserError(f"cannot compare {len(mu1)} features with {len(mu2)}: the statistics come from other networks")
+    if not all(bool(torch.isfinite(a).all()) for a in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("the statistics hold NaN or infinity: look at the images they were made from")
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp(min=0).sqrt()  # A, (F, F); rounding leaves some zero eigenvalues slightly negative
+    cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
+
+
+def inception_score(logits, splits=10, shuffle=False):
+    """exp(mean KL(p(y|x) || p(y))) over contiguous splits of logits (N, classes) -> (mean, std) over the splits.
+
+    shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
+    it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498.
+    """
+    x = as_features(logits)
+    if len(x) < splits:
+        raise UserError(f"an inception score of {splits} splits needs at least {splits} images, there are {len(x)}")
+    if shuffle:
+        x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
+    scores = []
+    for i in range(splits):
+        log_p = x[i * len(x) // splits:(i + 1) * len(x) // splits].double().log_softmax(1)
+        p = log_p.exp()
+        scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
+    """KID: squared MMD of features a (N, F) and b (M, F) under (x.y / F + 1)^3, unbiased -> (mean, std) over subsets.
+
+    Subsets are drawn as torch-fidelity draws them, its seed too. Unlike FID it has no bias from few images, so it may be
+    negative. Binkowski et al. 2018, arXiv 1801.01401.
+    """
+    a, b = as_features(a), as_features(b)
+    size = min(subset_size, len(a), len(b))
+    if size < 2 or a.shape[1] != b.shape[1]:
+        raise UserError(f"cannot compare features {tuple(a.shape)} with {tuple(b.shape)}: at least 2 images of one width")
+    random, values = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        x = a[random.choice(len(a), size, replace=False)].double()
+        y = b[random.choice(len(b), size, replace=False)].double()
+        k_xx, k_yy, k_xy = (((p @ q.T) / a.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))  # (size, size)
+        # the diagonal, a picture with itself, is what would bias the estimate
+        within = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (size * (size - 1))
+        values.append(float(within - 2 * k_xy.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def squared_distances(a, a_norm, b, b_norm):
+    """(n, F), (n,), (m, F), (m,) -> (n, m)."""
+    return torch.addmm(a_norm[:, None] + b_norm, a, b.T, alpha=-2)
+
+
+def precision_recall(generated, reference, k=3, chunk=1000):
+    """Features (N, F), (M, F) -> (precision, recall), improved definition of Kynkaanniemi et al. 2019, arXiv 1904.06991.
+
+    A set's manifold is the union of balls around its features, each reaching to the k-th nearest other one.
+    precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
+    generated one. (Some forks print them swapped.) A collapsed generator has precision 1 and recall 0.
+    """
+    a, b = as_features(generated).float(), as_features(reference).float()
+    if min(len(a), len(b)) <= k or a.shape[1] != b.shape[1]:
+        raise UserError(f"precision/recall with k = {k} needs more than {k} images of one feature width in each set, "
+                        f"not {tuple(a.shape)} and {tuple(b.shape)}")
+    centre = b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
+    a, b = a - centre, b - centre
+    a_norm, b_norm = a.square().sum(1), b.square().sum(1)
+
+    def radii(x, norm):  # (N,) squared distance to the k-th nearest other feature
+        found = []
+        for i in range(0, len(x), chunk):  # blockwise: 50,000 x 50,000 distances would be 10 GB
+            d = squared_distances(x[i:i + chunk], norm[i:i + chunk], x, norm)
+            d[torch.arange(len(d)), torch.arange(i, i + len(d))] = torch.inf  # itself
+            found.append(d.topk(k, largest=False).values[:, -1])
+        return torch.cat(found)
+
+    a_radius, b_radius = radii(a, a_norm), radii(b, b_norm)
+    precise, recalled = 0, torch.zeros(len(b), dtype=torch.bool)
+    for i in range(0, len(a), chunk):
+        d = squared_distances(a[i:i + chunk], a_norm[i:i + chunk], b, b_norm)  # (chunk, M)
+        precise += int((d <= b_radius).any(1).sum())
+        recalled |= (d <= a_radius[i:i + chunk, None]).any(0)
+    return precise / len(a), float(recalled.float().mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading foreign weights: renamed by a table, then strict
+
+
+def renamed(state, table):
+    """A state dict with every name put through the regular expressions of `table`, [(pattern, replacement)], in order."""
+    out = {}
+    for name, value in state.items():
+        for pattern, replacement in table:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value
+    return out
+
+
+def fill_model(build, state, path):
+    """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
+    another shape (names after renaming, which are this file's)."""
+    with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
+        model = build()
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # batch counters mean nothing in eval mode, and files of before 2018 lack them
+    wanted = {name: shape for name, shape in wanted.items() if not name.endswith("num_batches_tracked")}
+    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    wrong = [f"{name} missing" for name in wanted if name not in state]
+    wrong += [f"{name} unexpected" for name in state if name not in wanted]
+    wrong += [f"{name} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
+              if name in state and tuple(state[name].shape) != shape]
+    if wrong:
+        raise UserError(f"{path} is no {type(model).__name__} file that fits: {'; '.join(wrong[:4])}"
+                        f"{' ...' if len(wrong) > 4 else ''} ({len(wrong)} in all)")
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+SAFE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers. Every length is
+    checked against the file's before it is used. UserError when anything does not add up."""
+    try:
+        data = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))  # copy on write: the file itself is never touched
+        size = int.from_bytes(bytes(data[:8].tolist()), "little")
+        header = json.loads(bytes(data[8:8 + min(size, 100 << 20)].numpy()))
+        body, out = data[8 + size:], {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, stop = entry["data_offsets"]
+            kind, shape = SAFE_TYPES[entry["dtype"]], tuple(entry["shape"])
+            if not 0 <= start <= stop <= len(body) or math.prod(shape) * kind.itemsize != stop - start:
+                raise ValueError(f"{name} lies outside the file or is not of its shape")
+            out[name] = body[start:stop].clone().view(kind).reshape(shape)  # clone: offsets need not be aligned
+        return out
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no whole safetensors file: {str(error)[:100]}") from None
+
+
+def need_file(path, name):
+    """The path, if it is a file; else a UserError that says how to get it."""
+    if not os.path.isfile(path):
+        raise UserError(f"no such file: {path}; get it by: python fid.py --get {name}")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inception: the FID network of 2015-12-05, as torch-fidelity and pytorch-fid ported it. Names are the file's.
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU. `fold` puts the batch norm into the convolution: the same numbers, half the memory
+    traffic."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def fold(self):
+        self.conv = nn.utils.fusion.fuse_conv_bn_eval(self.conv, self.bn)
+        self.bn = nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def mean_pool(x):  # a border pixel is the mean of what there is, not of zeros: TensorFlow's way
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def max_pool(x):
+    return F.max_pool2d(x, 3, 1, 1)
+
+
+# The blocks as tables: a row is a branch, their outputs are concatenated. In a row: (name, channels, kernel, stride,
+# padding) one after the other; a list of two lists splits the branch; a bare function pools first.
+ROW, COLUMN, ROW3, COLUMN3 = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0)), ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
+
+
+def mixed_a(pool):  # (N, c, 35, 35) -> (N, 224 + pool, 35, 35)
+    return [[("branch1x1", 64, 1)],
+            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5, 1, 2)],
+            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 1, 1)],
+            [mean_pool, ("branch_pool", pool, 1)]]
+
+
+def mixed_b():  # (N, 288, 35, 35) -> (N, 768, 17, 17)
+    return [[("branch3x3", 384, 3, 2)],
+            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)],
+            [lambda x: F.max_pool2d(x, 3, 2)]]
+
+
+def mixed_c(mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin ones
+    return [[("branch1x1", 192, 1)],
+            [("branch7x7_1", mid, 1), ("branch7x7_2", mid, *ROW), ("branch7x7_3", 192, *COLUMN)],
+            [("branch7x7dbl_1", mid, 1), ("branch7x7dbl_2", mid, *COLUMN), ("branch7x7dbl_3", mid, *ROW),
+             ("branch7x7dbl_4", mid, *COLUMN), ("branch7x7dbl_5", 192, *ROW)],
+            [mean_pool, ("branch_pool", 192, 1)]]
+
+
+def mixed_d():  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
+    return [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
+            [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, *ROW), ("branch7x7x3_3", 192, *COLUMN),
+             ("branch7x7x3_4", 192, 3, 2)],
+            [lambda x: F.max_pool2d(x, 3, 2)]]
+
+
+def mixed_e(pool):  # (N, c, 8, 8) -> (N, 2048, 8, 8)
+    return [[("branch1x1", 320, 1)],
+            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, *ROW3), ("branch3x3_2b", 384, *COLUMN3)]],
+            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3, 1, 1),
+             [("branch3x3dbl_3a", 384, *ROW3), ("branch3x3dbl_3b", 384, *COLUMN3)]],
+            [pool, ("branch_pool", 192, 1)]]
+
+
+class Mixed(nn.Module):
+    """One block of such a table on c channels."""
+
+    def __init__(self, c, table):
+        super().__init__()
+        self.table = table
+        for row in table:
+            channels = c
+            for step in row:
+                if not callable(step):
+                    for name, *shape in step if isinstance(step, list) else [step]:
+                        setattr(self, name, Conv(channels, *shape))
+                    channels = shape[0]
+
+    def forward(self, x):
+        outs = []
+        for row in self.table:
+            y = x
+            for step in row:
+                if callable(step):
+                    y = step(y)
+                elif isinstance(step, list):
+                    y = torch.cat([getattr(self, name)(y) for name, *_ in step], 1)
+                else:
+                    y = getattr(self, step[0])(y)
+            outs.append(y)
+        return torch.cat(outs, 1)
+
+
+def resize_tf1(x, side=299):
+    """(N, 3, H, W) float -> (N, 3, side, side): TensorFlow 1's bilinear, corners at pixel corners, no half-pixel shift
+    and no antialiasing. The published FIDs were made with it; PIL or F.interpolate give other numbers."""
+    for dim in (3, 2):  # x first, then y
+        size = x.shape[dim]
+        at = torch.arange(side, device=x.device, dtype=torch.float32) * (size / side)
+        low = at.floor().long().clamp(max=size - 1)
+        weight = (at - low).view(-1, 1) if dim == 2 else at - low
+        x_low = x.index_select(dim, low)
+        x = x_low + (x.index_select(dim, (low + 1).clamp(max=size - 1)) - x_low) * weight
+    return x
+
+
+class Inception(nn.Module):
+    """uint8 images (N, 3, H, W) of any size -> (pool (N, 2048), logits without bias (N, 1008)), float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2), Conv(32, 32, 3)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3, 1, 1)
+        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3)
+        self.Mixed_5b, self.Mixed_5c = Mixed(192, mixed_a(32)), Mixed(256, mixed_a(64))
+        self.Mixed_5d, self.Mixed_6a = Mixed(288, mixed_a(64)), Mixed(288, mixed_b())
+        self.Mixed_6b, self.Mixed_6c = Mixed(768, mixed_c(128)), Mixed(768, mixed_c(160))
+        self.Mixed_6d, self.Mixed_6e = Mixed(768, mixed_c(160)), Mixed(768, mixed_c(192))
+        # the last block pools by maximum: a slip of the original network, but the weights were trained with it
+        self.Mixed_7a, self.Mixed_7b, self.Mixed_7c = (Mixed(768, mixed_d()), Mixed(1280, mixed_e(mean_pool)),
+                                                       Mixed(2048, mixed_e(max_pool)))
+        self.fc = nn.Linear(2048, 1008)
+
+    @torch.no_grad()
+    def forward(self, images):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"Inception reads uint8 (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: "
+                            "round float images to 0..255 first, as the published numbers do")
+        x = resize_tf1(images.to(self.fc.weight.device).float())
+        x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
+        # TF32 and autocast would each move FID in the second decimal
+        with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(x.device.type, enabled=False):
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
+            x = F.max_pool2d(x, 3, 2)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
+            x = F.max_pool2d(x, 3, 2)
+            for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b, self.Mixed_6c,
+                          self.Mixed_6d, self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
+                x = block(x)
+            pool = x.mean((2, 3))  # (N, 2048)
+            return pool, self.logits(pool)
+
+    def logits(self, pool):
+        """(N, 2048) -> (N, 1008). The inception score leaves the bias out: so did the original code."""
+        return pool.to(self.fc.weight.device) @ self.fc.weight.T
+
+
+def load_inception(path):
+    """The Inception of torch-fidelity's or pytorch-fid's weight file. A hash in the file's name is verified."""
+    digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", os.path.basename(path))
+    state = read_checkpoint(need_file(path, "inception"))
+    if digest and not file_hash(path).startswith(digest[1]):
+        raise UserError(f"{path}: its sha256 is {file_hash(path)}, the name says {digest[1]}: damaged, delete and get it again")
+    model = fill_model(Inception, state, path)
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.fold()
+    return model.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A small classifier of the data set: the judge of the small runs. Inception was trained on 299 px photographs and says
+# little about 16 px shapes; a network that has learnt the data's own classes gives features that matter there, and
+# tells besides whether a picture shows the class that was asked for. Its distance is called FD, never FID.
+
+
+class Classifier(nn.Module):
+    """uint8 or float-in-[0,1] images (N, 3, side, side) -> features (N, 4 * width), logits (N, classes).
+
+    Five 3x3 convolutions with batch norm and a mean over what is left of the image: small enough to be trained on one
+    CPU core in minutes. Features are the 96 averaged channels before the last layer; 2,048 images are 20 times that,
+    so their covariance is well determined. They are scaled to a mean variance of 1 on the training images, or the size
+    of a distance would depend on the weight decay: FD 96 is one standard deviation off in every feature.
+    """
+
+    def __init__(self, num_classes, img_size, width=24):
+        super().__init__()
+        self.num_classes, self.img_size, self.accuracy = num_classes, img_size, None
+        layers, channels = [], 3
+        for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1)):
+            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        # channels last: 1.5x faster on a CPU for so few channels
+        self.body = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.last = nn.Linear(channels, num_classes)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, images):
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.img_size, self.img_size):
+            raise UserError(f"this classifier reads (N, 3, {self.img_size}, {self.img_size}), not {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        x = images.to(self.last.weight.device, torch.float32) * 2 - 1
+        features = self.body(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # (N, 4 * width)
+        return features * self.scale, self.last(features)
+
+
+def train_classifier(data, seed, device, batch=128):
+    """Train a Classifier on a data set of pixels -> it, in eval mode, with `.accuracy` on images it has not seen: the
+    test split, or every 20th training image where there is none."""
+    indices = np.arange(len(data))
+    if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in ("test", "val")):
+        test = open_data(data.name, "test", data.img_size)
+        held = np.linspace(0, len(test) - 1, min(len(test), 5000)).astype(int)
+    else:
+        test, held, indices = data, indices[::20], indices[indices % 20 > 0]
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone: resume stays bit-exact
+        torch.manual_seed(seed)
+        net = Classifier(data.num_classes, data.img_size).to(device)
+    # 240 training images a pixel of an image: 61 k for 16 px shapes, 246 k (5 epochs) for CIFAR-10
+    steps = 240 * min(data.img_size, 32) ** 2 // batch
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.25)
+    labels = torch.as_tensor(data.labels)
+    bar = tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, mininterval=1)
+    for step in bar:
+        picks, flips = train_indices(len(indices), batch, step, seed)
+        picks = indices[picks]
+        images = data.images(picks)
+        images = torch.where(torch.as_tensor(flips)[:, None, None, None], images.flip(3), images)
+        loss = F.cross_entropy(net(images.to(device))[1], labels[picks].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    net.eval().requires_grad_(False)
+    net.scale.fill_(float((net.last.in_features / np.trace(feature_statistics(net, data, 5000)[1])) ** 0.5))
+    hits = [net(test.images(part).to(device))[1].argmax(1).cpu() == torch.as_tensor(test.labels[part])
+            for part in np.array_split(held, -(-len(held) // 500))]
+    net.accuracy = float(torch.cat(hits).float().mean())
+    return net
+
+
+def load_or_train_classifier(data, folder, seed=0, device="cpu"):
+    """The Classifier of `data` (a train split of pixels): read from folder/classifier_<seed>.pt, or trained and put there.
+
+    Classifiers of two seeds are two independent judges: train against one, report the other. No collective call is
+    made here, so one rank or all ranks may call it.
+    """
+    if not data.pixels:
+        raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
+    made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": list(map(str, data.class_names)),
+                 "images": len(data), "seed": int(seed), "recipe": 1}
+    path = Path(folder) / f"classifier_{seed}.pt"
+    if path.exists():
+        saved = read_checkpoint(path)
+        if saved.get("made_from") != made_from:
+            raise UserError(f"{path} was made from {saved.get('made_from')}, not {made_from}: delete it or use another --out")
+        net = Classifier(data.num_classes, data.img_size)
+        net.load_state_dict(saved["model"])
+        net.accuracy = saved["accuracy"]
+        return net.to(device).eval().requires_grad_(False)
+    net = train_classifier(data, seed, device)
+    os.makedirs(folder, exist_ok=True)
+    save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.cpu().state_dict()}, path)
+    print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
+    return net.to(device)
+
+
+@torch.no_grad()
+def classify(classifier, images, batch=500):
+    """uint8 or float images (N, 3, H, W) -> features (N, F), logits (N, classes), float32 on the CPU."""
+    parts = [classifier(part) for part in images.split(batch)]
+    return torch.cat([f for f, _ in parts]).cpu(), torch.cat([y for _, y in parts]).cpu()
+
+
+def feature_statistics(classifier, images, n=10000):
+    """(mu (F,), sigma (F, F)) float64 of the classifier's features of images: a uint8 (N, 3, H, W) tensor, or a data
+    set, of which at most `n` images, evenly spread over it, are read."""
+    if torch.is_tensor(images):
+        return mean_and_covariance(classify(classifier, images[:n])[0])
+    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(np.int64)
+    parts = np.array_split(picked, -(-len(picked) // 500))
+    return mean_and_covariance(torch.cat([classify(classifier, images.images(part))[0] for part in parts]))
+
+
+def judge(classifier, images, labels, reference):
+    """{"fd", "accuracy"} of uint8 images (N, 3, H, W) that were asked to show labels (N,); reference = (mu, sigma)."""
+    features, logits = classify(classifier, images)
+    accuracy = float((logits.argmax(1) == torch.as_tensor(labels).cpu()).float().mean())
+    return {"fd": frechet_distance(*mean_and_covariance(features), *reference), "accuracy": accuracy}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP, and PickScore, which is a CLIP: do picture and prompt belong together?
+
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP
+
+
+def clip_pixels(pixels, side):
+    """[0,1] (N, 3, H, W) -> normalised (N, 3, side, side): short side by bicubic, centre crop, CLIP's mean and std.
+
+    Differentiable. Pillow's bicubic, which the public code uses, has the same kernel and antialiasing but rounds to 8
+    bits after each direction: at most 2/255 apart, .3/255 on average (test_all.py).
+    """
+    h, w = pixels.shape[2:]
+    if (h, w) != (side, side):
+        size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
+        pixels = pixels[:, :, top:top + side, left:left + side]
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels - mean) / std
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block of CLIP, PickScore and BLIP's image tower: (N, T, width) -> the same."""
+
+    def __init__(self, width, heads, mlp, act, eps):
+        super().__init__()
+        self.heads, self.act = heads, act
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
+
+    def forward(self, x, causal=False):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, T, d)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+
+
+class ImageTower(nn.Module):
+    """[0,1] pixels (N, 3, H, W) -> normed tokens (N, 1 + patches, width), the class token first.
+
+    clip: a norm before the blocks and no bias in the patch embedding; BLIP has it the other way round.
+    """
+
+    def __init__(self, width, depth, heads, mlp, patch, tokens, act, eps, clip=True):
+        super().__init__()
+        self.side = patch * math.isqrt(tokens - 1)  # pixels
+        self.patch = nn.Conv2d(3, width, patch, patch, bias=not clip)
+        self.class_token, self.position = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(tokens, width))
+        self.norm_pre = nn.LayerNorm(width, eps) if clip else nn.Identity()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp, act, eps) for _ in range(depth))
+        self.norm_post = nn.LayerNorm(width, eps)
+
+    def forward(self, pixels):
+        x = self.patch(clip_pixels(pixels, self.side)).flatten(2).transpose(1, 2)  # (N, patches, width)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)  # (N, 1 + patches, width)
+        x = self.norm_pre(x + self.position)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_post(x)
+
+
+class TextTower(nn.Module):
+    """ids (N, T <= 77) -> (N, width) at the end-of-text token; causal."""
+
+    def __init__(self, width, depth, heads, mlp, vocabulary, tokens, act, eps):
+        super().__init__()
+        self.tokens, self.position = nn.Embedding(vocabulary, width), nn.Parameter(torch.empty(tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp, act, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps)
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.position[:ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, causal=True)
+        # end of text is the largest id; argmax takes its first place, so padding by it (as Hugging Face does) is the same
+        return self.norm(x)[torch.arange(len(x), device=x.device), ids.argmax(1)]
+
+
+class CLIP(nn.Module):
+    """Image and text towers with a common space of E dimensions."""
+
+    def __init__(self, image, text, embed):
+        super().__init__()
+        self.image, self.text = ImageTower(**image), TextTower(**text)
+        self.image_proj = nn.Parameter(torch.empty(image["width"], embed))
+        self.text_proj = nn.Parameter(torch.empty(text["width"], embed))
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+    def encode_image(self, pixels):
+        """Pixels in [0,1] (N, 3, H, W), any size -> features (N, E), not normalised."""
+        return self.image(pixels)[:, 0] @ self.image_proj
+
+    def encode_text(self, ids):
+        """Token ids (N, T <= 77) -> features (N, E), not normalised."""
+        return self.text(ids) @ self.text_proj
+
+    def score(self, pixels, text_features):
+        """exp(logit_scale) * cosine of N pictures with N texts (N, E) -> (N,): 100 * cosine with the released weights.
+        CLIP score and PickScore are this one formula."""
+        image = F.normalize(self.encode_image(pixels), dim=1)
+        return self.logit_scale.exp() * (image * F.normalize(text_features, dim=1)).sum(1)
+
+
+COMMON = [(r"attn\.in_proj_", "qkv."), (r"(self_)?attn\.out_proj", "proj"), (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"),
+          (r"mlp\.fc", "fc"), (r"(ln_|layer_norm)([12])\.", r"norm\2.")]
+OPENAI_NAMES = COMMON + [
+    (r"^visual\.transformer\.resblocks", "image.blocks"), (r"^visual\.conv1", "image.patch"),
+    (r"^visual\.class_embedding", "image.class_token"), (r"^visual\.positional_embedding", "image.position"),
+    (r"^visual\.ln_", "image.norm_"), (r"^visual\.proj", "image_proj"), (r"^transformer\.resblocks", "text.blocks"),
+    (r"^token_embedding", "text.tokens"), (r"^positional_embedding", "text.position"), (r"^ln_final", "text.norm"),
+    (r"^text_projection", "text_proj")]
+HF_NAMES = COMMON + [
+    (r"^vision_model\.embeddings\.patch_embedding", "image.patch"), (r"^vision_model\.encoder\.layers", "image.blocks"),
+    (r"^vision_model\.embeddings\.class_embedding", "image.class_token"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "image.position"),
+    (r"^vision_model\.pre_layrnorm", "image.norm_pre"),  # the typing error is in the public files
+    (r"^vision_model\.post_layernorm", "image.norm_post"), (r"^visual_projection\.weight", "image_proj"),
+    (r"^text_model\.embeddings\.token_embedding", "text.tokens"), (r"^text_model\.encoder\.layers", "text.blocks"),
+    (r"^text_model\.embeddings\.position_embedding\.weight", "text.position"),
+    (r"^text_model\.final_layer_norm", "text.norm"), (r"^text_projection\.weight", "text_proj")]
+
+
+def build_clip(state, path, image_heads, text_heads, image_act, text_act, eps=1e-5):
+    """A CLIP whose sizes are read off a renamed state dict; heads and activation are in no shape."""
+    try:
+        sizes = {}
+        for tower in ("image", "text"):
+            depth = len({name.split(".")[2] for name in state if name.startswith(f"{tower}.blocks.")})
+            mlp, width = state[f"{tower}.blocks.0.fc1.weight"].shape
+            sizes[tower] = {"width": width, "depth": depth, "mlp": mlp, "eps": eps}
+        image = {**sizes["image"], "patch": state["image.patch.weight"].shape[-1], "act": image_act,
+                 "tokens": len(state["image.position"]), "heads": image_heads(sizes["image"]["width"])}
+        text = {**sizes["text"], "vocabulary": len(state["text.tokens.weight"]), "act": text_act,
+                "tokens": len(state["text.position"]), "heads": text_heads(sizes["text"]["width"])}
+        embed = state["image_proj"].shape[1]
+    except KeyError as error:
+        raise UserError(f"{path} is no CLIP file: {error.args[0]} missing") from None
+    return fill_model(lambda: CLIP(image, text, embed), state, path)
+
+
+def load_clip(path):
+    """An OpenAI CLIP: their .pt files, which are TorchScript archives, or a plain state dict in their names."""
+    need_file(path, "clip")
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        try:
+            # TorchScript has a reader of its own, not Python's pickle; only the numbers are taken, none of its code is run
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        except RuntimeError as error:
+            raise UserError(f"{path} cannot be read as a TorchScript archive: {str(error).splitlines()[0][:100]}") from None
+    else:
+        state = read_checkpoint(path)
+    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    heads = lambda width: width // 64  # in all of OpenAI's
+    return build_clip(renamed(state, OPENAI_NAMES), path, heads, heads, quick_gelu, quick_gelu)
+
+
+def load_pickscore(folder):
+    """A Hugging Face CLIP folder, as PickScore's: config.json beside model.safetensors or pytorch_model.bin."""
+    folder = Path(folder)
+    try:
+        config = json.loads(Path(need_file(folder / "config.json", "pickscore_config")).read_text())
+        vision, text = config["vision_config"], config["text_config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is no CLIP configuration: {error}") from None
+    state = (read_safetensors(folder / "model.safetensors") if (folder / "model.safetensors").exists() else
+             read_checkpoint(need_file(folder / "pytorch_model.bin", "pickscore")))
+    state = renamed({k: v for k, v in state.items() if not k.endswith("position_ids")}, HF_NAMES)
+    for name in [name for name in state if ".self_attn.q_proj." in name]:  # three matrices there, one here
+        parts = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
+        if all(part in state for part in parts):
+            state[name.replace("self_attn.q_proj", "qkv")] = torch.cat([state.pop(part) for part in parts])
+    for name in ("image_proj", "text_proj"):  # stored as nn.Linear: the transpose of OpenAI's
+        if name in state:
+            state[name] = state[name].T.contiguous()
+    acts = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+    names = [part.get("hidden_act", "quick_gelu") for part in (vision, text)]  # what a config leaves out is HF's default
+    if not set(names) <= set(acts):
+        raise UserError(f"{folder / 'config.json'}: hidden_act {names}, known are {list(acts)}")
+    return build_clip(state, folder, lambda _: vision.get("num_attention_heads", 12),
+                      lambda _: text.get("num_attention_heads", 8), *(acts[name] for name in names),
+                      vision.get("layer_norm_eps", 1e-5))
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: Tokenizer(bpe_path)(texts) -> ids (N, 77) long.
+
+    The public code cleans text with ftfy and splits it with `regex`. Here the standard library does both: quotes
+    straightened, ligatures and full-width letters taken apart, control characters dropped, NFC. What it does not do is
+    ftfy's repair of mojibake (text once decoded by the wrong code page, as "cafÃ©"): such text gives other ids.
+    """
+
+    def __init__(self, path):
+        try:
+            with gzip.open(need_file(path, "bpe"), "rt", encoding="utf-8") as file:
+                merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no gzipped merge table: {error}") from None
+        if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
+            raise UserError(f"{path} is not CLIP's merge table: it has {len(merges)} pairs, 48894 are wanted")
+        # every byte gets a printable character: itself where it has one, else the next free one from 256 on (GPT-2)
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        self.byte = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        symbols = [self.byte[b] for b in printable + others]
+        words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
+        words += ["<|startoftext|>", "<|endoftext|>"]
+        self.ids = {word: i for i, word in enumerate(words)}
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        self.known = {"<|startoftext|>": ["<|startoftext|>"], "<|endoftext|>": ["<|endoftext|>"]}
+
+    @staticmethod
+    def clean(text):
+        text = html.unescape(html.unescape(text))
+        text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))
+        text = re.sub("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef\u3000]",
+                      lambda m: unicodedata.normalize("NFKC", m[0]), text)
+        text = re.sub("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
+        return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+
+    @staticmethod
+    def split(text):
+        """Words as the public pattern has them: special tokens, 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
+        kinds = "".join({"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "_" if c.isspace() else "x") for c in text)
+        at = 0
+        while at < len(text):
+            special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)").match(text, at)
+            run = re.compile("L+|N|x+|_+").match(kinds, at)
+            end = (special or run).end()
+            if kinds[at] != "_":
+                yield text[at:end]
+            at = end
+
+    def pieces(self, word):
+        """One word -> its byte-pair pieces: the earliest merge of the table first, until none applies."""
+        if word in self.known:
+            return self.known[word]
+        parts = [self.byte[b] for b in word.encode()]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+            if best not in self.rank:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                hit = tuple(parts[i:i + 2]) == best
+                merged.append(parts[i] + parts[i + 1] if hit else parts[i])
+                i += 2 if hit else 1
+            parts = merged
+        self.known[word] = parts
+        return parts
+
+    def __call__(self, texts, length=77):
+        out = torch.zeros(len(texts), length, dtype=torch.long)
+        start, end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
+        for row, text in zip(out, texts):
+            ids = [self.ids[piece] for word in self.split(self.clean(text)) for piece in self.pieces(word)]
+            ids = [start, *ids[:length - 2], end]  # too long a text is cut, its end marked all the same
+            row[:len(ids)] = torch.tensor(ids)
+        return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ImageReward: BLIP's image tower, a BERT that looks at it, and a line of weights: what would people prefer?
+
+
+class BertAttention(nn.Module):
+    """x (N, T, 768) asks, `source` (N, S, C) answers, post-norm; bias (N, 1, 1, S) is added to the scores."""
+
+    def __init__(self, source_width):
+        super().__init__()
+        self.query, self.dense = nn.Linear(768, 768), nn.Linear(768, 768)
+        self.key, self.value = nn.Linear(source_width, 768), nn.Linear(source_width, 768)
+        self.LayerNorm = nn.LayerNorm(768, 1e-12)
+
+    def forward(self, x, source, bias=None):
+        q, k, v = (y.unflatten(2, (12, 64)).transpose(1, 2) for y in (self.query(x), self.key(source), self.value(source)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (N, 12, T, 64)
+        return self.LayerNorm(x + self.dense(out.transpose(1, 2).flatten(2)))
+
+
+class BertLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.crossattention = BertAttention(768), BertAttention(1024)
+        self.fc1, self.fc2, self.norm = nn.Linear(768, 3072), nn.Linear(3072, 768), nn.LayerNorm(768, 1e-12)
+
+    def forward(self, x, bias, image):
+        x = self.crossattention(self.attention(x, x, bias), image)
+        return self.norm(x + self.fc2(F.gelu(self.fc1(x))))
+
+
+class ImageReward(nn.Module):
+    """THUDM/ImageReward, Xu et al. 2023, arXiv 2304.05977."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = ImageTower(1024, 24, 16, 4096, 16, 197, F.gelu, 1e-6, clip=False)
+        self.words, self.positions = nn.Embedding(30524, 768), nn.Embedding(512, 768)
+        self.norm = nn.LayerNorm(768, 1e-12)
+        self.layers = nn.ModuleList(BertLayer() for _ in range(12))
+        widths = (768, 1024, 128, 64, 16, 1)
+        # linear after linear: the activations are commented out in the public code, and the weights are trained so
+        self.mlp = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+
+    def read_text(self, input_ids, attention_mask, image):
+        """(N, T) ids, (N, T) 1 = a word, image tokens (N, 197, 1024) -> the last state at [CLS], (N, 768)."""
+        x = self.norm(self.words(input_ids) + self.positions.weight[:input_ids.shape[1]])  # (N, T, 768)
+        bias = (1.0 - attention_mask[:, None, None].to(x.dtype)) * -10000
+        for layer in self.layers:
+            x = layer(x, bias, image)
+        return x[:, 0]
+
+    def score(self, pixels, input_ids, attention_mask):
+        """Pixels in [0,1] (N, 3, H, W) and WordPiece ids (N, 35) -> (N,): about mean 0, variance 1 on its own data."""
+        x = self.read_text(input_ids, attention_mask, self.image(pixels))
+        for layer in self.mlp:
+            x = layer(x)
+        return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072  # the public constants
+
+
+BLIP_NAMES = [
+    (r"^blip\.visual_encoder\.cls_token", "image.class_token"), (r"^blip\.visual_encoder\.pos_embed", "image.position"),
+    (r"^blip\.visual_encoder\.patch_embed\.proj", "image.patch"), (r"^blip\.visual_encoder\.norm\.", "image.norm_post."),
+    (r"^blip\.visual_encoder\.", "image."), (r"\.attn\.(qkv|proj)", r".\1"), (r"\.mlp\.fc", ".fc"),
+    (r"^blip\.text_encoder\.embeddings\.word_embeddings", "words"), (r"attention\.(self|output)\.", "attention."),
+    (r"^blip\.text_encoder\.embeddings\.position_embeddings", "positions"), (r"\.output\.dense", ".fc2"),
+    (r"^blip\.text_encoder\.embeddings\.LayerNorm", "norm"), (r"\.intermediate\.dense", ".fc1"),
+    (r"^blip\.text_encoder\.encoder\.layer\.", "layers."), (r"(layers\.\d+)\.output\.LayerNorm", r"\1.norm"),
+    (r"^mlp\.layers\.0\.", "mlp.0."), (r"^mlp\.layers\.2\.", "mlp.1."), (r"^mlp\.layers\.4\.", "mlp.2."),
+    (r"^mlp\.layers\.6\.", "mlp.3."), (r"^mlp\.layers\.7\.", "mlp.4.")]
+
+
+def load_imagereward(path):
+    """ImageReward.pt, a plain state dict. Its contrastive projections have no part in the reward and are left out."""
+    state = read_checkpoint(need_file(path, "imagereward"))
+    unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+    state = renamed({k: v for k, v in state.items() if not k.startswith(unused)}, BLIP_NAMES)
+    for name in ("image.class_token", "image.position"):
+        if name in state:
+            state[name] = state[name].squeeze()  # (1, 197, 1024) -> (197, 1024)
+    return fill_model(ImageReward, state, path)
+
+
+class WordPiece:
+    """bert-base-uncased's tokenizer from its vocab.txt: WordPiece(path)(texts) -> ids (N, 35), mask (N, 35), long."""
+
+    def __init__(self, path):
+        words = Path(need_file(path, "imagereward_vocab")).read_text(encoding="utf-8").split("\n")
+        self.ids = {word.rstrip("\r"): i for i, word in enumerate(words) if word.strip()}
+        missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in self.ids]
+        if missing:
+            raise UserError(f"{path} is no BERT vocabulary: {' '.join(missing)} missing")
+
+    @staticmethod
+    def words(text):
+        """Lower case without accents, split at spaces, around punctuation and around every Chinese character."""
+        text = unicodedata.normalize("NFD", "".join(c for c in text if c.isspace() or
+                                                    unicodedata.category(c)[0] != "C" and c != "\ufffd").lower())
+        out = []
+        for c in text:
+            category = unicodedata.category(c)
+            if category == "Mn":  # an accent, parted from its letter by NFD
+                continue
+            cjk = 0x4E00 <= ord(c) <= 0x9FFF or 0x3400 <= ord(c) <= 0x4DBF or 0xF900 <= ord(c) <= 0xFAFF \
+                or 0x20000 <= ord(c) <= 0x2CEAF or 0x2F800 <= ord(c) <= 0x2FA1F
+            # BERT counts every ASCII sign as punctuation, $ + ~ and so on too
+            alone = category[0] == "P" or cjk or c.isascii() and c.isprintable() and not c.isalnum() and c != " "
+            out.append(f" {c} " if alone else c)
+        return "".join(out).split()
+
+    def pieces(self, word):
+        """The longest known beginning, then the longest known ##continuation, ...; one gap and all is [UNK]."""
+        found, start = [], 0
+        while start < len(word) <= 100:
+            stop = next((stop for stop in range(len(word), start, -1)
+                         if ("##" if start else "") + word[start:stop] in self.ids), None)
+            if stop is None:
+                return [self.ids["[UNK]"]]
+            found.append(self.ids[("##" if start else "") + word[start:stop]])
+            start = stop
+        return found or [self.ids["[UNK]"]]
+
+    def __call__(self, texts, length=35):
+        ids = torch.full((len(texts), length), self.ids["[PAD]"])
+        mask = torch.zeros_like(ids)
+        for i, text in enumerate(texts):
+            found = [piece for word in self.words(text) for piece in self.pieces(word)]
+            found = [self.ids["[CLS]"], *found[:length - 2], self.ids["[SEP]"]]
+            ids[i, :len(found)], mask[i, :len(found)] = torch.tensor(found), 1
+        return ids, mask
+
+
+TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
+
+
+def prompt_scorer(kind, class_names, template=TEMPLATE, weights=None, vocabulary=None, device="cpu"):
+    """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels; rl.py's rewards are these.
+
+    kind: clip, pickscore or imagereward; weights and vocabulary: where the public files lie, None for where --get puts
+    them. The prompts of all classes are read once, here.
+    """
+    if "{class}" not in template:
+        raise UserError(f"the prompt {template!r} has no {{class}} in it")
+    prompts = [template.replace("{class}", name) for name in class_names]
+    weights = weights or WEIGHTS[kind]
+    vocabulary = vocabulary or WEIGHTS["imagereward_vocab" if kind == "imagereward" else "bpe"]
+    if kind == "imagereward":
+        ids, mask = (x.to(device) for x in WordPiece(vocabulary)(prompts))  # (classes, 35)
+        model = load_imagereward(weights).to(device)
+        return lambda pixels, labels: model.score(pixels, ids[labels], mask[labels])
+    ids = Tokenizer(vocabulary)(prompts).to(device)
+    ids = ids[:, :int((ids > 0).sum(1).max())]  # padding comes after the end and is never looked at: a fifth of the work
+    model = (load_clip if kind == "clip" else load_pickscore)(weights).to(device)
+    with torch.no_grad():
+        text = torch.cat([model.encode_text(part) for part in ids.split(64)])  # (classes, E)
+    return lambda pixels, labels: model.score(pixels, text[labels])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is judged: a source gives uint8 images by number, so that ranks and resumed runs can take any part
+
+Source = namedtuple("Source", "name count side labels class_names read key")
+# labels (N,) or None; read(start, stop) -> uint8 (n, 3, H, W); key: what the images are made from, for shards and caches
+
+
+def file_key(path):
+    stat = os.stat(path)
+    return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def read_npz(path):
+    """{name: array} of an .npz; arrays stored without compression are mapped, not read: 50,000 x 256 x 256 x 3 is 10 GB."""
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if info.compress_type != zipfile.ZIP_STORED:
+                    with np.load(path) as file:
+                        arrays[name] = file[name]
+                    continue
+                with archive.open(info) as file:
+                    version = np.lib.format.read_magic(file)
+                    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                    shape, fortran, kind = header(file)
+                    start = file.tell()
+                raw.seek(info.header_offset + 26)  # the local header repeats the name, and may pad it differently
+                start += info.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4)))
+                order = "F" if fortran else "C"
+                arrays[name] = np.memmap(path, kind, "r", start, shape, order) if 0 not in shape else np.empty(shape, kind)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no whole .npz file: {str(error)[:100]}") from None
+    return arrays
+
+
+def npz_source(path, arrays=None):
+    """arr_0 uint8 (N, H, W, 3), and labels (N,) where there are some: what sample.py --num and ADM's scripts write."""
+    arrays = arrays or read_npz(path)
+    if "arr_0" not in arrays:
+        raise UserError(f"{path} has no arr_0 but {sorted(arrays)}: images are expected there as uint8 (N, H, W, 3)")
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, wanted is uint8 (N, H, W, 3): RGB, rounded to 0..255")
+    read = lambda start, stop: torch.from_numpy(images[start:stop].transpose(0, 3, 1, 2).copy())  # NHWC -> NCHW
+    labels = next((np.asarray(arrays[k]) for k in ("labels", "arr_1") if k in arrays and len(arrays[k]) == len(images)), None)
+    return Source(str(path), len(images), images.shape[1], labels, None, read, file_key(path))
+
+
+def read_judged(path):
+    """One image of a folder that is judged as it is -> uint8 (3, H, W). What is not 8-bit RGB is refused: how grey, alpha
+    or 16 bits are to become RGB is not this file's to guess."""
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            deep = image.format == "PNG" and (file.seek(24), file.read(1))[1] == b"\x10"  # Pillow drops the low bytes silently
+            if image.mode != "RGB" or deep:
+                raise UserError(f"{path}: {'16-bit' if deep else 'mode ' + image.mode}; judged images must be 8-bit RGB: "
+                                "convert them, or crop and convert all by --size")
+            file.seek(0)
+            return np.asarray(image).transpose(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: broken image ({str(error).splitlines()[0][:80]})") from None
+
+
+def folder_source(path, size=None):
+    """Every image below a folder. size: crop to it as ADM does, any mode to RGB; None: as they are, all of one size."""
+    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{path}: no images in it")
+    side = size or read_judged(files[0]).shape[1]
+
+    def one(file):
+        image = read_image(file, size) if size else read_judged(file)
+        if image.shape[1:] != (side, side):
+            raise UserError(f"{file} is {image.shape[2]} x {image.shape[1]}, others {side} x {side}: crop all by --size {side}")
+        return image
+
+    def read(start, stop):
+        with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
+            return torch.from_numpy(np.stack(list(pool.map(one, files[start:stop]))))
+
+    classes = sorted({file.parent.name for file in files})
+    labels = np.array([classes.index(file.parent.name) for file in files]) if len(classes) > 1 else None
+    names = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()
+    key = [str(Path(path).resolve()), size, len(files), names, max(file.stat().st_mtime_ns for file in files)]
+    return Source(str(path), len(files), side, labels, classes if labels is not None else None, read, key)
+
+
+def checkpoint_source(path, args, device):
+    """Images drawn from a checkpoint when they are asked for: image i is that of (seed, i), with class i % classes, so
+    that every stretch is balanced. Nothing is written but what the judges say."""
+    file, model = read_checkpoint(path), load_mar(path).to(device)
+    flags = argparse.Namespace(**{**vars(args), "ckpt": path, "teacher": False, "bench": False, "teacher_ar_steps": None,
+                                  "ar_steps": args.ar_steps and [args.ar_steps]})
+    fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
+    vae = load_vae(args.vae).to(device) if args.vae else None
+    check_vae(model, vae)
+    how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
+           "guidance_schedule": flags.guidance_schedule, "temperature": flags.temperature, "seed": args.seed}
+    labels = np.arange(args.num) % model.config.num_classes
+    read = lambda start, stop: draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
+    key = [file_key(path), args.vae and file_key(args.vae), how]
+    name = f"{path} (K {how['ar_steps']}, head steps {how['head_steps']}, guidance {how['guidance']:g}, seed {args.seed})"
+    return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key)
+
+
+def open_source(path, args, device):
+    """A path of the command line -> Source."""
+    if path in args.ckpt:
+        return checkpoint_source(path, args, device)
+    if os.path.isdir(path):
+        return folder_source(path, args.size)
+    if str(path).endswith(".npz"):
+        return npz_source(path)
+    raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judging
+
+SHARD = 256  # images whose results are one file: what a kill can lose, a process
+
+
+@torch.no_grad()
+def collect(source, judges, key, args, rank, world):
+    """What every judge says of every image -> {name: array (N, ...)} on rank 0, None on the others.
+
+    judges: {name: f(uint8 images, labels) -> {name: tensor (n, ...)}}; key: what they were loaded from. Shards go to
+    the ranks in turns; each is a file, written once it is whole and deleted when all are gathered. A run that was
+    stopped finds the files of the same source and judges and goes on.
+    """
+    if source.count < 2:
+        raise UserError(f"{source.name}: {source.count} image; a distribution needs at least 2, and a figure worth "
+                        "comparing tens of thousands")
+    made_from = json.dumps([source.key, source.count, key], sort_keys=True)
+    folder = Path(args.out) / "shards" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [(start, min(start + SHARD, source.count)) for start in range(0, source.count, SHARD)]
+    bar, began = tqdm(shards[rank::world], desc=source.name[:40], unit="shard", disable=rank > 0, mininterval=1), time.time()
+    done = 0
+    for start, stop in bar:
+        path = folder / f"{start}.npz"
+        if path.exists():
+            continue
+        parts = []
+        images = source.read(start, stop)
+        labels = None if source.labels is None else torch.as_tensor(source.labels[start:stop]).long()
+        for i in range(0, stop - start, args.batch):
+            pick = slice(i, i + args.batch)
+            said = [f(images[pick], None if labels is None else labels[pick]) for f in judges.values()]
+            parts.append({k: v.cpu().numpy() for part in said for k, v in part.items()})
+        with open(folder / f"{start}.writing", "wb") as file:
+            np.savez(file, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
+        os.replace(folder / f"{start}.writing", path)
+        done += stop - start
+        bar.set_postfix_str(f"{done * world / (time.time() - began):.1f} images/s")
+    if world > 1:
+        dist.barrier()  # every shard is on disk
+    if rank > 0:
+        return None
+    files = [np.load(folder / f"{start}.npz") for start, _ in shards]
+    whole = {k: np.concatenate([file[k] for file in files]) for k in files[0].files}
+    shutil.rmtree(folder)
+    return whole
+
+
+def statistics_in(path, arrays):
+    """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
+    mu, sigma = (np.asarray(arrays[k], np.float64) for k in ("mu", "sigma"))
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048):
+        raise UserError(f"{path}: mu is {mu.shape}, sigma {sigma.shape}: these are not statistics of the 2048 pool features")
+    return mu, sigma
+
+
+def open_reference(path, inception, args, rank, world, side):
+    """--ref -> {"mu", "sigma", "features" (for KID, precision, recall; or None), "text"} on rank 0, None elsewhere.
+
+    Statistics of images are kept next to them, in <path>.inception.npz, with what they were made from.
+    """
+    arrays = {}
+    if os.path.isdir(path):
+        source = folder_source(path, side)
+    elif str(path).endswith(".npz"):
+        arrays = read_npz(path)
+        if not {"mu", "sigma"} <= set(arrays) and "arr_0" not in arrays:
+            raise UserError(f"{path} holds {sorted(arrays)}: a reference has mu and sigma, or images in arr_0")
+        source = npz_source(path, arrays) if "arr_0" in arrays else None
+    else:  # torch-fidelity's cache, {"mu", "sigma"} by torch.save
+        arrays, source = read_checkpoint(path), None
+        if not {"mu", "sigma"} <= set(arrays):
+            raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}: a reference has mu and sigma")
+    out = {"features": None, "text": f"mu, sigma of {path} (their n is not in the file)"}
+    if "mu" in arrays:
+        out["mu"], out["sigma"] = statistics_in(path, arrays)
+        if "n" in arrays:
+            out["text"] = f"mu, sigma of {path}, n = {int(arrays['n'])}"
+    if source is None or ("mu" in out and not {"kid", "prc"} & set(args.metrics)):
+        return out
+    cache = Path(f"{str(path).rstrip('/')}.inception.npz")
+    made_from = json.dumps([source.key, source.count, args.inception_hash])
+    if cache.exists():
+        kept = read_npz(cache)
+        fits = str(kept.get("made_from")) == made_from
+    if cache.exists() and fits:
+        mu, sigma, features = kept["mu"], kept["sigma"], kept["features"]
+    else:
+        said = collect(source, {"inception": inception}, args.inception_hash, args, rank, world)
+        if rank > 0:
+            return None
+        mu, sigma = mean_and_covariance(said["pool"])
+        # KID and the manifolds need the features themselves; 10,000 of them is what ADM's reference has
+        features = said["pool"][np.linspace(0, source.count - 1, min(source.count, 10000)).astype(int)]
+        try:
+            np.savez(cache, mu=mu, sigma=sigma, features=features, n=source.count, made_from=made_from)
+        except OSError as error:
+            print(f"note: statistics not kept in {cache}: {error.strerror}", flush=True)
+    resize = f", ADM centre crop to {side} px" if os.path.isdir(path) else ""
+    images = f"{source.count} images of {path}{resize}"
+    if "mu" not in out:
+        out.update(mu=mu, sigma=sigma, text=f"mu, sigma of {images}")
+    out["features"] = features
+    out["text"] += f"; KID, precision, recall against {len(features)} of {images}"
+    return out
+
+
+def inception_row(pool, inception, reference, args):
+    """The figures of features (N, 2048) -> {"fid", "is", "is_std", "kid", "kid_std", "precision", "recall"}."""
+    row = {}
+    if "is" in args.metrics:
+        logits = torch.cat([inception.logits(part).cpu() for part in torch.from_numpy(pool).split(4096)])
+        row["is"], row["is_std"] = inception_score(logits, shuffle=args.is_order == "torch-fidelity")
+    if reference and "fid" in args.metrics:
+        row["fid"] = frechet_distance(*mean_and_covariance(pool), reference["mu"], reference["sigma"])
+    if reference and reference["features"] is not None:
+        if "kid" in args.metrics:
+            row["kid"], row["kid_std"] = kernel_distance(pool, reference["features"])
+        if "prc" in args.metrics:
+            row["precision"], row["recall"] = precision_recall(pool, reference["features"])
+    return row
+
+
+def make_judges(args, source, device, rank, world):
+    """--judges -> ({name: f(images, labels)}, key, models for the figures)."""
+    judges, key, models = {}, {}, {}
+    for name in args.judges:
+        if name == "inception":
+            models[name] = model = load_inception(args.inception).to(device)
+            key[name] = args.inception_hash = file_hash(args.inception)
+            judges[name] = lambda images, _, model=model: {"pool": model(images)[0]}
+        elif name == "classifier":
+            if not args.data:
+                raise UserError("--judges classifier needs --data: the set whose classes it learns")
+            data = open_data(args.data)
+            folder = args.classifier or f"out/{Path(args.data).name}"
+            for turn in (0, 1):  # rank 0 trains it where there is none, the others read the file
+                if turn == min(rank, 1):
+                    models[name] = model = load_or_train_classifier(data, folder, device=device)
+                if world > 1:
+                    dist.barrier()
+            models["classifier_reference"] = feature_statistics(model, data)
+            key[name] = file_key(Path(folder) / "classifier_0.pt")
+
+            def classify_shard(images, labels, model=model):
+                features, logits = classify(model, images)
+                hits = {} if labels is None else {"hit": logits.argmax(1) == labels}
+                return {"features": features, **hits}
+            judges[name] = classify_shard
+        else:
+            names = source.class_names or class_names(args.class_names)
+            if source.labels is None:
+                raise UserError(f"{source.name} has no labels, and --judges {name} compares each image with its class's "
+                                "prompt: give an .npz with labels, or folders of classes")
+            if source.labels.max() >= len(names):
+                raise UserError(f"{source.name} has class {source.labels.max()}, and only {len(names)} class names are known: "
+                                "give --class_names")
+            score = prompt_scorer(name, names, args.prompt, getattr(args, name), None, device)
+            key[name] = [file_key(getattr(args, name)), names, args.prompt]
+
+            def score_shard(images, labels, name=name, score=score):
+                return {name: score(images.to(device).float() / 255, labels.to(device))}
+            judges[name] = score_shard
+    return judges, key, models
+
+
+def class_names(path):
+    """A JSON list of names in label order, as ImageNet's."""
+    try:
+        names = json.loads(Path(need_file(path, "names")).read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON list of class names: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is no JSON list of class names")
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse():
+    p = Parser(description=__doc__.partition("\n")[0])
+    p.add_argument("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
+    p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
+    p.add_argument("--judges", nargs="+", choices=["inception", "clip", "pickscore", "imagereward", "classifier"],
+                   default=["inception"], help="who judges; each brings columns of the table")
+    p.add_argument("--metrics", nargs="+", choices=["fid", "is", "kid", "prc"], default=["fid", "is", "kid", "prc"],
+                   help="inception's figures; kid and prc (precision, recall) need images in --ref")
+    p.add_argument("--ref", help="reference: .npz or .pt statistics (mu, sigma), an .npz of images, or a folder of images")
+    p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
+    p.add_argument("--is_order", choices=["torch-fidelity", "adm"], default="torch-fidelity",
+                   help="inception score: shuffled by seed 2020, or the splits as the images come")
+    p.add_argument("--size", type=at_least(1), help="px: crop the images of judged folders as ADM does; None: as they are")
+    p.add_argument("--num", type=at_least(2), default=50000, help="--ckpt: images to draw, all classes alike often")
+    p.add_argument("--ar_steps", type=at_least(1), help="--ckpt: AR steps; None: the checkpoint's")
+    p.add_argument("--head_steps", type=at_least(1), help="--ckpt: denoising steps; None: 1 for a student, else its own")
+    p.add_argument("--guidance", type=at_least(0, float), help="--ckpt: 1 = none; None: the checkpoint's")
+    p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
+    p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="--ckpt: scale of the noise")
+    p.add_argument("--seed", type=int, default=0, help="--ckpt: image i is that of (seed, i)")
+    p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
+    p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
+    p.add_argument("--classifier", help="classifier: the folder where it is kept; None: out/<data>, as distill.py")
+    p.add_argument("--class_names", default=WEIGHTS["names"], help="JSON list for the prompts, if the source has no names")
+    p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what is asked of an image of {class}")
+    for name in ("inception", "clip", "pickscore", "imagereward"):
+        p.add_argument(f"--{name}", default=WEIGHTS[name], help=f"weights of {name}; change it if they lie elsewhere")
+    p.add_argument("--vocab", default=WEIGHTS["imagereward_vocab"], help="imagereward: BERT's vocab.txt")
+    p.add_argument("--bpe", default=WEIGHTS["bpe"], help="clip, pickscore: CLIP's merge table")
+    p.add_argument("--out", default="out/fid", help="folder of results.json and, while it runs, of the shards")
+    p.add_argument("--batch", type=at_least(1), default=64, help="images at once, a process; less if memory is short")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--get", nargs="+", default=[], metavar="NAME", help="download public files first: see data.py --get")
+    args = p.parse_args()
+    judged = args.samples + args.ckpt
+    if not judged and not args.get:
+        raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
+    for path in judged + [args.ref] * bool(args.ref):
+        if not os.path.exists(path):
+            raise UserError(f"no such file or folder: {path}")
+    if args.save_stats and (len(judged) != 1 or "inception" not in args.judges):
+        raise UserError("--save_stats keeps inception's statistics of one set of samples: give one, and that judge")
+    return args, judged
+
+
+def judge_source(source, judges, key, models, reference, args, rank, world):
+    """One row of the table, on rank 0; an empty one elsewhere."""
+    began = time.time()
+    said = collect(source, judges, key, args, rank, world)
+    if rank > 0:
+        return {}
+    row = {"name": source.name, "n": source.count, "seconds": round(time.time() - began, 1)}
+    if "pool" in said:
+        row |= inception_row(said["pool"], models["inception"], reference, args)
+        if args.save_stats:
+            mu, sigma = mean_and_covariance(said["pool"])
+            np.savez(args.save_stats, mu=mu, sigma=sigma, n=source.count, made_from=json.dumps([source.key, args.inception_hash]))
+    for name in ("clip", "pickscore", "imagereward"):
+        if name in said:
+            row[name] = float(said[name].astype(np.float64).mean())
+    if "features" in said:
+        row["fd"] = frechet_distance(*mean_and_covariance(said["features"]), *models["classifier_reference"])
+        if "hit" in said:
+            row["accuracy"] = float(said["hit"].mean())
+    if source.count < 2048:
+        print(f"warning: {source.name}: {source.count} images. Below 2,048 FID and FD say more about n than about the "
+              "images: compare with equal n only", flush=True)
+    return row
+
+
+def conventions(args, reference, models):
+    """What the figures mean, in lines; printed and saved with every result."""
+    lines = []
+    if "inception" in models:
+        lines += [f"inception: 2015-12-05, weights sha256 {args.inception_hash[:8]}, resized to 299 by TF1 bilinear without "
+                  "half-pixel centres, (x-128)/128, float32; generated set: the rows, reference: --ref",
+                  f"reference: {reference['text'] if reference else 'none, so no FID'}",
+                  f"is: 10 splits, {args.is_order} order, logits without bias; kid: (x.y/2048 + 1)^3, unbiased, mean of 100 "
+                  "subsets of 1000; precision: share of the generated inside the reference's manifold, recall: the "
+                  "reverse, k = 3, inception pool features"]
+    for name in set(args.judges) & {"clip", "pickscore"}:
+        lines.append(f"{name}: exp(logit_scale) * cosine with the prompt {args.prompt!r} of the class; pixels by bicubic")
+    if "imagereward" in args.judges:
+        lines.append(f"imagereward: normalised as published, prompt {args.prompt!r}")
+    if "classifier" in models:
+        lines.append(f"fd, accuracy: by the classifier of {args.data} (its own test accuracy "
+                     f"{models['classifier'].accuracy:.4f}); fd to 10,000 training images; not comparable with FID")
+    return lines
+
+
+def print_table(rows):
+    """Figures by row; the columns are those that some row has."""
+    columns = list(dict.fromkeys(k for row in rows for k in row if k not in ("name", "is_std", "kid_std")))
+    print("".join(f"{c:>12}" for c in columns) + "  of")
+    for row in rows:
+        cells = [f"{row[c]:.4f}" if isinstance(row.get(c), float) and c != "seconds" else str(row.get(c, "-")) for c in columns]
+        print("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}", flush=True)
+
+
+def main():
+    args, judged = parse()
+    get(args.get)
+    if not judged:
+        return
+    device, rank, world = setup(args.device)
+    rows, judges, reference = [], None, None
+    for path in judged:
+        source = open_source(path, args, device)
+        if judges is None:
+            judges, key, models = make_judges(args, source, device, rank, world)
+            if args.ref and "inception" in judges:
+                reference = open_reference(args.ref, judges["inception"], args, rank, world, source.side)
+        rows.append(judge_source(source, judges, key, models, reference, args, rank, world))
+        del source  # a checkpoint's network: the next one needs its memory
+    if rank == 0:
+        print("\n".join(lines := conventions(args, reference, models)))
+        print_table(rows)
+        write_json(Path(args.out) / "results.json", {"rows": rows, "conventions": lines})
+
+
+if __name__ == "__main__":
+    run_main(main)
