@@ -1,4 +1,4 @@
-"""Distil MAR's inner chain of 100 denoising steps to one: stage 0 trains a teacher where there is none, stage 1 is GSIM.
+"""Distil MAR's inner chain of 100 denoising steps to one. Stage 0: a teacher where there is none. Stage 1: GSIM.
 
 Must exist: nothing for shapes; for ImageNet the latent cache (data.py) and the public teacher (data.py --get mar_base).
 
@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from data import PIXEL_LIMIT, PUBLIC, load_vae, open_data, own_size, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
-from model import (MAR, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, at_least, average, config_dict,
-                   diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint, run_main,
+from model import (MAR, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
+                   diffusion_loss, gaussian, image_keys, load_mar, on_sigterm, random_orders, read_checkpoint, run_main,
                    save_checkpoint, setup, uniform, update_ema)
 from sample import draw, save_grid
 
@@ -41,12 +41,14 @@ T_MIN, T_MAX = 20, 973  # levels of the student's loss: sigma .04 to 24.7, SiD's
 
 # What `--data` changes; an explicit flag always wins. Figures for shapes: README, "How the defaults were chosen".
 DEFAULTS = {
-    "shapes": dict(size="shapes", teacher=None, teacher_steps=2400, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
-                   steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, ar_steps=8, eval_every=200,
-                   eval_images=2048, save_every=200, warmup=0),
-    "cifar10": dict(size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
-                    steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0, ar_steps=16,
-                    eval_every=1000, eval_images=2000, save_every=500),
+    "shapes": dict(
+        size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
+        steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
+        ar_steps=8, eval_every=200, eval_images=2048, save_every=200),
+    "cifar10": dict(
+        size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
+        steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
+        ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
 }
 
 
@@ -61,8 +63,8 @@ def is_small(path):
 def parse_args(argv=None):
     """Flags, in the order: files, data and model, teacher, distillation, optimiser, watching, system."""
     p = Parser(description="Train a MAR teacher where there is none, and distil it to one step.")
-    p.add_argument("--data", default="data/imagenet", help="shapes, cifar10, an image folder with train/<class>/*, or a "
-                   "cache built by data.py")
+    p.add_argument("--data", default="data/imagenet", help="shapes, cifar10, an image folder with train/<class>/*, "
+                   "or a cache built by data.py")
     p.add_argument("--out", default=None, help="folder of the run (default out/<name of the data>)")
     p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     p.add_argument("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
@@ -85,7 +87,9 @@ def parse_args(argv=None):
     p.add_argument("--critic_steps", type=at_least(1), default=1, help="critic updates a student update")
     p.add_argument("--steps", type=at_least(0), default=150000, help="updates of the critic in stage 1")
     p.add_argument("--batch", type=at_least(1), default=256, help="images an update of stage 1, all ranks together")
-    p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: raise it when memory ends")
+    p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: more if memory ends")
+    p.add_argument("--recompute", action="store_true", help="recompute the transformers' blocks in backward: less "
+                   "memory, a third more time")
     p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="student's learning rate")
     p.add_argument("--critic_lr", type=at_least(0, float), default=1e-5, help="critic's learning rate")
     p.add_argument("--warmup", type=at_least(0), default=100, help="updates of linear warm-up, both stages")
@@ -322,16 +326,24 @@ def stop_if_bad(bad, args):
                         "lower the learning rate, or go on with --resume and another --seed")
 
 
+def leave(args, step):
+    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
+    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
+    raise SystemExit(0)
+
+
 def start_folder(args, rank, world):
     """Make the run's folder; refuse to write over another run. Before anything long starts."""
     path = os.path.join(args.out, "resume.pt")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
+        args.resume = True  # torchrun --max-restarts started us again after a rank died
     if args.resume and not os.path.exists(path):
         raise UserError(f"--resume: {path} is not there; leave --resume away to start")
     if not args.resume and os.path.exists(path):
         raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
     if args.batch % (world * args.accumulate) or args.teacher_batch % (world * args.accumulate):
-        raise UserError(f"--batch {args.batch} and --teacher_batch {args.teacher_batch} must be multiples of processes x "
-                        f"--accumulate = {world} x {args.accumulate}")
+        raise UserError(f"--batch {args.batch} and --teacher_batch {args.teacher_batch} must be multiples of "
+                        f"processes x --accumulate = {world} x {args.accumulate}")
     if rank == 0:
         try:
             os.makedirs(args.out, exist_ok=True)
@@ -348,12 +360,12 @@ def check_fit(args, config, data):
     for what, theirs, ours in (("pictures of side", config.img_size, data.img_size),
                                ("classes", config.num_classes, data.num_classes)):
         if theirs != ours:
-            raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another of the two")
+            raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another")
     if config.pixels != data.pixels:
-        raise UserError(f"the teacher works on {'pixels' if config.pixels else 'latents'}, --data {args.data} holds the "
-                        "other: build the latent cache with data.py, or choose another teacher")
+        raise UserError(f"the teacher works on {'pixels' if config.pixels else 'latents'}, --data {args.data} holds "
+                        "the other: build the latent cache with data.py, or choose another teacher")
     if args.ar_steps > config.seq_len:
-        raise UserError(f"--ar_steps {args.ar_steps}: a picture has {config.seq_len} tokens, so at most that many steps")
+        raise UserError(f"--ar_steps {args.ar_steps}: a picture has {config.seq_len} tokens, at most that many")
     if args.t_init and args.t_init > T_MAX:
         raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
 
@@ -376,8 +388,9 @@ def train_teacher(args, config, data, device, rank, world, resumed):
         start = resumed["step"]
         for target, key in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
             target.load_state_dict(resumed[key])
+    model.checkpoint_blocks = args.recompute
     gradients = Gradients(model)
-    bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
+    bad, clock, clock_step, stop = torch.tensor(NEVER, device=device), time.time(), start, on_sigterm()
     bar = tqdm(range(start, args.teacher_steps), initial=start, total=args.teacher_steps, desc="teacher", unit="step",
                disable=rank > 0 or None, mininterval=1)
     for step in bar:
@@ -398,19 +411,21 @@ def train_teacher(args, config, data, device, rank, world, resumed):
         optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))  # ramp: forget the random start
 
-        average(total, world)
-        bad = torch.minimum(bad, torch.where(torch.isfinite(total + norm), NEVER, step))
-        last = step + 1 == args.teacher_steps
+        bad = torch.minimum(bad, torch.where(torch.isfinite(norm), NEVER, step))  # a bad loss makes a bad norm
+        last, told_to_stop = step + 1 == args.teacher_steps, False
         if (step + 1) % args.log_every == 0 or last:
-            log_line(args, rank, bar, stage="teacher", step=step + 1, loss=total, grad_norm=norm,
+            told_to_stop = any_rank(stop.is_set(), device, world)
+            log_line(args, rank, bar, stage="teacher", step=step + 1, loss=average(total, world), grad_norm=norm,
                      images_per_s=args.teacher_batch * (step + 1 - clock_step) / (time.time() - clock))
             clock, clock_step = time.time(), step + 1
-        if (step + 1) % args.save_every == 0 or last:
+        if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
             if rank == 0:
                 save_checkpoint({"stage": "teacher", "step": step + 1, "args": vars(args), "model": model.state_dict(),
                                  "ema": ema.state_dict(), "optimizer": optimizer.state_dict()},
                                 os.path.join(args.out, "resume.pt"))
+        if told_to_stop:
+            leave(args, step + 1)
     write_product(args, data, ema, "teacher", args.teacher_steps, rank)
     return ema
 
@@ -418,7 +433,7 @@ def train_teacher(args, config, data, device, rank, world, resumed):
 def write_product(args, data, model, stage, step, rank):
     """teacher.pt or student.pt: what sample.py, fid.py and rl.py read. Weights and sizes; no optimiser."""
     if rank == 0:
-        save_checkpoint({"config": config_dict(model.config), "stage": stage, "ema": model.state_dict(), "step": step,
+        save_checkpoint({"config": asdict(model.config), "stage": stage, "ema": model.state_dict(), "step": step,
                          "args": vars(args), "class_names": list(data.class_names)},
                         os.path.join(args.out, f"{stage}.pt"))
 
@@ -447,10 +462,12 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         for target, key in ((student, "model"), (ema, "ema"), (critic, "critic"), (optimizer, "optimizer"),
                             (critic_optimizer, "critic_optimizer")):
             target.load_state_dict(resumed[key])
+    student.checkpoint_blocks = critic.checkpoint_blocks = args.recompute
     gradients, critic_gradients = Gradients(student), Gradients(critic)
     distillation_gradient = gsim_gradient if args.loss == "gsim" else vsd_gradient
     bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
-    bins, critic_bins = torch.zeros(2, 10, device=device), torch.zeros(2, 10, device=device)
+    bins, critic_bins, norm = (torch.zeros(shape, device=device) for shape in ((2, 10), (2, 10), ()))
+    stop = on_sigterm()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.loss, unit="step",
                disable=rank > 0 or None, mininterval=1)
     for step in bar:
@@ -498,11 +515,12 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
             norm = gradients.finish(args.clip)
             optimizer.step()
             update_ema(ema, student, args.ema)
-            bad = torch.minimum(bad, torch.where(torch.isfinite(norm + critic_norm), NEVER, step))
+        bad = torch.minimum(bad, torch.where(torch.isfinite(norm + critic_norm), NEVER, step))
 
         # ---- log, evaluate, save
-        last = step + 1 == args.steps
+        last, told_to_stop = step + 1 == args.steps, False
         if (step + 1) % args.log_every == 0 or last:
+            told_to_stop = any_rank(stop.is_set(), device, world)
             average(bins, world), average(critic_bins, world)
             log_line(args, rank, bar, stage="distil", step=step + 1, loss=bins[0].sum() / bins[1].sum(),
                      critic_loss=critic_bins[0].sum() / critic_bins[1].sum(), grad_norm=norm, critic_norm=critic_norm,
@@ -517,15 +535,17 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
             if row:
                 log_line(args, rank, bar, stage="distil", step=step + 1, **row)
             clock = time.time()
-        if (step + 1) % args.save_every == 0 or last:
+        if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
             write_product(args, data, ema, "student", step + 1, rank)
             if rank == 0:
                 save_checkpoint({"stage": "student", "step": step + 1, "args": vars(args),
                                  "model": student.state_dict(), "ema": ema.state_dict(), "critic": critic.state_dict(),
-                                 "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict()},
+                                 "optimizer": optimizer.state_dict(),
+                                 "critic_optimizer": critic_optimizer.state_dict()},
                                 os.path.join(args.out, "resume.pt"))
-    return ema
+        if told_to_stop:
+            leave(args, step + 1)
 
 
 def teacher_contexts(teacher, tokens, visible, labels, masked, g):

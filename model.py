@@ -1,8 +1,8 @@
 """MAR, the masked autoregressive image model, and its one-step form: the networks, the diffusion, the sampler.
 
-A picture is L continuous tokens of C channels (256 x 16 for ImageNet 256). A transformer reads the tokens that are known
-and gives every unknown token a condition vector c; a small MLP, the head, turns noise into the token given c. Slow, as
-published: 100 denoising steps of the head at each of K AR steps. Fast, after distill.py: one call of the head at each.
+A picture is L continuous tokens of C channels (256 x 16 for ImageNet 256). A transformer reads the tokens that are
+known and gives every unknown token a condition vector c; a small MLP, the head, turns noise into the token given c.
+Slow, as published: 100 denoising steps of the head at each of K AR steps. Fast, after distill.py: one call at each.
 
 This file needs nothing before it. It is imported, not run:
 
@@ -21,8 +21,11 @@ import argparse
 import functools
 import math
 import os
+import signal
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+import threading
+import zipfile
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -79,19 +82,19 @@ SIZES = {
     "huge": MARConfig(width=1280, heads=16, encoder_depth=20, decoder_depth=20, head_depth=12, head_width=1536),
     "shapes": MARConfig(img_size=16, vae_stride=1, patch_size=4, vae_channels=3, num_classes=8, width=96, heads=3,
                         encoder_depth=3, decoder_depth=3, buffer_size=4, head_depth=3, head_width=192, dropout=0.0,
-                        mask_ratio_min=0.5, t_init=625),
+                        mask_ratio_min=0.1, t_init=625),
     "cifar10": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=384, heads=6,
                          encoder_depth=6, decoder_depth=6, buffer_size=16, head_depth=4, head_width=512,
                          mask_ratio_min=0.5, t_init=625),
-    "cifar10_cpu": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=128, heads=4,
-                             encoder_depth=4, decoder_depth=4, buffer_size=8, head_depth=3, head_width=192, dropout=0.0,
-                             mask_ratio_min=0.5, t_init=625),
+    "cifar10_cpu": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=128,
+                             heads=4, encoder_depth=4, decoder_depth=4, buffer_size=8, head_depth=3, head_width=192,
+                             dropout=0.0, mask_ratio_min=0.5, t_init=625),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Noise as a function. Every random number that shapes a picture is a hash of (seed, index of the picture, purpose,
 # token, channel) and not a draw from a generator's state. So a picture does not depend on the batch it is drawn in, on
-# the rank that draws it or on the device, a resumed run needs no saved generator, and no state has to leave a CUDA graph.
+# the rank that draws it or on the device, a resumed run needs no saved generator, and a CUDA graph keeps no state.
 
 ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR step k uses CHAIN + 1000 * k + j
 TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)
@@ -180,8 +183,8 @@ def alpha_sigma(t):
 def diffusion_loss(out, x0, x_t, t, eps):
     """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
 
-    out (N, 2C) the head's eps and variance, x0, x_t, eps (N, C), t (N,) -> (N,). Source: Nichol & Dhariwal 2021, eq. 16,
-    as LTH14/mar runs it (the bound is not scaled down; the mean is detached, so the bound trains the variance alone).
+    out (N, 2C) the head's eps and variance, x0, x_t, eps (N, C), t (N,) -> (N,). Source: Nichol & Dhariwal 2021,
+    eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
     """
     eps_hat, v = out.chunk(2, dim=1)  # (N, C) each
     tables = {name: value[t, None] for name, value in schedule_tables(t.device).items()}
@@ -624,7 +627,8 @@ def read_checkpoint(path):
     try:
         # the public files carry their command line as an argparse.Namespace: plain data, allowed by name
         with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # memory-mapped, so that unused parts are never read; files from before PyTorch 1.6 are no archives
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen kinds for a bad file; all mean the same to the user
         raise UserError(f"{path} cannot be read as a checkpoint (truncated, or not a torch file): "
                         f"{str(error).splitlines()[0][:120]}") from None
@@ -797,6 +801,13 @@ def average(tensor, world):
     return tensor
 
 
-def config_dict(config):
-    """MARConfig -> the plain dict a checkpoint holds."""
-    return asdict(config)
+def any_rank(flag, device, world):
+    """Whether `flag` is true on any rank: what one decides, all do. A host sync; call it where there is one anyway."""
+    return bool(average(torch.tensor(float(flag), device=device), world) > 0)
+
+
+def on_sigterm():
+    """-> a threading.Event that SIGTERM sets, instead of ending the process at once."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event

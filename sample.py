@@ -333,7 +333,7 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 1
 
 
 def read_log(path):
-    """log.jsonl -> {(stage, quantity): {step: value}} of finite numbers. Of steps that a resumed run repeats the last."""
+    """log.jsonl -> {(stage, quantity): {step: value}} of finite numbers; of a repeated step (resume) the last."""
     curves = {}
     try:
         lines = Path(path).read_text().splitlines()

@@ -51,8 +51,8 @@ def need_shared():
 
 
 def fill(shapes, seed=0):
-    """{name: tensor}: the fixtures' deterministic weights."""
-    return {name: torch.from_numpy(np.asarray(value)) for name, value in need_shared()(shapes, seed).items()}
+    """{name: float32 array}: the fixtures' deterministic weights for {name: shape}."""
+    return need_shared()(shapes, seed)
 
 
 def fixture(name):
@@ -185,7 +185,9 @@ def test_public_checkpoint_gives_ema_by_default():
 def test_mar_base_agrees_with_the_public_mar_at_full_size():
     z, shapes = fixture("mar_base"), json.loads((FIXTURES / "mar_full_shapes.json").read_text())
     with scratch() as folder:
-        torch.save({"model": {}, "model_ema": fill(shapes["mar_base"]["shapes"])}, folder / "base.pth")
+        weights = fill(shapes["mar_base"]["shapes"])
+        torch.save({"model": {}, "model_ema": {name: torch.from_numpy(w) for name, w in weights.items()}},
+                   folder / "base.pth")
         model = load_mar(folder / "base.pth")
         assert model.config == SIZES["base"]
         c = model.condition(model.patchify(z["latents"]), z["mask"], z["labels"])
@@ -458,11 +460,12 @@ def test_two_processes_train_as_one():
     with scratch() as folder:
         distill_tiny(folder / "one", "--eval_images", 8)
         distill_tiny(folder / "two", "--eval_images", 8, world=2)
-        for key in ("model", "critic"):
-            one, two = weights(folder / "one", "resume.pt", key), weights(folder / "two", "resume.pt", key)
-            start = weights(folder / "one", "teacher.pt")
-            for name in one:  # relative to how far the weights moved: Adam turns rounding into whole steps where g ~ 0
-                assert (one[name] - two[name]).norm() <= 0.01 * (one[name] - start[name]).norm() + 1e-6, (key, name)
+        # Adam turns the rounding of a gradient that is zero by symmetry (the bias of attention's keys) into whole
+        # steps, and the distillation's beta_1 = 0 does not average them out: hence the looser bound there
+        for name, key, bound in (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3)):
+            one, two = weights(folder / "one", name, key), weights(folder / "two", name, key)
+            apart = sum((one[n] - two[n]).square().sum() for n in one) / sum(one[n].square().sum() for n in one)
+            assert apart**0.5 < bound, (name, key, apart**0.5)
 
 
 def test_accumulation_and_variants_run():
@@ -479,7 +482,7 @@ def test_accumulation_and_variants_run():
         for name, state in results.items():
             moved = sum((results["plain"][key] - start[key]).square().sum() for key in start) ** 0.5
             other = sum((results["plain"][key] - state[key]).square().sum() for key in start) ** 0.5 / moved
-            assert other < 0.01 if name in ("plain", "accumulate") else other > 0.05, (name, other)
+            assert other < 0.01 if name in ("plain", "accumulate") else other > 0.015, (name, other)
 
 
 def test_distill_refuses_bad_input():
@@ -509,6 +512,21 @@ def test_distill_refuses_bad_input():
         refuses(run("distill.py", "--data", folder / "empty", "--device", "cpu", "--teacher_steps", 1), "train")
         refuses(run(*shapes[:-1], folder / "file" / "out"), "cannot write")
         assert not (folder / "out").exists()  # nothing half-written
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_well():
+    """What a cluster sends before it takes a machine away; then --resume ends in the bits of an undisturbed run."""
+    with scratch() as folder:
+        (folder / "classifier_0.pt").write_bytes(shapes_classifier())
+        flags = (*TINY, "--out", folder, "--teacher_steps", 100000, "--save_every", 100000, "--log_every", 1)
+        process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not (folder / "log.jsonl").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "SIGTERM" in out, out
+        assert read_checkpoint(folder / "resume.pt")["step"] == int(re.search(r"step (\d+)", out)[1])
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint():
