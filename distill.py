@@ -33,7 +33,7 @@ from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
                    diffusion_loss, gaussian, image_keys, load_mar, on_sigterm, random_orders, read_checkpoint, run_main,
                    save_checkpoint, setup, uniform, update_ema)
-from sample import draw, save_grid
+from sample import draw_together, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
 TEACHER_T, TEACHER_EPS, DROP, NOISE, CRITIC_T, CRITIC_EPS, STUDENT_T, STUDENT_EPS = (TRAIN + 64 * i for i in range(8))
@@ -256,7 +256,7 @@ class Watch:
     """
 
     def __init__(self, args, data, device, rank, world):
-        self.args, self.rank, self.world, self.device = args, rank, world, device
+        self.args, self.rank, self.world = args, rank, world
         self.vae = load_vae(args.vae).to(device) if args.vae else None
         self.pixels, self.can_show, self.classifier = data.pixels, data.pixels or self.vae is not None, None
         if data.pixels and rank == 0:
@@ -267,26 +267,20 @@ class Watch:
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
         if args.resume and os.path.exists(os.path.join(args.out, "results.json")):
             with open(os.path.join(args.out, "results.json")) as f:
-                self.rows = json.load(f)  # the teacher is not drawn again: its 100 steps take minutes on a CPU
+                self.rows = json.load(f)
 
     def pictures(self, model, labels, head_steps, guidance, seed):
-        """uint8 (N, 3, H, W) on every rank; picture i is that of (seed, i) whoever draws it."""
-        share = len(labels) // self.world
-        mine = labels[self.rank * share:(self.rank + 1) * share]
-        images = draw(model, mine, seed=seed, start=self.rank * share, vae=self.vae, ar_steps=self.args.ar_steps,
-                      head_steps=head_steps, guidance=guidance, guidance_schedule=self.args.guidance_schedule)
-        if self.world == 1:
-            return images
-        parts = [torch.empty_like(images, device=self.device) for _ in range(self.world)]
-        dist.all_gather(parts, images.to(self.device))
-        return torch.cat(parts).cpu()  # (N, 3, H, W)
+        return draw_together(model, labels, self.rank, self.world, seed=seed, vae=self.vae, head_steps=head_steps,
+                             ar_steps=self.args.ar_steps, guidance=guidance,
+                             guidance_schedule=self.args.guidance_schedule)
 
     def look(self, name, model, head_steps, guidance):
         """Draw with `model` a row of the grid and, of pixels, the row {"fd", "accuracy", "seconds_per_image"} of the
-        table. Rows of the grid share classes, orders and noise. Cost: eval_images pictures."""
+        table. Rows of the grid share classes, orders and noise. Cost: eval_images pictures; a teacher's row that a
+        resumed run has already is not made again."""
         if self.can_show:
             self.grid[name] = self.pictures(model, self.shown, head_steps, guidance, self.args.seed)
-        if self.pixels:
+        if self.pixels and (name == "student" or name not in self.rows):
             start = time.time()
             images = self.pictures(model, self.labels, head_steps, guidance, self.args.seed + 1)
             seconds = (time.time() - start) / len(self.labels)
@@ -590,10 +584,9 @@ def main(argv=None):
         teacher.config = replace(teacher.config, t_init=args.t_init)
     teacher = teacher.to(device)
 
-    if "teacher_1" not in watch.rows:
-        watch.look("teacher_100", teacher, args.teacher_head_steps, args.guidance)
-        watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
-        watch.write("grid_000000.png")
+    watch.look("teacher_100", teacher, args.teacher_head_steps, args.guidance)
+    watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
+    watch.write("grid_000000.png")
     distil(args, data, teacher, device, rank, world, watch, resumed)
 
 

@@ -97,7 +97,7 @@ def inception_score(logits, splits=10, shuffle=False):
     """
     x = as_features(logits)
     if len(x) < splits:
-        raise UserError(f"an inception score of {splits} splits needs at least {splits} images, there are {len(x)}")
+        raise UserError(f"inception score: {len(x)} images cannot be split in {splits}: more images, or leave 'is' out")
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
     scores = []
@@ -111,13 +111,13 @@ def inception_score(logits, splits=10, shuffle=False):
 def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     """KID: squared MMD of features a (N, F) and b (M, F) under (x.y / F + 1)^3, unbiased -> (mean, std) over subsets.
 
-    Subsets are drawn as torch-fidelity draws them, its seed too. Unlike FID it has no bias from few images, so it may be
-    negative. Binkowski et al. 2018, arXiv 1801.01401.
+    Subsets are drawn as torch-fidelity draws them, by its seed. Unlike FID it has no bias from few images, so it may
+    be negative. Binkowski et al. 2018, arXiv 1801.01401.
     """
     a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
     if size < 2 or a.shape[1] != b.shape[1]:
-        raise UserError(f"cannot compare features {tuple(a.shape)} with {tuple(b.shape)}: at least 2 images of one width")
+        raise UserError(f"KID needs two sets of two or more features, not {tuple(a.shape)}, {tuple(b.shape)}")
     random, values = np.random.RandomState(seed), []
     for _ in range(subsets):
         x = a[random.choice(len(a), size, replace=False)].double()
@@ -135,7 +135,7 @@ def squared_distances(a, a_norm, b, b_norm):
 
 
 def precision_recall(generated, reference, k=3, chunk=1000):
-    """Features (N, F), (M, F) -> (precision, recall), improved definition of Kynkaanniemi et al. 2019, arXiv 1904.06991.
+    """Features (N, F), (M, F) -> (precision, recall) as Kynkaanniemi et al. 2019 define them, arXiv 1904.06991.
 
     A set's manifold is the union of balls around its features, each reaching to the k-th nearest other one.
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
@@ -171,7 +171,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
 
 
 def renamed(state, table):
-    """A state dict with every name put through the regular expressions of `table`, [(pattern, replacement)], in order."""
+    """A state dict, every name put through the substitutions of `table`, [(pattern, replacement)], in order."""
     out = {}
     for name, value in state.items():
         for pattern, replacement in table:
@@ -392,7 +392,7 @@ def load_inception(path):
     digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", os.path.basename(path))
     state = read_checkpoint(need_file(path, "inception"))
     if digest and not file_hash(path).startswith(digest[1]):
-        raise UserError(f"{path}: its sha256 is {file_hash(path)}, the name says {digest[1]}: damaged, delete and get it again")
+        raise UserError(f"{path}: its sha256 is {file_hash(path)[:8]}..., its name says {digest[1]}: get it again")
     model = fill_model(Inception, state, path)
     for module in model.modules():
         if isinstance(module, Conv):
@@ -429,7 +429,7 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.img_size, self.img_size):
-            raise UserError(f"this classifier reads (N, 3, {self.img_size}, {self.img_size}), not {tuple(images.shape)}")
+            raise UserError(f"this classifier reads images of {self.img_size} px, not {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = images.float() / 255
         x = images.to(self.last.weight.device, torch.float32) * 2 - 1
@@ -476,20 +476,20 @@ def train_classifier(data, seed, device, batch=128):
 
 
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
-    """The Classifier of `data` (a train split of pixels): read from folder/classifier_<seed>.pt, or trained and put there.
+    """The Classifier of `data` (a train split of pixels), from folder/classifier_<seed>.pt, or trained and put there.
 
     Classifiers of two seeds are two independent judges: train against one, report the other. No collective call is
     made here, so one rank or all ranks may call it.
     """
     if not data.pixels:
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
-    made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": list(map(str, data.class_names)),
+    made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": [*map(str, data.class_names)],
                  "images": len(data), "seed": int(seed), "recipe": 1}
     path = Path(folder) / f"classifier_{seed}.pt"
     if path.exists():
         saved = read_checkpoint(path)
         if saved.get("made_from") != made_from:
-            raise UserError(f"{path} was made from {saved.get('made_from')}, not {made_from}: delete it or use another --out")
+            raise UserError(f"{path} was made from {saved.get('made_from')}, wanted is {made_from}: delete that file")
         net = Classifier(data.num_classes, data.img_size)
         net.load_state_dict(saved["model"])
         net.accuracy = saved["accuracy"]
@@ -605,7 +605,7 @@ class TextTower(nn.Module):
         x = self.tokens(ids) + self.position[:ids.shape[1]]
         for block in self.blocks:
             x = block(x, causal=True)
-        # end of text is the largest id; argmax takes its first place, so padding by it (as Hugging Face does) is the same
+        # the end of text is the largest id; argmax finds the first, so Hugging Face's padding by it changes nothing
         return self.norm(x)[torch.arange(len(x), device=x.device), ids.argmax(1)]
 
 
@@ -634,8 +634,8 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * (image * F.normalize(text_features, dim=1)).sum(1)
 
 
-COMMON = [(r"attn\.in_proj_", "qkv."), (r"(self_)?attn\.out_proj", "proj"), (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"),
-          (r"mlp\.fc", "fc"), (r"(ln_|layer_norm)([12])\.", r"norm\2.")]
+COMMON = [(r"attn\.in_proj_", "qkv."), (r"(self_)?attn\.out_proj", "proj"), (r"(ln_|layer_norm)([12])\.", r"norm\2."),
+          (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"), (r"mlp\.fc", "fc")]
 OPENAI_NAMES = COMMON + [
     (r"^visual\.transformer\.resblocks", "image.blocks"), (r"^visual\.conv1", "image.patch"),
     (r"^visual\.class_embedding", "image.class_token"), (r"^visual\.positional_embedding", "image.position"),
@@ -676,10 +676,10 @@ def load_clip(path):
     need_file(path, "clip")
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         try:
-            # TorchScript has a reader of its own, not Python's pickle; only the numbers are taken, none of its code is run
+            # TorchScript's own reader, not Python's pickle; only the numbers are taken, its forward is never called
             state = torch.jit.load(path, map_location="cpu").state_dict()
         except RuntimeError as error:
-            raise UserError(f"{path} cannot be read as a TorchScript archive: {str(error).splitlines()[0][:100]}") from None
+            raise UserError(f"{path} is no whole TorchScript archive: {str(error).splitlines()[0][:100]}") from None
     else:
         state = read_checkpoint(path)
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
@@ -706,7 +706,7 @@ def load_pickscore(folder):
         if name in state:
             state[name] = state[name].T.contiguous()
     acts = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-    names = [part.get("hidden_act", "quick_gelu") for part in (vision, text)]  # what a config leaves out is HF's default
+    names = [part.get("hidden_act", "quick_gelu") for part in (vision, text)]  # left out means Hugging Face's default
     if not set(names) <= set(acts):
         raise UserError(f"{folder / 'config.json'}: hidden_act {names}, known are {list(acts)}")
     return build_clip(state, folder, lambda _: vision.get("num_attention_heads", 12),
@@ -752,7 +752,7 @@ class Tokenizer:
 
     @staticmethod
     def split(text):
-        """Words as the public pattern has them: special tokens, 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
+        """Words by the public pattern: special tokens, 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
         kinds = "".join({"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "_" if c.isspace() else "x") for c in text)
         at = 0
         while at < len(text):
@@ -806,7 +806,8 @@ class BertAttention(nn.Module):
         self.LayerNorm = nn.LayerNorm(768, 1e-12)
 
     def forward(self, x, source, bias=None):
-        q, k, v = (y.unflatten(2, (12, 64)).transpose(1, 2) for y in (self.query(x), self.key(source), self.value(source)))
+        q, k, v = self.query(x), self.key(source), self.value(source)
+        q, k, v = (y.unflatten(2, (12, 64)).transpose(1, 2) for y in (q, k, v))  # (N, 12, T or S, 64)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (N, 12, T, 64)
         return self.LayerNorm(x + self.dense(out.transpose(1, 2).flatten(2)))
 
@@ -831,9 +832,10 @@ class ImageReward(nn.Module):
         self.words, self.positions = nn.Embedding(30524, 768), nn.Embedding(512, 768)
         self.norm = nn.LayerNorm(768, 1e-12)
         self.layers = nn.ModuleList(BertLayer() for _ in range(12))
-        widths = (768, 1024, 128, 64, 16, 1)
-        # linear after linear: the activations are commented out in the public code, and the weights are trained so
-        self.mlp = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        # linear after linear: the activations are commented out in the public code, and the weights are trained so;
+        # the numbers are the places in the public list, dropouts between them
+        sizes = {"0": (768, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
+        self.mlp = nn.ModuleDict({place: nn.Linear(*size) for place, size in sizes.items()})
 
     def read_text(self, input_ids, attention_mask, image):
         """(N, T) ids, (N, T) 1 = a word, image tokens (N, 197, 1024) -> the last state at [CLS], (N, 768)."""
@@ -846,21 +848,21 @@ class ImageReward(nn.Module):
     def score(self, pixels, input_ids, attention_mask):
         """Pixels in [0,1] (N, 3, H, W) and WordPiece ids (N, 35) -> (N,): about mean 0, variance 1 on its own data."""
         x = self.read_text(input_ids, attention_mask, self.image(pixels))
-        for layer in self.mlp:
+        for layer in self.mlp.values():
             x = layer(x)
         return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072  # the public constants
 
 
 BLIP_NAMES = [
     (r"^blip\.visual_encoder\.cls_token", "image.class_token"), (r"^blip\.visual_encoder\.pos_embed", "image.position"),
-    (r"^blip\.visual_encoder\.patch_embed\.proj", "image.patch"), (r"^blip\.visual_encoder\.norm\.", "image.norm_post."),
-    (r"^blip\.visual_encoder\.", "image."), (r"\.attn\.(qkv|proj)", r".\1"), (r"\.mlp\.fc", ".fc"),
+    (r"^blip\.visual_encoder\.patch_embed\.proj", "image.patch"),
+    (r"^blip\.visual_encoder\.norm\.", "image.norm_post."), (r"^blip\.visual_encoder\.", "image."),
+    (r"\.attn\.(qkv|proj)", r".\1"), (r"\.mlp\.fc", ".fc"),
     (r"^blip\.text_encoder\.embeddings\.word_embeddings", "words"), (r"attention\.(self|output)\.", "attention."),
     (r"^blip\.text_encoder\.embeddings\.position_embeddings", "positions"), (r"\.output\.dense", ".fc2"),
     (r"^blip\.text_encoder\.embeddings\.LayerNorm", "norm"), (r"\.intermediate\.dense", ".fc1"),
     (r"^blip\.text_encoder\.encoder\.layer\.", "layers."), (r"(layers\.\d+)\.output\.LayerNorm", r"\1.norm"),
-    (r"^mlp\.layers\.0\.", "mlp.0."), (r"^mlp\.layers\.2\.", "mlp.1."), (r"^mlp\.layers\.4\.", "mlp.2."),
-    (r"^mlp\.layers\.6\.", "mlp.3."), (r"^mlp\.layers\.7\.", "mlp.4.")]
+    (r"^mlp\.layers\.", "mlp.")]
 
 
 def load_imagereward(path):
@@ -927,7 +929,7 @@ TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's pro
 
 
 def prompt_scorer(kind, class_names, template=TEMPLATE, weights=None, vocabulary=None, device="cpu"):
-    """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels; rl.py's rewards are these.
+    """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels: rl.py's rewards.
 
     kind: clip, pickscore or imagereward; weights and vocabulary: where the public files lie, None for where --get puts
     them. The prompts of all classes are read once, here.
@@ -942,7 +944,7 @@ def prompt_scorer(kind, class_names, template=TEMPLATE, weights=None, vocabulary
         model = load_imagereward(weights).to(device)
         return lambda pixels, labels: model.score(pixels, ids[labels], mask[labels])
     ids = Tokenizer(vocabulary)(prompts).to(device)
-    ids = ids[:, :int((ids > 0).sum(1).max())]  # padding comes after the end and is never looked at: a fifth of the work
+    ids = ids[:, :int((ids > 0).sum(1).max())]  # nothing looks at the padding behind the end: a fifth of the work
     model = (load_clip if kind == "clip" else load_pickscore)(weights).to(device)
     with torch.no_grad():
         text = torch.cat([model.encode_text(part) for part in ids.split(64)])  # (classes, E)
@@ -953,7 +955,7 @@ def prompt_scorer(kind, class_names, template=TEMPLATE, weights=None, vocabulary
 # What is judged: a source gives uint8 images by number, so that ranks and resumed runs can take any part
 
 Source = namedtuple("Source", "name count side labels class_names read key")
-# labels (N,) or None; read(start, stop) -> uint8 (n, 3, H, W); key: what the images are made from, for shards and caches
+# labels (N,) or None; read(start, stop) -> uint8 (n, 3, H, W); key: what the images come from, for shards and caches
 
 
 def file_key(path):
@@ -962,28 +964,26 @@ def file_key(path):
 
 
 def read_npz(path):
-    """{name: array} of an .npz; arrays stored without compression are mapped, not read: 50,000 x 256 x 256 x 3 is 10 GB."""
+    """{name: array} of an .npz; what is stored without compression is mapped, not read: 50,000 samples are 10 GB."""
     arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
+        with zipfile.ZipFile(path) as archive, np.load(path) as loaded, open(path, "rb") as raw:
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
-                if info.compress_type != zipfile.ZIP_STORED:
-                    with np.load(path) as file:
-                        arrays[name] = file[name]
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size < 1 << 20:
+                    arrays[name] = loaded[name]  # numpy's default refuses pickled objects
                     continue
                 with archive.open(info) as file:
-                    version = np.lib.format.read_magic(file)
-                    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                    shape, fortran, kind = header(file)
+                    v1 = np.lib.format.read_magic(file) == (1, 0)
+                    shape, fortran, kind = (np.lib.format.read_array_header_1_0 if v1 else
+                                            np.lib.format.read_array_header_2_0)(file)
                     start = file.tell()
                 raw.seek(info.header_offset + 26)  # the local header repeats the name, and may pad it differently
                 start += info.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4)))
-                order = "F" if fortran else "C"
-                arrays[name] = np.memmap(path, kind, "r", start, shape, order) if 0 not in shape else np.empty(shape, kind)
+                arrays[name] = np.memmap(path, kind, "r", start, shape, "F" if fortran else "C")
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise UserError(f"{path} is no whole .npz file: {str(error)[:100]}") from None
     return arrays
 
@@ -995,25 +995,26 @@ def npz_source(path, arrays=None):
         raise UserError(f"{path} has no arr_0 but {sorted(arrays)}: images are expected there as uint8 (N, H, W, 3)")
     images = arrays["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, wanted is uint8 (N, H, W, 3): RGB, rounded to 0..255")
+        raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, wanted is uint8 (N, H, W, 3), RGB in 0..255")
     read = lambda start, stop: torch.from_numpy(images[start:stop].transpose(0, 3, 1, 2).copy())  # NHWC -> NCHW
-    labels = next((np.asarray(arrays[k]) for k in ("labels", "arr_1") if k in arrays and len(arrays[k]) == len(images)), None)
+    labels = arrays.get("labels", arrays.get("arr_1"))  # sample.py's name, ADM's
+    labels = labels if labels is not None and labels.shape == (len(images),) else None
     return Source(str(path), len(images), images.shape[1], labels, None, read, file_key(path))
 
 
 def read_judged(path):
-    """One image of a folder that is judged as it is -> uint8 (3, H, W). What is not 8-bit RGB is refused: how grey, alpha
-    or 16 bits are to become RGB is not this file's to guess."""
+    """One image that is judged as it is -> uint8 (3, H, W). What is not 8-bit RGB is refused: how grey, alpha or 16
+    bits should become RGB is not this file's to guess."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            deep = image.format == "PNG" and (file.seek(24), file.read(1))[1] == b"\x10"  # Pillow drops the low bytes silently
-            if image.mode != "RGB" or deep:
-                raise UserError(f"{path}: {'16-bit' if deep else 'mode ' + image.mode}; judged images must be 8-bit RGB: "
-                                "convert them, or crop and convert all by --size")
-            file.seek(0)
-            return np.asarray(image).transpose(2, 0, 1)
+            pixels = np.asarray(image)
+            file.seek(24)  # of a PNG: its bit depth, of which Pillow says nothing and silently drops the low byte
+            mode = "16-bit" if image.format == "PNG" and file.read(1) == b"\x10" else image.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: broken image ({str(error).splitlines()[0][:80]})") from None
+    if mode != "RGB":
+        raise UserError(f"{path} is {mode}, judged images must be 8-bit RGB: convert them, or do so by --size")
+    return pixels.transpose(2, 0, 1)  # HWC -> CHW
 
 
 def folder_source(path, size=None):
@@ -1026,7 +1027,7 @@ def folder_source(path, size=None):
     def one(file):
         image = read_image(file, size) if size else read_judged(file)
         if image.shape[1:] != (side, side):
-            raise UserError(f"{file} is {image.shape[2]} x {image.shape[1]}, others {side} x {side}: crop all by --size {side}")
+            raise UserError(f"{file} is {image.shape[2]} x {image.shape[1]}, not {side} x {side}: crop all by --size")
         return image
 
     def read(start, stop):
@@ -1044,8 +1045,8 @@ def checkpoint_source(path, args, device):
     """Images drawn from a checkpoint when they are asked for: image i is that of (seed, i), with class i % classes, so
     that every stretch is balanced. Nothing is written but what the judges say."""
     file, model = read_checkpoint(path), load_mar(path).to(device)
-    flags = argparse.Namespace(**{**vars(args), "ckpt": path, "teacher": False, "bench": False, "teacher_ar_steps": None,
-                                  "ar_steps": args.ar_steps and [args.ar_steps]})
+    flags = argparse.Namespace(**{**vars(args), "ckpt": path, "ar_steps": args.ar_steps and [args.ar_steps],
+                                  "teacher": False, "bench": False, "teacher_ar_steps": None})
     fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
@@ -1054,7 +1055,7 @@ def checkpoint_source(path, args, device):
     labels = np.arange(args.num) % model.config.num_classes
     read = lambda start, stop: draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
     key = [file_key(path), args.vae and file_key(args.vae), how]
-    name = f"{path} (K {how['ar_steps']}, head steps {how['head_steps']}, guidance {how['guidance']:g}, seed {args.seed})"
+    name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
     return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key)
 
 
@@ -1062,11 +1063,12 @@ def open_source(path, args, device):
     """A path of the command line -> Source."""
     if path in args.ckpt:
         return checkpoint_source(path, args, device)
-    if os.path.isdir(path):
-        return folder_source(path, args.size)
-    if str(path).endswith(".npz"):
-        return npz_source(path)
-    raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
+    if not os.path.isdir(path) and not path.endswith(".npz"):
+        raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
+    source = folder_source(path, args.size) if os.path.isdir(path) else npz_source(path)
+    if source.count < 2:
+        raise UserError(f"{path}: {source.count} image(s); a distribution has at least 2, a good figure needs thousands")
+    return source
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1083,15 +1085,12 @@ def collect(source, judges, key, args, rank, world):
     the ranks in turns; each is a file, written once it is whole and deleted when all are gathered. A run that was
     stopped finds the files of the same source and judges and goes on.
     """
-    if source.count < 2:
-        raise UserError(f"{source.name}: {source.count} image; a distribution needs at least 2, and a figure worth "
-                        "comparing tens of thousands")
     made_from = json.dumps([source.key, source.count, key], sort_keys=True)
     folder = Path(args.out) / "shards" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     shards = [(start, min(start + SHARD, source.count)) for start in range(0, source.count, SHARD)]
-    bar, began = tqdm(shards[rank::world], desc=source.name[:40], unit="shard", disable=rank > 0, mininterval=1), time.time()
-    done = 0
+    bar = tqdm(shards[rank::world], desc=source.name[:40], unit="shard", disable=rank > 0, mininterval=1)
+    began, done = time.time(), 0
     for start, stop in bar:
         path = folder / f"{start}.npz"
         if path.exists():
@@ -1103,9 +1102,7 @@ def collect(source, judges, key, args, rank, world):
             pick = slice(i, i + args.batch)
             said = [f(images[pick], None if labels is None else labels[pick]) for f in judges.values()]
             parts.append({k: v.cpu().numpy() for part in said for k, v in part.items()})
-        with open(folder / f"{start}.writing", "wb") as file:
-            np.savez(file, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
-        os.replace(folder / f"{start}.writing", path)
+        save_npz(path, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
         done += stop - start
         bar.set_postfix_str(f"{done * world / (time.time() - began):.1f} images/s")
     if world > 1:
@@ -1118,11 +1115,27 @@ def collect(source, judges, key, args, rank, world):
     return whole
 
 
+def made_of(source, args):
+    """What statistics were made from, as text."""
+    return json.dumps([source.key, source.count, args.inception_hash])
+
+
+def save_npz(path, **arrays):
+    """An .npz that has its name only once it is whole."""
+    part = f"{path}.{os.getpid()}"
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
     mu, sigma = (np.asarray(arrays[k], np.float64) for k in ("mu", "sigma"))
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
-        raise UserError(f"{path}: mu is {mu.shape}, sigma {sigma.shape}: these are not statistics of the 2048 pool features")
+        raise UserError(f"{path}: mu is {mu.shape}, sigma {sigma.shape}: not statistics of inception's 2048 features")
     return mu, sigma
 
 
@@ -1151,12 +1164,10 @@ def open_reference(path, inception, args, rank, world, side):
     if source is None or ("mu" in out and not {"kid", "prc"} & set(args.metrics)):
         return out
     cache = Path(f"{str(path).rstrip('/')}.inception.npz")
-    made_from = json.dumps([source.key, source.count, args.inception_hash])
-    if cache.exists():
-        kept = read_npz(cache)
-        fits = str(kept.get("made_from")) == made_from
-    if cache.exists() and fits:
-        mu, sigma, features = kept["mu"], kept["sigma"], kept["features"]
+    made_from = made_of(source, args)
+    kept = read_npz(cache) if cache.exists() else {}
+    if str(kept.get("made_from")) == made_from:
+        mu, sigma, features = kept["mu"], kept["sigma"], np.asarray(kept["features"])
     else:
         said = collect(source, {"inception": inception}, args.inception_hash, args, rank, world)
         if rank > 0:
@@ -1165,9 +1176,9 @@ def open_reference(path, inception, args, rank, world, side):
         # KID and the manifolds need the features themselves; 10,000 of them is what ADM's reference has
         features = said["pool"][np.linspace(0, source.count - 1, min(source.count, 10000)).astype(int)]
         try:
-            np.savez(cache, mu=mu, sigma=sigma, features=features, n=source.count, made_from=made_from)
-        except OSError as error:
-            print(f"note: statistics not kept in {cache}: {error.strerror}", flush=True)
+            save_npz(cache, mu=mu, sigma=sigma, features=features, n=source.count, made_from=made_from)
+        except UserError as error:  # a folder of data may well be read-only
+            print(f"note: {error}; these statistics will be made anew each time", flush=True)
     resize = f", ADM centre crop to {side} px" if os.path.isdir(path) else ""
     images = f"{source.count} images of {path}{resize}"
     if "mu" not in out:
@@ -1220,14 +1231,15 @@ def make_judges(args, source, device, rank, world):
                 return {"features": features, **hits}
             judges[name] = classify_shard
         else:
-            names = source.class_names or class_names(args.class_names)
             if source.labels is None:
-                raise UserError(f"{source.name} has no labels, and --judges {name} compares each image with its class's "
-                                "prompt: give an .npz with labels, or folders of classes")
+                raise UserError(f"{source.name} has no labels, and {name} asks an image for its class's prompt: "
+                                "give an .npz with labels, or a folder with one of each class in it")
+            names = class_names(args.class_names, source.class_names)
             if source.labels.max() >= len(names):
-                raise UserError(f"{source.name} has class {source.labels.max()}, and only {len(names)} class names are known: "
-                                "give --class_names")
-            score = prompt_scorer(name, names, args.prompt, getattr(args, name), None, device)
+                raise UserError(f"{source.name} has class {source.labels.max()}, and there are only {len(names)} class "
+                                "names: give --class_names")
+            words = args.vocab if name == "imagereward" else args.bpe
+            score = prompt_scorer(name, names, args.prompt, getattr(args, name), words, device)
             key[name] = [file_key(getattr(args, name)), names, args.prompt]
 
             def score_shard(images, labels, name=name, score=score):
@@ -1236,8 +1248,12 @@ def make_judges(args, source, device, rank, world):
     return judges, key, models
 
 
-def class_names(path):
-    """A JSON list of names in label order, as ImageNet's."""
+def class_names(path=None, own=None):
+    """Names for the prompts, in label order: the JSON list at `path` if given, else the source's `own`, else ImageNet's
+    (also when its own are ImageNet's folder names, n01440764 and so on, which no text encoder knows)."""
+    if path is None and own and not re.fullmatch(r"n\d{8}", own[0]):
+        return own
+    path = path or WEIGHTS["names"]
     try:
         names = json.loads(Path(need_file(path, "names")).read_text())
     except ValueError as error:
@@ -1259,14 +1275,14 @@ def parse():
                    default=["inception"], help="who judges; each brings columns of the table")
     p.add_argument("--metrics", nargs="+", choices=["fid", "is", "kid", "prc"], default=["fid", "is", "kid", "prc"],
                    help="inception's figures; kid and prc (precision, recall) need images in --ref")
-    p.add_argument("--ref", help="reference: .npz or .pt statistics (mu, sigma), an .npz of images, or a folder of images")
+    p.add_argument("--ref", help="reference: .npz or .pt of mu and sigma, an .npz of images, or a folder of images")
     p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     p.add_argument("--is_order", choices=["torch-fidelity", "adm"], default="torch-fidelity",
                    help="inception score: shuffled by seed 2020, or the splits as the images come")
-    p.add_argument("--size", type=at_least(1), help="px: crop the images of judged folders as ADM does; None: as they are")
+    p.add_argument("--size", type=at_least(1), help="px: crop images of judged folders as ADM does; None: as they are")
     p.add_argument("--num", type=at_least(2), default=50000, help="--ckpt: images to draw, all classes alike often")
     p.add_argument("--ar_steps", type=at_least(1), help="--ckpt: AR steps; None: the checkpoint's")
-    p.add_argument("--head_steps", type=at_least(1), help="--ckpt: denoising steps; None: 1 for a student, else its own")
+    p.add_argument("--head_steps", type=at_least(1), help="--ckpt: denoising steps; None: the checkpoint's")
     p.add_argument("--guidance", type=at_least(0, float), help="--ckpt: 1 = none; None: the checkpoint's")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="--ckpt: scale of the noise")
@@ -1274,8 +1290,8 @@ def parse():
     p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
     p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
     p.add_argument("--classifier", help="classifier: the folder where it is kept; None: out/<data>, as distill.py")
-    p.add_argument("--class_names", default=WEIGHTS["names"], help="JSON list for the prompts, if the source has no names")
-    p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what is asked of an image of {class}")
+    p.add_argument("--class_names", help="JSON list for the prompts; None: the source's names, else ImageNet's")
+    p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
     for name in ("inception", "clip", "pickscore", "imagereward"):
         p.add_argument(f"--{name}", default=WEIGHTS[name], help=f"weights of {name}; change it if they lie elsewhere")
     p.add_argument("--vocab", default=WEIGHTS["imagereward_vocab"], help="imagereward: BERT's vocab.txt")
@@ -1283,7 +1299,7 @@ def parse():
     p.add_argument("--out", default="out/fid", help="folder of results.json and, while it runs, of the shards")
     p.add_argument("--batch", type=at_least(1), default=64, help="images at once, a process; less if memory is short")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--get", nargs="+", default=[], metavar="NAME", help="download public files first: see data.py --get")
+    p.add_argument("--get", nargs="+", default=[], metavar="NAME", help="download first: see data.py --get")
     args = p.parse_args()
     judged = args.samples + args.ckpt
     if not judged and not args.get:
@@ -1291,6 +1307,8 @@ def parse():
     for path in judged + [args.ref] * bool(args.ref):
         if not os.path.exists(path):
             raise UserError(f"no such file or folder: {path}")
+    if args.ref and "inception" not in args.judges or args.data and "classifier" not in args.judges:
+        raise UserError("--ref is for --judges inception, --data for --judges classifier: name that judge")
     if args.save_stats and (len(judged) != 1 or "inception" not in args.judges):
         raise UserError("--save_stats keeps inception's statistics of one set of samples: give one, and that judge")
     return args, judged
@@ -1307,7 +1325,7 @@ def judge_source(source, judges, key, models, reference, args, rank, world):
         row |= inception_row(said["pool"], models["inception"], reference, args)
         if args.save_stats:
             mu, sigma = mean_and_covariance(said["pool"])
-            np.savez(args.save_stats, mu=mu, sigma=sigma, n=source.count, made_from=json.dumps([source.key, args.inception_hash]))
+            save_npz(args.save_stats, mu=mu, sigma=sigma, n=source.count, made_from=made_of(source, args))
     for name in ("clip", "pickscore", "imagereward"):
         if name in said:
             row[name] = float(said[name].astype(np.float64).mean())
@@ -1325,14 +1343,14 @@ def conventions(args, reference, models):
     """What the figures mean, in lines; printed and saved with every result."""
     lines = []
     if "inception" in models:
-        lines += [f"inception: 2015-12-05, weights sha256 {args.inception_hash[:8]}, resized to 299 by TF1 bilinear without "
-                  "half-pixel centres, (x-128)/128, float32; generated set: the rows, reference: --ref",
+        lines += [f"inception: 2015-12-05, weights sha256 {args.inception_hash[:8]}, resized to 299 by TF1 bilinear "
+                  "without half-pixel centres, (x-128)/128, float32; generated set: the rows, reference: --ref",
                   f"reference: {reference['text'] if reference else 'none, so no FID'}",
-                  f"is: 10 splits, {args.is_order} order, logits without bias; kid: (x.y/2048 + 1)^3, unbiased, mean of 100 "
-                  "subsets of 1000; precision: share of the generated inside the reference's manifold, recall: the "
-                  "reverse, k = 3, inception pool features"]
+                  f"is: 10 splits, {args.is_order} order, logits without bias; kid: (x.y/2048 + 1)^3, unbiased, mean "
+                  "of 100 subsets of 1000; precision: share of the generated inside the reference's manifold, recall: "
+                  "the reverse, k = 3, inception's 2048 features"]
     for name in set(args.judges) & {"clip", "pickscore"}:
-        lines.append(f"{name}: exp(logit_scale) * cosine with the prompt {args.prompt!r} of the class; pixels by bicubic")
+        lines.append(f"{name}: exp(logit_scale) * cosine with the prompt {args.prompt!r}; pixels by bicubic")
     if "imagereward" in args.judges:
         lines.append(f"imagereward: normalised as published, prompt {args.prompt!r}")
     if "classifier" in models:
@@ -1346,7 +1364,7 @@ def print_table(rows):
     columns = list(dict.fromkeys(k for row in rows for k in row if k not in ("name", "is_std", "kid_std")))
     print("".join(f"{c:>12}" for c in columns) + "  of")
     for row in rows:
-        cells = [f"{row[c]:.4f}" if isinstance(row.get(c), float) and c != "seconds" else str(row.get(c, "-")) for c in columns]
+        cells = [f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns]
         print("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}", flush=True)
 
 

@@ -23,6 +23,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -34,9 +35,9 @@ from data import LATENT_SCALE, PUBLIC, load_vae, open_data, train_indices
 from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from fid import class_names as read_class_names
-from model import (START, TRAIN, Gradients, Parser, UserError, at_least, average, config_dict, gaussian, image_keys,
-                   load_mar, mask_counts, random_orders, read_checkpoint, reveal_plan, run_main, save_checkpoint, setup,
-                   take, update_ema)
+from model import (START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, gaussian,
+                   image_keys, load_mar, mask_counts, on_sigterm, random_orders, read_checkpoint, reveal_plan, run_main,
+                   save_checkpoint, setup, take, update_ema)
 from sample import draw, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -86,6 +87,8 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=at_least(1), default=64, help="images (episodes) an update, all ranks together")
     p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: more if memory ends")
     p.add_argument("--chunk", type=at_least(1), default=32, help="images decoded and scored at once: lower it likewise")
+    p.add_argument("--recompute", action="store_true", help="recompute the transformer's blocks in backward: a third "
+                   "more time, a fraction of the memory; before --accumulate when memory ends")
     p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="learning rate")
     p.add_argument("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
     p.add_argument("--decay", type=at_least(0, float), default=0.5, help="share of the run, its last, over which the "
@@ -197,6 +200,11 @@ def build_rewards(args, config, data, names, device):
 # Both: score(z (N, ...), labels (N,)) -> (N,); z (B, ...) pictures, latents -> v like z, rewards (B,), agreement.
 
 
+def in_chunks(score, z, labels, chunk):
+    """score(z, labels) of any number of pictures, `chunk` at a time: a decoder or a judge fills the memory."""
+    return torch.cat([score(*part) for part in zip(z.split(chunk), labels.split(chunk))])
+
+
 def reinforce_direction(score, z, labels, keys, args):
     """From rewards alone. The policy is a Gaussian on the finished picture, a ~ N(z, s^2 I): its score function gives
 
@@ -214,13 +222,12 @@ def reinforce_direction(score, z, labels, keys, args):
         h = torch.arange(first, min(first + together, args.pairs), device=z.device)
         e = gaussian(keys, EXPLORE, h.expand(B, -1), dims)  # (B, h, dims)
         a = z.flatten(1)[:, None] + s * torch.cat([e, -e], dim=1)  # (B, 2h, dims)
-        r = score(a.reshape(-1, *z.shape[1:]), labels.repeat_interleave(2 * len(h))).view(B, 2, -1)
+        r = in_chunks(score, a.view(-1, *z.shape[1:]), labels.repeat_interleave(2 * len(h)), args.chunk).view(B, 2, -1)
         gain = (r[:, 0] - r[:, 1]) / (2 * s * args.pairs)  # (B, h)
         for half in (0, 1):
             halves[half] += torch.einsum("bh,bhd->bd", gain * (h % 2 == half), e)
     agreement = F.cosine_similarity(halves[0].flatten(), halves[1].flatten(), dim=0)
-    r = torch.cat([score(*part) for part in zip(z.split(args.chunk), labels.split(args.chunk))])
-    return halves.sum(0).view_as(z), r, agreement
+    return halves.sum(0).view_as(z), in_chunks(score, z, labels, args.chunk), agreement
 
 
 def pathwise_direction(score, z, labels, keys, args):
@@ -230,7 +237,7 @@ def pathwise_direction(score, z, labels, keys, args):
         with torch.enable_grad():
             part = part.detach().requires_grad_()
             r = score(part, part_labels)
-        v.append(torch.autograd.grad(r.sum(), part)[0])
+            v.append(torch.autograd.grad(r.sum(), part)[0])
         rewards.append(r.detach())
     return torch.cat(v), torch.cat(rewards), torch.ones((), device=z.device)
 
@@ -241,8 +248,7 @@ def pull_back(decode, x, v, chunk):
     for part, part_v in zip(x.split(chunk), v.split(chunk)):
         with torch.enable_grad():
             part = part.detach().requires_grad_()
-            pictures = decode(part)
-        pulled.append(torch.autograd.grad(pictures, part, part_v)[0])
+            pulled.append(torch.autograd.grad(decode(part), part, part_v)[0])
     return torch.cat(pulled)
 
 
@@ -300,26 +306,35 @@ class Watch:
         images = draw(model, mine, seed=seed, start=self.rank * share, vae=self.vae, ar_steps=self.args.ar_steps)
         if self.world == 1:
             return images
-        whole = torch.empty(self.world, *images.shape, dtype=torch.uint8, device=self.device)
-        dist.all_gather_into_tensor(whole, images.to(self.device))
-        return whole.flatten(0, 1).cpu()  # (N, 3, H, W)
+        parts = [torch.empty_like(images, device=self.device) for _ in range(self.world)]
+        dist.all_gather(parts, images.to(self.device))
+        return torch.cat(parts).cpu()  # (N, 3, H, W)
 
     @torch.no_grad()
-    def look(self, name, model, judged=True):
+    def look(self, name, model, judged=True, **more):
         """Draw with `model` a row of the grid and a row of the table: mean of each reward, their weighted sum "reward",
         "diversity" and, of pixels, "fd" and "accuracy". All rows share classes, orders and noise, so that a picture
-        can be compared with the one above. Cost: eval_images pictures. -> the row (empty but on rank 0)."""
+        can be compared with the one above. `more` joins the row. Cost: eval_images pictures. -> the row, on rank 0."""
         self.grid[name] = self.pictures(model, self.shown, self.args.seed)
         if judged:
             images = self.pictures(model, self.labels, self.args.seed + 1)
             if self.rank == 0:
-                self.rows[name] = self.figures(images)
+                self.rows[name] = {**self.figures(images), **more}
         return self.rows.get(name, {})
 
+    def is_best(self, row):
+        """The most reward yet, at an FD not too far above the start's: what costs more of it was hacked."""
+        before, best = self.rows.get("before", {}), self.rows.get("best", self.rows.get("before"))
+        return bool(row) and row["reward"] > best["reward"] and (
+            "fd" not in row or row["fd"] <= (1 + self.args.max_fd_rise) * before["fd"])
+
     def figures(self, images):
-        parts = zip(images.split(self.args.chunk), self.labels.split(self.args.chunk))
-        parts = [(part.to(self.device).float() / 255, labels.to(self.device)) for part, labels in parts]
-        row = {name: torch.cat([f(*part) for part in parts]).mean().item() for name, f in self.functions.items()}
+        """The row of images (N, 3, H, W) uint8 of classes self.labels, on rank 0."""
+        def mean(f):  # of what was saved, 8 bits a channel
+            return in_chunks(lambda part, labels: f(part.to(self.device).float() / 255, labels), images,
+                             self.labels.to(self.device), self.args.chunk).mean().item()
+
+        row = {name: mean(f) for name, f in self.functions.items()}
         row = {"reward": sum(w * row[name] for name, w in self.weights.items()), **row,
                "diversity": diversity(images, self.labels)}
         if self.classifier:
@@ -329,10 +344,16 @@ class Watch:
             row["fd"] = frechet_distance(*mean_and_covariance(pool), *self.reference)  # FID
         return row
 
-    def write_grid(self, name):
-        """The rows drawn so far, one below the other."""
+    def write(self, grid_name):
+        """The grid drawn so far, results.json, and the table on the terminal."""
         if self.rank == 0:
-            save_grid(list(self.grid.items()), os.path.join(self.args.out, name))
+            save_grid(list(self.grid.items()), os.path.join(self.args.out, grid_name))
+            with open(os.path.join(self.args.out, "results.json"), "w") as f:
+                json.dump(self.rows, f, indent=1)
+            columns = list(self.rows["before"])
+            tqdm.write(" " * 7 + "".join(f"{name[:11]:>12s}" for name in columns))
+            for name, row in self.rows.items():
+                tqdm.write(f"{name:7s}" + "".join(f"{row[column]:12.4g}" for column in columns))
 
 
 def diversity(images, labels):
@@ -345,14 +366,6 @@ def diversity(images, labels):
     return (squares / max(1, freedom)) ** 0.5
 
 
-def print_table(rows):
-    """The table of results.json for the terminal."""
-    columns = list(rows["before"])
-    print(" " * 8 + "".join(f"{name[:12]:>13s}" for name in columns))
-    for name, row in rows.items():
-        print(f"{name:8s}" + "".join(f"{row[column]:13.4g}" for column in columns))
-
-
 def log_line(args, rank, bar, **values):
     """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
     values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
@@ -362,21 +375,12 @@ def log_line(args, rank, bar, **values):
         bar.set_postfix({k: f"{values[k]:.3g}" for k in ("reward", "kl", "fd", "grad_norm") if k in values})
 
 
-def trim_log(path, step):
-    """Drop the lines after `step`, 0: all. A run that was killed has logged steps that it will now do again."""
-    if os.path.exists(path):
-        with open(path) as f:
-            lines = [line for line in f if json.loads(line)["step"] <= step]
-        with open(path, "w") as f:
-            f.writelines(lines)
-
-
 class Stopwatch:
     """Seconds spent in the parts of an update. On CUDA work is only queued, so each lap waits for it: an update is a
     whole chain of AR steps, and three waits in it cost nothing that can be measured."""
 
-    def __init__(self, device):
-        self.device, self.seconds, self.last = device, {}, time.time()
+    def __init__(self, device, seconds):
+        self.device, self.seconds, self.last = device, seconds, time.time()
 
     def lap(self, part):
         if self.device.type == "cuda":
@@ -409,10 +413,49 @@ def stop_if_bad(bad, args):
                         f"in {args.out} is kept; lower --lr, or go on with --resume and another --seed")
 
 
+def leave(args, step):
+    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
+    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
+    raise SystemExit(0)
+
+
+def check_folder(args, world):
+    """Refuse to write over another run, and to divide what cannot be divided, before anything long starts."""
+    path = os.path.join(args.out, "resume.pt")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
+        args.resume = True  # torchrun --max-restarts started us again after a rank died
+    if args.resume and not os.path.exists(path):
+        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
+    if not args.resume and os.path.exists(path):
+        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+    if args.batch % (world * args.accumulate):
+        raise UserError(f"--batch {args.batch} must be a multiple of processes x --accumulate = "
+                        f"{world} x {args.accumulate}")
+
+
+def start_folder(args, resumed):
+    """Make the run's folder with config.json; drop log lines of steps that are going to be done again."""
+    path, step = os.path.join(args.out, "log.jsonl"), resumed["step"] if resumed else 0
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, "config.json"), "w") as f:
+            json.dump(vars(args), f, indent=1)
+        best = os.path.join(args.out, "best.pt")
+        if not resumed and os.path.exists(best):
+            os.remove(best)  # of a run that was killed before its first checkpoint
+        if os.path.exists(path):
+            with open(path) as f:
+                lines = [line for line in f if json.loads(line)["step"] <= step]
+            with open(path, "w") as f:
+                f.writelines(lines)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+
+
 def write_product(args, model, name, class_names, step, rank):
     """student.pt or best.pt: what sample.py and fid.py read. Weights and sizes; no optimiser."""
     if rank == 0:
-        save_checkpoint({"config": config_dict(model.config), "stage": "rl", "ema": model.state_dict(), "step": step,
+        save_checkpoint({"config": asdict(model.config), "stage": "rl", "ema": model.state_dict(), "step": step,
                          "args": vars(args), "class_names": class_names}, os.path.join(args.out, f"{name}.pt"))
 
 
@@ -438,20 +481,23 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
     student.requires_grad_(True)  # eval mode, all: the noise of a picture must be the policy's alone
     ema = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start, best, trained = 0, None, 0.0
+    start, seconds = 0, {}
     if resumed:
-        start, best, trained, watch.rows = (resumed[key] for key in ("step", "best", "seconds", "rows"))
+        start, seconds, watch.rows = (resumed[key] for key in ("step", "seconds", "rows"))
         for target, key in ((student, "model"), (ema, "ema"), (optimizer, "optimizer")):
             target.load_state_dict(resumed[key])
     watch.look("before", reference, judged=not resumed)
-    best = watch.rows.get("before", {}).get("reward") if best is None else best
+    if not resumed:
+        watch.write("grid_000000.png")
+    student.checkpoint_blocks = args.recompute
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
     # what the direction is searched for in: the latents, scored through the decoder, or the decoded pictures
     perturbed = score if args.perturb == "pixel" else lambda z, labels: score(decode(z), labels)
-    sums, bad, watched = torch.zeros(5, device=device), torch.tensor(NEVER, device=device), Stopwatch(device)
+    sums, since, bad = torch.zeros(5, device=device), start, torch.tensor(NEVER, device=device)
+    clock, stop = Stopwatch(device, seconds), on_sigterm()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.estimator, unit="step",
-               disable=rank > 0, mininterval=1)
+               disable=rank > 0 or None, mininterval=1)
     for step in bar:
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
 
@@ -462,14 +508,14 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
             keys = image_keys(seeds, device)
             x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w), no graph
             x_ref = reference.generate(labels, args.ar_steps, seeds=seeds)
-            watched.lap("chain_s")
+            clock.lap("chain_s")
 
             with torch.no_grad():
                 z = torch.cat([decode(part) for part in x.split(args.chunk)]) if args.perturb == "pixel" else x
                 v, r, agreement = direction(perturbed, z, labels, keys, args)  # the one line that differs
             if args.perturb == "pixel":
                 v = pull_back(decode, x, v, args.chunk)
-            watched.lap("reward_s")
+            clock.lap("reward_s")
 
             # L = -mean <v, x> + kl * |x - x_ref|^2 / (2 s^2 dims): its slope at x is known, so push that through
             kl = (x - x_ref).square().mean() / (2 * S_KL**2)
@@ -478,7 +524,7 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
             backward_chain(student, x, slope, labels, keys, args.ar_steps, args.detach,
                            gradients.begin if last_part else lambda: None)
             sums[:4] += torch.stack([r.mean(), r.std(correction=0), kl, agreement]) / len(parts[0])
-            watched.lap("update_s")
+            clock.lap("update_s")
 
         # ---- update
         norm = gradients.finish(args.clip)
@@ -486,35 +532,37 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
         update_ema(ema, student, args.ema)
         bad = torch.minimum(bad, torch.where(torch.isfinite(norm), NEVER, step))
         sums[4] += norm
-        watched.lap("update_s")
+        clock.lap("update_s")
 
         # ---- log, evaluate, save
-        last = step + 1 == args.steps
+        last, told_to_stop = step + 1 == args.steps, False
         if (step + 1) % args.log_every == 0 or last:
-            reward, std, kl, agreement, norm = average(sums, world) / ((step - start) % args.log_every + 1)
+            told_to_stop = any_rank(stop.is_set(), device, world)
+            reward, std, kl, agreement, norm = average(sums, world) / (step + 1 - since)
             log_line(args, rank, bar, step=step + 1, reward=reward, reward_std=std, kl=kl, agreement=agreement,
-                     grad_norm=norm, reward_calls=calls * (step + 1), **memory(device), **watched.seconds)
+                     grad_norm=norm, reward_calls=calls * (step + 1), **memory(device), **clock.seconds)
+            since = step + 1
             sums.zero_()
         if (step + 1) % args.eval_every == 0 or last:
             stop_if_bad(bad, args)
-            row = watch.look("after", ema)
-            watch.write_grid(f"grid_{step + 1:06d}.png")
+            row = watch.look("after", ema, step=step + 1, seconds=sum(clock.seconds.values()),
+                             reward_calls=calls * (step + 1))
             if row:
-                row.update(seconds=sum(watched.seconds.values()), reward_calls=calls * (step + 1))
-                log_line(args, rank, bar, step=step + 1, **row)
-                before = watch.rows["before"]
-                if row["reward"] > best and row.get("fd", 0) <= (1 + args.max_fd_rise) * before.get("fd", 0):
-                    best, watch.rows["best"] = row["reward"], {**row, "step": step + 1}
-                    write_product(args, ema, "best", class_names, step + 1, rank)
-        if (step + 1) % args.save_every == 0 or last:
+                log_line(args, rank, bar, **row)
+            if watch.is_best(row):
+                watch.rows["best"] = row
+                write_product(args, ema, "best", class_names, step + 1, rank)
+            watch.write(f"grid_{step + 1:06d}.png")
+        if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
             write_product(args, ema, "student", class_names, step + 1, rank)
             if rank == 0:
                 save_checkpoint({"stage": "rl", "step": step + 1, "args": vars(args), "model": student.state_dict(),
-                                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "best": best,
-                                 "rows": watch.rows, "seconds": watched.seconds}, os.path.join(args.out, "resume.pt"))
-        watched.last = time.time()  # watching and saving are no part of the update
-    return ema
+                                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                                 "rows": watch.rows, "seconds": clock.seconds}, os.path.join(args.out, "resume.pt"))
+        if told_to_stop:
+            leave(args, step + 1)
+        clock.last = time.time()  # watching and saving are no part of an update
 
 
 def open_student(args, device):
@@ -539,6 +587,7 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
+    parse_rewards(args.reward + args.watch), check_folder(args, world)  # what costs nothing is checked first
     if config.pixels:
         data = open_data(args.data, img_size=config.img_size)
         if data.num_classes != config.num_classes:
@@ -546,14 +595,15 @@ def main(argv=None):
                             "give --data as distill.py had it")
     else:
         vae = load_vae(need_file(args.vae, "kl16")).to(device)
+    if rank > 0:
+        dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device)
-    resumed = read_checkpoint(os.path.join(args.out, "resume.pt")) if args.resume else None
     watch = Watch(args, config, data, functions, weights, vae, device, rank, world)
+    resumed = read_checkpoint(os.path.join(args.out, "resume.pt")) if args.resume else None
     if rank == 0:
-        os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "config.json"), "w") as f:
-            json.dump(vars(args), f, indent=1)
-        trim_log(os.path.join(args.out, "log.jsonl"), resumed["step"] if resumed else 0)
+        start_folder(args, resumed)
+        if world > 1:
+            dist.barrier()
 
     def decode(x):  # latents -> pictures, about [-1, 1]; differentiable
         return x if vae is None else vae.decode(x / LATENT_SCALE)
@@ -563,10 +613,6 @@ def main(argv=None):
         return sum(weight * functions[name](images, labels) for name, weight in weights.items())
 
     train(args, copy.deepcopy(reference), reference, decode, score, watch, names, device, rank, world, resumed)
-    if rank == 0:
-        print_table(watch.rows)
-        with open(os.path.join(args.out, "results.json"), "w") as f:
-            json.dump(watch.rows, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,18 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, progress=None, **ge
     return pictures
 
 
+def draw_together(model, labels, rank, world, **draw_kwargs):
+    """`draw` with the work divided among the ranks: uint8 (N, 3, H, W) on every one; N must be a multiple of world."""
+    share = len(labels) // world
+    images = draw(model, labels[rank * share:(rank + 1) * share], start=rank * share, **draw_kwargs)
+    if world == 1:
+        return images
+    device = next(model.parameters()).device  # nccl sends nothing that lies on the CPU
+    parts = [torch.empty_like(images, device=device) for _ in range(world)]
+    dist.all_gather(parts, images.to(device))
+    return torch.cat(parts).cpu()
+
+
 GAP, PAPER, INK = 4, (255, 255, 255), (30, 30, 30)  # px between pictures; colours of pictures' surroundings and of text
 
 
@@ -475,7 +487,10 @@ def parse():
 
 
 def fill_in(args, file, config):
-    """Flags not given take the values the checkpoint was made for; contradictions with it are refused."""
+    """Flags not given take the values the checkpoint was made for, in place; contradictions with it are refused.
+
+    args: the namespace of `parse`, or one with the same names (fid.py); file: the checkpoint; config: its MARConfig.
+    """
     stage = file.get("stage", "teacher")  # public files, and random weights, are teachers
     made = file["args"] if "config" in file else {"guidance": {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0)}
     if stage != "teacher":

@@ -4,28 +4,36 @@ Three kinds: the mathematics against closed forms; agreement with the public cod
 (skipped, with the reason, where that folder is missing); every stage end to end at a tiny size. They are also meant to
 be read: a test states one fact of the method and shows it.
 """
+import argparse
+import atexit
 import contextlib
-import copy
 import functools
+import http.server
+import io
 import json
-import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+import data
 import distill
-from data import open_data, train_indices
+import fid
+import rl
+import sample
+from data import PUBLIC, SHAPES, open_data, train_indices
 from fid import load_or_train_classifier
 from model import (CHAIN, MAR, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, cosine_schedule,
                    diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint, reveal_plan,
@@ -51,8 +59,8 @@ def need_shared():
 
 
 def fill(shapes, seed=0):
-    """{name: float32 array}: the fixtures' deterministic weights for {name: shape}."""
-    return need_shared()(shapes, seed)
+    """{name: tensor}: the fixtures' deterministic weights for {name: shape}."""
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in need_shared()(shapes, seed).items()}
 
 
 def fixture(name):
@@ -97,25 +105,41 @@ def refuses(result, *words):
         assert word in lines[0], f"{word!r} not in: {lines[0]}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# model.py: the networks and the diffusion are the public ones
+def refused(call, *words):
+    """The UserError that `call` ends in: one line that holds all `words`."""
+    try:
+        call()
+    except UserError as error:
+        assert "\n" not in str(error) and all(word in str(error) for word in words), str(error)
+        return str(error)
+    raise AssertionError(f"accepted, not refused with {words}")
 
 
 def tiny_config(**changes):
-    """A MAR of 16 pixel tokens, small enough for a test and complete: every code path of the real one."""
+    """A MAR of 16 pixel tokens: tiny, but every code path of the real one."""
     return MARConfig(**{**dict(img_size=8, vae_stride=1, patch_size=2, vae_channels=3, num_classes=4, width=32, heads=2,
                                encoder_depth=2, decoder_depth=2, buffer_size=2, head_depth=1, head_width=32,
                                dropout=0.0, mask_ratio_min=0.5, t_init=625), **changes})
 
 
-def tiny_mar(seed=0, **changes):
-    """A tiny MAR whose every weight is random: the initialisation's zeros would hide most of the network."""
-    torch.manual_seed(seed)
-    model = MAR(tiny_config(**changes)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 10))
-    return model.requires_grad_(False)
+def tiny_mar(folder=None, stage="student", **changes):
+    """A tiny MAR whose every weight is random: the initialisation's zeros would hide most of the network. Saved as
+    folder/<stage>.pt too, when a folder is given."""
+    config = tiny_config(**changes)
+    torch.manual_seed(0)
+    model = MAR(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.copy_(torch.randn_like(p) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 10))
+    if folder:
+        save_checkpoint({"config": asdict(config), "stage": stage, "step": 0, "ema": model.state_dict(),
+                         "class_names": ["disc", "ring", "square", "bars"],
+                         "args": {"ar_steps": 8, "guidance": 2.0, "guidance_schedule": "constant",
+                                  "teacher_head_steps": 10}}, folder / f"{stage}.pt")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: the networks and the diffusion are the public ones
 
 
 def test_schedule_is_the_public_one():
@@ -185,9 +209,7 @@ def test_public_checkpoint_gives_ema_by_default():
 def test_mar_base_agrees_with_the_public_mar_at_full_size():
     z, shapes = fixture("mar_base"), json.loads((FIXTURES / "mar_full_shapes.json").read_text())
     with scratch() as folder:
-        weights = fill(shapes["mar_base"]["shapes"])
-        torch.save({"model": {}, "model_ema": {name: torch.from_numpy(w) for name, w in weights.items()}},
-                   folder / "base.pth")
+        torch.save({"model": {}, "model_ema": fill(shapes["mar_base"]["shapes"])}, folder / "base.pth")
         model = load_mar(folder / "base.pth")
         assert model.config == SIZES["base"]
         c = model.condition(model.patchify(z["latents"]), z["mask"], z["labels"])
@@ -280,28 +302,20 @@ def test_teacher_chain_samples_a_gaussian_whose_score_is_known():
 
 
 def test_checkpoints_that_do_not_fit_are_refused():
-    def says(path, *words, **overrides):
-        try:
-            load_mar(path, **overrides)
-        except UserError as error:
-            assert all(word in str(error) for word in words) and "\n" not in str(error), error
-        else:
-            raise AssertionError(f"{path} was accepted")
-
     model = tiny_mar()
     with scratch() as folder:
         good = {"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(), "args": {}, "step": 1}
         save_checkpoint(good, folder / "good.pt")
         close(load_mar(folder / "good.pt").z_proj.weight, model.z_proj.weight, 0.0)
-        says(folder / "nothing.pt", "no such file")
+        refused(lambda: load_mar(folder / "nothing.pt"), "no such file")
         (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:20000])
-        says(folder / "cut.pt", "truncated")
+        refused(lambda: load_mar(folder / "cut.pt"), "truncated")
         torch.save({"model": {"decoder.conv_in.weight": torch.zeros(2)}}, folder / "vae.pt")
-        says(folder / "vae.pt", "no MAR checkpoint")
+        refused(lambda: load_mar(folder / "vae.pt"), "no MAR checkpoint")
         less = {name: value for name, value in good["ema"].items() if name != "mask_token"}
         save_checkpoint({**good, "ema": {**less, "extra": torch.zeros(1)}}, folder / "less.pt")
-        says(folder / "less.pt", "mask_token missing", "extra unexpected")
-        says(folder / "good.pt", "z_proj.weight is (32, 12), not (32, 3)", patch_size=1)
+        refused(lambda: load_mar(folder / "less.pt"), "mask_token missing", "extra unexpected")
+        refused(lambda: load_mar(folder / "good.pt", patch_size=1), "z_proj.weight is (32, 12), not (32, 3)")
 
         class Evil:
             def __reduce__(self):
@@ -309,7 +323,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
 
         import pickle
         (folder / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
-        says(folder / "evil.pt", "cannot be read")
+        refused(lambda: load_mar(folder / "evil.pt"), "cannot be read")
         assert not (folder / "owned").exists()
 
 
@@ -487,18 +501,16 @@ def test_accumulation_and_variants_run():
 
 def test_distill_refuses_bad_input():
     with scratch() as folder:
-        model = tiny_mar()
-        save_checkpoint({"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(), "args": {},
-                         "step": 1}, folder / "tiny.pt")
-        (folder / "cut.pt").write_bytes((folder / "tiny.pt").read_bytes()[:9999])
+        tiny_mar(folder, "teacher")
+        (folder / "cut.pt").write_bytes((folder / "teacher.pt").read_bytes()[:9999])
         (folder / "empty").mkdir()
         (folder / "file").write_text("")
         shapes = ("distill.py", "--data", "shapes", "--device", "cpu", "--out", folder / "out")
         given = (*shapes, "--teacher_steps", 0, "--teacher")
         refuses(run(*given, folder / "nothing.pt"), "no such file")
         refuses(run(*given, folder / "cut.pt"), "truncated")
-        refuses(run(*given, folder / "tiny.pt"), "side 8", "16")
-        refuses(run(*shapes, "--teacher", folder / "tiny.pt"), "not both")
+        refuses(run(*given, folder / "teacher.pt"), "side 8", "16")
+        refuses(run(*shapes, "--teacher", folder / "teacher.pt"), "not both")
         refuses(run(*shapes, "--teacher_steps", 0), "no teacher")
         refuses(run(*shapes, "--ar_steps", 17), "16 tokens")
         refuses(run(*shapes, "--ar_steps", 0), "--ar_steps", "at least 1")
@@ -537,7 +549,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint():
 
 def test_profile_of_a_step():
     """Where a distillation step's time goes: data loading must be under 2 %."""
-    data, (device, rank, world) = open_data("shapes"), ("cpu", 0, 1)
+    shapes = open_data("shapes")
     model = MAR(SIZES["shapes"]).eval()
     args = distill.parse_args(["--data", "shapes"])
 
@@ -548,9 +560,9 @@ def test_profile_of_a_step():
             f()
         return (time.perf_counter() - start) / n
 
-    batch = lambda: distill.training_batch(data, model, args.batch, 0, 3, torch.device("cpu"), 0, 1)
+    batch = lambda: distill.training_batch(shapes, model, args.batch, 0, 3, torch.device("cpu"), 0, 1)
     tokens, labels, keys, visible, masked = batch()
-    raw = seconds(lambda: data.batch(*train_indices(len(data), args.batch, 3, 0), torch.Generator()))
+    raw = seconds(lambda: shapes.batch(*train_indices(len(shapes), args.batch, 3, 0), torch.Generator()))
     with torch.no_grad():
         forward = seconds(lambda: model.context(tokens, visible, labels, masked))
     transformer = seconds(lambda: model.context(tokens, visible, labels, masked).sum().backward())
@@ -571,6 +583,1320 @@ def test_profile_of_a_step():
     print("   " + ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in parts.items())
           + f" of {1000 * total:.0f} ms (batch {args.batch}, one thread)")
     assert parts["data"] < 0.02 * total, parts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: pictures, batches, the cache, the VAE, downloads
+
+
+def make_folder(root, size=(8, 8), classes=("ant", "bee"), each=3, split="train"):
+    """An image folder of random colours: root/train/<class>/<i>.png."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (root / split / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@functools.lru_cache(maxsize=1)
+def vae_file():
+    """The fixtures' VAE in the layout of the public kl16.ckpt."""
+    need_shared()
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    spec = json.loads((SHARED / "fixtures/vae.json").read_text())
+    weights = fill(spec["shapes"], spec["seed"])
+    torch.save({"model": weights}, f"{folder}/kl16.ckpt")
+    return f"{folder}/kl16.ckpt"
+
+
+def test_shapes_depend_on_their_index_alone():
+    shapes = data.open_data("shapes")
+    together = shapes.images(np.arange(64))
+    alone = torch.cat([shapes.images([i]) for i in range(64)])
+    assert torch.equal(together, alone), "a picture must not depend on its batch"
+    assert (shapes.labels[:64] == np.arange(64) % 8).all() and shapes.num_classes == 8
+    other = data.open_data("shapes", split="test").images(np.arange(64))
+    assert not any(torch.equal(a, b) for a, b in zip(together, other)), "the splits must not share pictures"
+    # anti-aliasing: the same picture at twice the size, averaged down, is the small one but for the sampling grid
+    fine = torch.nn.functional.avg_pool2d(data.draw_shapes(np.arange(64), 32).float(), 2)
+    assert (fine - together.float()).abs().mean() < 2
+
+
+def test_shapes_classes_can_be_told_apart():
+    # the most alike of 4,000 silhouettes has the same class nearly always: a small model can learn these
+    shapes = data.open_data("shapes")
+
+    def silhouettes(index):
+        x = shapes.images(index).float()
+        x = (x - x[..., :1, :1]).abs().amax(1).flatten(1)  # distance from the ground colour: no colour is left
+        return torch.nn.functional.normalize(x, dim=1)
+
+    known, new = np.arange(4000), np.arange(4000, 4800)
+    nearest = (silhouettes(new) @ silhouettes(known).T).argmax(1).numpy()
+    assert (shapes.labels[known][nearest] == shapes.labels[new]).mean() > 0.97
+
+
+def test_train_indices_are_shuffled_epochs():
+    n, batch = 20, 8
+    flat = np.concatenate([data.train_indices(n, batch, step, seed=3)[0] for step in range(5)])
+    assert sorted(flat[:n]) == sorted(flat[n:]) == list(range(n)), "every image once an epoch"
+    assert (flat[:n] != flat[n:]).any(), "each epoch has an order of its own"
+    whole = data.train_indices(n, batch, 2, seed=3)
+    parts = [data.train_indices(n, batch, 2, seed=3, rank=r, world=4) for r in range(4)]
+    for i in range(2):  # indices, flips
+        assert (np.concatenate([part[i] for part in parts]) == whole[i]).all(), "the ranks' parts are the batch"
+    flips = np.concatenate([data.train_indices(1000, 500, step, 0)[1] for step in range(8)])
+    assert abs(flips.mean() - 0.5) < 0.04
+    refused(lambda: data.train_indices(n, 8, 0, 0, world=3), "8", "3")
+
+
+def test_image_folder_becomes_a_cache():
+    with scratch() as tmp:
+        folder = make_folder(tmp / "bugs")
+        first = data.open_data(folder, cache=tmp / "cache")
+        assert (len(first), first.img_size, first.class_names, first.pixels) == (6, 8, ["ant", "bee"], True)
+        assert first.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        real = np.asarray(Image.open(folder / "train/bee/1.png")).transpose(2, 0, 1)
+        assert (first.images([4])[0].numpy() == real).all()
+        x, labels = first.batch([4, 4], np.array([False, True]))
+        assert torch.allclose((x[0] + 1) * 127.5, torch.from_numpy(real).float(), atol=1e-4)
+        assert torch.equal(x[1], x[0].flip(-1)) and labels.tolist() == [1, 1]
+        built = (tmp / "cache/bugs-8/train/images.npy").stat().st_mtime_ns
+        again = data.open_data(folder, cache=tmp / "cache")
+        direct = data.open_data(tmp / "cache/bugs-8")
+        assert torch.equal(again.images(np.arange(6)), direct.images(np.arange(6)))
+        assert (tmp / "cache/bugs-8/train/images.npy").stat().st_mtime_ns == built, "opened, not built again"
+
+
+def test_every_kind_of_image_becomes_rgb():
+    with scratch() as tmp:
+        grey16 = np.full((4, 4), 257 * 100, np.uint16)
+        clear = np.zeros((4, 4, 4), np.uint8)  # black, but wholly transparent
+        palette = Image.new("P", (4, 4), 1)
+        palette.putpalette([0, 0, 0, 10, 20, 30])
+        cases = {"grey": (Image.new("L", (4, 4), 7), (7, 7, 7)), "grey16": (Image.fromarray(grey16), (100, 100, 100)),
+                 "clear": (Image.fromarray(clear), (255, 255, 255)), "palette": (palette, (10, 20, 30)),
+                 "bits": (Image.new("1", (4, 4), 1), (255, 255, 255)), "rgb": (Image.new("RGB", (4, 4), (1, 2, 3)), (1, 2, 3))}
+        for name, (image, colour) in cases.items():
+            image.save(tmp / f"{name}.png")
+            pixels = data.read_image(tmp / f"{name}.png", 4)
+            assert pixels.shape == (3, 4, 4) and tuple(pixels[:, 0, 0]) == colour, (name, pixels[:, 0, 0])
+
+
+def test_adm_crop():
+    # 40 x 16 with a white square in the middle: halved once by BOX, then the square is all that is left
+    image = np.zeros((16, 40, 3), np.uint8)
+    image[:, 12:28] = 255
+    assert (np.asarray(data.adm_crop(Image.fromarray(image), 8)) == 255).all()
+    for size in [(37, 64), (100, 99), (16, 17), (9, 30)]:
+        assert data.adm_crop(Image.new("RGB", size), 16).size == (16, 16)
+
+
+def test_a_stopped_cache_goes_on():
+    with scratch() as tmp:
+        folder = make_folder(tmp / "bugs", each=10)
+        classes, files, labels = data.list_images(folder, "train")
+        settings = data.cache_settings(folder, "train", 8, files)
+        seen = []
+
+        def encode(images, stop_after=None):
+            if stop_after is not None and len(seen) >= stop_after:
+                raise KeyboardInterrupt
+            seen.append(len(images))
+            return images
+
+        build = lambda out, encode: data.build_cache(out, settings, classes, files, labels, encode, (3, 8, 8), np.uint8, 3)
+        build(tmp / "whole", encode)
+        seen.clear()
+        try:
+            build(tmp / "parts", lambda images: encode(images, 4))
+            raise AssertionError("was to be stopped")
+        except KeyboardInterrupt:
+            pass
+        refused(lambda: data.open_cache(tmp / "parts", "parts", "train", {}), "not finished")
+        seen.clear()
+        build(tmp / "parts", encode)
+        assert sum(seen) == 20 - 4 * 3, "what was done is not done again"
+        for name in ("images.npy", "labels.npy"):
+            assert (tmp / "whole" / name).read_bytes() == (tmp / "parts" / name).read_bytes()
+
+
+def test_bad_image_folders_are_refused():
+    with scratch() as tmp:
+        cache = tmp / "cache"
+        refused(lambda: data.open_data(tmp / "nowhere"), "nowhere", "no such folder")
+        (tmp / "empty").mkdir()
+        refused(lambda: data.open_data(tmp / "empty"), "train")
+        (tmp / "empty/train/ant").mkdir(parents=True)
+        refused(lambda: data.open_data(tmp / "empty"), "no images")
+        folder = make_folder(tmp / "bugs")
+        refused(lambda: data.open_data(folder, split="test", cache=cache), "test")
+        refused(lambda: data.open_data(folder, img_size=256, cache=cache), "python data.py", "--img_size 256")
+        (folder / "train/ant/1.png").write_bytes((folder / "train/ant/1.png").read_bytes()[:90])
+        refused(lambda: data.open_data(folder, cache=cache), "1.png", "broken", "--skip_broken")
+        kept = data.open_data(folder, cache=cache, skip_broken=True)
+        assert len(kept) == 5 and kept.labels.tolist() == [0, 0, 1, 1, 1]
+        assert torch.equal(kept.images([1])[0], torch.from_numpy(data.read_image(folder / "train/ant/2.png", 8).copy()))
+        (folder / "train/bee/0.png").unlink()
+        refused(lambda: data.open_data(folder, cache=cache), "other settings", "count 6, wanted 5")
+        refused(lambda: data.open_data(cache / "bugs-8", img_size=16), "img_size 8, wanted 16")
+        (cache / "bugs-8/train/images.npy").write_bytes(b"short")
+        refused(lambda: data.open_data(cache / "bugs-8"), "damaged")
+
+
+def test_cifar10_binary_files():
+    with scratch() as tmp:
+        refused(lambda: data.open_cifar10("train", root=tmp), "--get cifar10")
+        (tmp / "cifar-10-binary.tar.gz").write_bytes(b"half a download")
+        refused(lambda: data.open_cifar10("train", root=tmp), "wrong checksum")
+        records = np.zeros((10_000, 3073), np.uint8)
+        records[7, 0], records[7, 1:1025], records[7, 2049:] = 9, 200, 50  # a truck: red 200, green 0, blue 50
+        (tmp / "cifar-10-batches-bin").mkdir()
+        records.tofile(tmp / "cifar-10-batches-bin/test_batch.bin")
+        test = data.open_cifar10("test", root=tmp)
+        assert len(test) == 10_000 and test.class_names[test.labels[7]] == "truck"
+        assert test.images([7])[0, :, 5, 5].tolist() == [200, 0, 50]
+        refused(lambda: data.open_cifar10("train", root=tmp), "data_batch_1.bin", "missing")
+        refused(lambda: data.open_cifar10("test", img_size=64, root=tmp), "32")
+
+
+def test_vae_agrees_with_the_public_one():
+    vae = data.load_vae(vae_file())
+    want = np.load(SHARED / "fixtures/vae.npz")
+    images = torch.from_numpy(want["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for ours, theirs in [(vae.moments(images), want["moments"]), (vae.decode(torch.from_numpy(want["z"])), want["decoded"])]:
+        assert np.abs(ours.numpy() - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    assert sum(p.numel() for p in vae.parameters()) == 66_456_019
+
+
+def test_other_files_are_no_vae():
+    need_shared()
+    refused(lambda: data.load_vae(SHARED / "fixtures/mar_tiny.pth"), "not the KL-16 VAE but a MAR")
+    with scratch() as tmp:
+        whole = Path(vae_file()).read_bytes()
+        (tmp / "half.ckpt").write_bytes(whole[:len(whole) // 2])
+        refused(lambda: data.load_vae(tmp / "half.ckpt"), "half.ckpt")
+        state = torch.load(vae_file(), weights_only=True)["model"]
+        torch.save({name: value for name, value in state.items() if name != "quant_conv.bias"}, tmp / "part.ckpt")
+        refused(lambda: data.load_vae(tmp / "part.ckpt"), "quant_conv.bias is missing")
+        torch.save({**state, "loss.discriminator.weight": torch.zeros(1)}, tmp / "trained.ckpt")  # plain, and a loss
+        data.load_vae(tmp / "trained.ckpt")
+
+
+def test_latent_batches():
+    # a cache made by hand: mean 3 (flip: 5), log-variance ln 4, so a sample is (3 or 5, + 2 noise) * 0.2325
+    with scratch() as tmp:
+        moments = np.zeros((4, 2, 32, 8, 8), np.float16)
+        moments[:, 0, :16], moments[:, 1, :16], moments[:, :, 16:] = 3, 5, np.log(4)
+        (tmp / "train").mkdir()
+        np.save(tmp / "train/moments.npy", moments)
+        np.save(tmp / "train/labels.npy", np.array([1, 0, data.BROKEN, 1]))
+        meta = {"kind": "moments", "img_size": 128, "class_names": ["a", "b"], "complete": True}
+        (tmp / "train/cache.json").write_text(json.dumps(meta))
+        latents = data.open_data(tmp)
+        assert (len(latents), latents.pixels, latents.latent_channels) == (3, False, 16)
+        draw = lambda seed: latents.batch([0, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
+        x, labels = draw(0)
+        assert x.shape == (2, 16, 8, 8) and x.dtype == torch.float32 and labels.tolist() == [1, 1]
+        assert torch.equal(x, draw(0)[0]) and not torch.equal(x, draw(1)[0]), "the generator decides"
+        assert torch.allclose(x.mean((1, 2, 3)), torch.tensor([3, 5]) * 0.2325, atol=0.06)
+        assert torch.allclose(x.std((1, 2, 3)), torch.tensor(2 * 0.2325), atol=0.05)
+        refused(lambda: latents.images([0]), "latents")
+
+
+def test_latent_cache_by_command():
+    # as a user does it, on two processes; every row must be the VAE's own answer for the image and for its mirror
+    with scratch() as tmp:
+        folder = make_folder(tmp / "bugs", size=(70, 64), each=3)
+        command = ["data.py", "--data", folder, "--vae", vae_file(), "--img_size", "64", "--out", tmp / "lat", "--batch", "2",
+                   "--device", "cpu"]
+        done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command))
+        assert done.returncode == 0, done.stderr[-2000:]
+        built = np.load(tmp / "lat/train/moments.npy")
+        image = torch.from_numpy(data.read_image(folder / "train/bee/2.png", 64)).float()[None] / 127.5 - 1
+        want = data.load_vae(vae_file()).moments(torch.cat([image, image.flip(-1)])).numpy()
+        assert np.abs(built[5] - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
+        assert len(data.open_data(tmp / "lat")) == 6 and data.open_data(tmp / "lat").img_size == 64
+        command[command.index("64")] = "128"
+        refused(lambda: data.main([str(word) for word in command[1:]]), "img_size 64, wanted 128")
+
+
+def test_data_commands_refuse_bad_input():
+    done = run("data.py", "--data", "nowhere", "--vae", "x")
+    assert done.returncode == 2 and "no such folder" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    for line, words in [("", "nothing to do"), ("--get mar_tiny", "unknown"), ("--data . --img_size 0", "at least 1"),
+                        ("--data . --img_size 256", "--vae"), ("--data . --img_size 40 --vae x", "64"),
+                        ("--data . --img_size 72 --vae x", "16"), ("--dat x", "--dat")]:
+        refused(lambda: data.main(line.split()), words)
+
+
+class FlakyServer(http.server.BaseHTTPRequestHandler):
+    """Serves `content` with Range; the first reply to a new url breaks off in the middle."""
+    content, asked = bytes(range(256)) * 4096, []
+
+    def do_GET(self):
+        start = int(self.headers["Range"].split("=")[1].rstrip("-"))
+        self.asked.append((self.path, start))
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        broken = start == 0 and self.path == "/flaky"
+        self.wfile.write(self.content[start:len(self.content) // 2 if broken else None])
+
+    def log_message(self, *args):
+        pass
+
+
+def test_downloads_resume_and_are_verified():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FlakyServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, size = f"http://127.0.0.1:{server.server_port}", len(FlakyServer.content)
+    import hashlib
+    digest = hashlib.sha256(FlakyServer.content).hexdigest()
+    mine = {"flaky": (f"{url}/flaky", "a/flaky.bin", size, f"sha256:{digest[:8]}"),
+            "wrong": (f"{url}/wrong", "a/wrong.bin", size, "sha256:00000000"),
+            "short": (f"{url}/short", "a/short.bin", 2 * size, "sha256:"),
+            "noted": (f"{url}/noted", "a/noted.bin", None, "sha256:"),
+            "gone": ("http://127.0.0.1:9/gone", "a/gone.bin", None, "sha256:")}
+    data.PUBLIC.update(mine)
+    try:
+        with scratch() as tmp:
+            refused(lambda: data.get(["flaky"], tmp), "stopped")
+            assert not (tmp / "a/flaky.bin").exists(), "half a file must not have the name of a whole one"
+            data.get(["flaky"], tmp)
+            assert (tmp / "a/flaky.bin").read_bytes() == FlakyServer.content
+            starts = [start for path, start in FlakyServer.asked if path == "/flaky"]
+            assert starts[0] == 0 and starts[1] == size // 2, "the second try goes on where the first stopped"
+            refused(lambda: data.get(["wrong"], tmp), "damaged", "00000000")
+            refused(lambda: data.get(["short"], tmp), "damaged", f"{2 * size:,}")
+            refused(lambda: data.get(["gone"], tmp), "gone", "stopped")
+            refused(lambda: data.get(["nothing"], tmp), "unknown")
+            assert sorted(p.name for p in (tmp / "a").iterdir()) == ["flaky.bin", "flaky.bin.sha256"]
+            data.get(["noted"], tmp)
+            assert (tmp / "a/noted.bin.sha256").read_text().startswith(digest)
+            data.get(["noted"], tmp)  # there already: only verified
+            assert sum(path == "/noted" for path, _ in FlakyServer.asked) == 1
+            (tmp / "a/noted.bin").write_bytes(b"bit rot")
+            refused(lambda: data.get(["noted"], tmp), "damaged")
+    finally:
+        server.shutdown()
+        for name in mine:
+            del data.PUBLIC[name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py: what a picture depends on, and what the command refuses
+
+
+def sample_main(*argv):
+    """sample.py's main in this process: a subprocess each would cost seconds."""
+    saved, sys.argv = sys.argv, ["sample.py", *map(str, argv)]
+    try:
+        sample.main()
+    finally:
+        sys.argv = saved
+
+
+def test_picture_does_not_depend_on_the_batch():
+    model, labels = tiny_mar(), torch.arange(64) % 4
+    for kwargs in ({"head_steps": 1}, {"head_steps": 10, "guidance": 2.0}):
+        seeds = torch.tensor([(5, i) for i in range(64)])
+        whole = model.generate(labels, ar_steps=8, seeds=seeds, **kwargs)
+        for batch in (1, 7):
+            parts = [model.generate(labels[i:i + batch], ar_steps=8, seeds=seeds[i:i + batch], **kwargs)
+                     for i in range(0, 64, batch)]
+            assert (torch.cat(parts) - whole).abs().max() < 1e-4
+    together = sample.draw(model, labels, seed=5, ar_steps=8)
+    assert torch.equal(sample.draw(model, labels[60:], seed=5, start=60, ar_steps=8), together[60:])
+    assert not torch.equal(sample.draw(model, labels, seed=6, ar_steps=8), together)
+    assert not torch.equal(together[0], together[4])  # same class, other index
+
+
+def test_two_processes_write_the_same_npz():
+    import socket
+    with scratch() as folder:
+        tiny_mar(folder)
+        common = ["sample.py", "--ckpt", str(folder / "student.pt"), "--num", "51", "--device", "cpu"]
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        two = [subprocess.Popen([sys.executable, *common, "--batch", "8", "--out", str(folder / "two.npz")],
+                                cwd=Path(sys.modules["model"].__file__).parent, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r),
+                                     "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}) for r in range(2)]
+        sample_main(*common[1:], "--batch", 64, "--out", folder / "one.npz")
+        for process in two:
+            assert process.wait(300) == 0, process.communicate()[1]
+        one, two = np.load(folder / "one.npz"), np.load(folder / "two.npz")
+        assert one["arr_0"].shape == (51, 8, 8, 3) and one["arr_0"].dtype == np.uint8 and one["arr_0"].std() > 20
+        # rounding to bytes may turn a difference of 1e-7 into one level
+        difference = np.abs(one["arr_0"].astype(int) - two["arr_0"])
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+        assert (one["labels"] == np.arange(51) % 4).all() and (two["labels"] == one["labels"]).all()
+        assert sorted(p.name for p in folder.iterdir()) == ["one.npz", "student.pt", "two.npz"]  # nothing left behind
+
+
+def test_gif_shows_the_unmasking():
+    from model import mask_counts
+    from PIL import Image
+    from sample import draw, unmasking
+    with scratch() as folder:
+        model, labels = tiny_mar(folder), torch.arange(4)
+        frames = list(unmasking(model, labels, seed=3, ar_steps=5))
+        unknown = [int((frame[0] == 128).all(0).sum()) // 4 for frame in frames]  # tokens of 2x2 px
+        assert all(abs(u - m) <= 1 for u, m in zip(unknown, mask_counts(16, 5)))  # a token may be grey by chance
+        assert torch.equal(frames[-1], sample.draw(model, labels, seed=3, ar_steps=5))
+        sample_main("--ckpt", folder / "student.pt", "--gif", folder / "a.gif", "--ar_steps", 5, "--per_class", 2)
+        assert Image.open(folder / "a.gif").n_frames == 6  # the empty picture, then one an AR step
+
+
+def test_grid_shows_every_pixel():
+    from PIL import Image
+    from sample import GAP, save_grid
+    pictures = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    with scratch() as folder:
+        save_grid([("first row", pictures), ("", pictures[:2])], folder / "g.png")
+        grid = np.asarray(Image.open(folder / "g.png"))
+        left = grid.shape[1] - 3 * (96 + GAP)
+        assert grid.shape[0] == GAP + 2 * (96 + GAP) and (grid[:100, :left] < 128).any()  # a title stands at the left
+        tile = grid[GAP:GAP + 96, left + 96 + GAP:left + 2 * 96 + GAP]  # row 0, picture 1
+        assert (tile[::6, ::6] == pictures[1].permute(1, 2, 0).numpy()).all()  # one block of 6 x 6 for each pixel
+        assert (tile[5::6, 5::6] == tile[::6, ::6]).all()
+        save_grid([("", torch.zeros(2, 3, 256, 256, dtype=torch.uint8))], folder / "big.png")
+        assert Image.open(folder / "big.png").size == (GAP + 2 * (256 + GAP), 2 * GAP + 256)  # not enlarged
+
+
+def test_latents_are_unscaled_and_decoded():
+    from model import UserError
+    from sample import draw, to_uint8, unmasking
+
+    class Vae:  # 16 px a cell, its first three channels as colours
+        def decode(self, latents):
+            return latents[:, :3].repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    model = tiny_mar(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
+    labels, seeds = torch.arange(20) % 4, torch.tensor([(0, i) for i in range(20)])
+    latents = model.generate(labels, ar_steps=4, seeds=seeds)
+    pictures = sample.draw(model, labels, vae=Vae(), ar_steps=4)  # 20: more than one chunk of the decoder
+    difference = pictures[:, :, ::16, ::16].int() - to_uint8(latents[:, :3] / 0.2325).int()
+    assert difference.abs().max() <= 1
+    assert torch.equal(list(unmasking(model, labels[:2], vae=Vae(), ar_steps=4))[-1], pictures[:2])
+    try:
+        sample.draw(model, labels)
+        raise AssertionError("drew latents without a VAE")
+    except UserError as error:
+        assert "--vae" in str(error)
+
+
+def test_defaults_come_from_the_checkpoint():
+    import sample
+    from model import SIZES
+
+    def filled(file, config, *argv):
+        saved, sys.argv = sys.argv, ["sample.py", "--ckpt", "x.pt", *argv]
+        try:
+            args, _ = sample.parse()
+            sample.fill_in(args, file, config)
+            return args.ar_steps, args.head_steps, args.guidance, args.guidance_schedule
+        finally:
+            sys.argv = saved
+
+    made = {"ar_steps": 8, "guidance": 2.0, "guidance_schedule": "constant", "teacher_head_steps": 50}
+    ours = {"config": {}, "args": made}
+    assert filled({**ours, "stage": "student"}, SIZES["shapes"]) == ([8], 1, 1.0, "constant")
+    assert filled({**ours, "stage": "rl"}, SIZES["shapes"]) == ([8], 1, 1.0, "constant")
+    assert filled({**ours, "stage": "teacher"}, SIZES["shapes"]) == ([8], 50, 2.0, "constant")
+    assert filled({**ours, "stage": "teacher"}, SIZES["shapes"], "--guidance", "1", "--head_steps", "1") == \
+        ([8], 1, 1.0, "constant")  # a flag wins
+    for size, guidance in (("base", 2.9), ("large", 3.0), ("huge", 3.2)):  # MAR's README
+        assert filled({"model_ema": {}}, SIZES[size]) == ([64], 100, guidance, "linear")
+
+
+def test_flops_are_those_of_the_formula():
+    from model import MAR, SIZES, mask_counts
+    from sample import flops_of
+    model = MAR(SIZES["shapes"]).eval()
+    c = model.config
+    L, D, S, C, W = c.seq_len, c.width, c.buffer_size, c.token_dim, c.head_width
+    expected, counts = 0, mask_counts(L, 4)
+    for now, after in zip(counts, counts[1:]):
+        V, P = L - now, now - after
+        block = lambda T: 24 * T * D * D + 4 * T * T * D  # 12 D^2 weights; two products with the T x T attention map
+        last = 4 * (S + L) * D * D + 20 * P * D * D + 4 * (S + L) * P * D  # keys and values of all, the rest of P rows
+        head = C * W + D * W + 256 * W + W * W + c.head_depth * 5 * W * W + 2 * W * W + 2 * C * W
+        expected += (c.encoder_depth * block(S + V) + (c.decoder_depth - 1) * block(S + L) + last
+                     + 2 * V * C * D + 2 * (S + V) * D * D + 2 * P * head)
+    assert flops_of(model, {"ar_steps": 4, "head_steps": 1, "guidance": 1.0}) == expected
+    assert flops_of(model, {"ar_steps": 4, "head_steps": 1, "guidance": 2.0}) == 2 * expected
+
+
+def test_bench_prints_what_was_timed():
+    import contextlib
+    import io
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        sample_main("--bench", "--size", "shapes", "--ar_steps", 4, 2, "--teacher_ar_steps", 2, "--head_steps", 20,
+                    "--batch", 2, "--repeat", 1, "--device", "cpu")
+    rows = [line.split() for line in text.getvalue().splitlines() if line.startswith(("student", "teacher"))]
+    assert [row[:4] for row in rows] == [[who, b, K, h] for b in "12" for who, K, h in
+                                         (("student", "4", "1"), ("student", "2", "1"), ("teacher", "2", "20"))]
+    assert all(float(row[5]) > 0 for row in rows) and float(rows[2][7].rstrip("x")) > 1  # 20 steps cost more than one
+
+
+def test_curves():
+    from PIL import Image
+    from sample import COLOURS, read_log, ticks
+    with scratch() as folder:
+        for run_name, offset in (("a", 0), ("b", 1)):
+            (folder / run_name).mkdir()
+            lines = [{"step": s, "stage": "distill", "loss": 0.9**s + offset, "fd": 40 - s} for s in range(30)]
+            text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "stage": "distill", "loss": 7.0}])
+            (folder / run_name / "log.jsonl").write_text(text + '{"step": 31, "lo')  # killed while it wrote
+        log = read_log(folder / "a" / "log.jsonl")
+        assert set(log) == {("distill", "loss"), ("distill", "fd")} and log["distill", "loss"][3] == 7.0
+        sample_main("--curves", folder / "a/log.jsonl", folder / "b/log.jsonl", "--out", folder / "c.png")
+        pixels = np.asarray(Image.open(folder / "c.png")).reshape(-1, 3).astype(int)
+        for colour in COLOURS[:2]:
+            assert (np.abs(pixels - colour).max(1) < 8).sum() > 100  # both runs can be seen
+    assert ticks(0, 1, False) == [0, 0.2, 0.4, 0.6, 0.8, 1.0] and ticks(0.05, 120, True) == [0.1, 1, 10, 100]
+    assert ticks(-30, 31, False) == [-20, 0, 20]
+
+
+def test_sample_refuses_bad_input():
+    from model import UserError
+    with scratch() as folder:
+        tiny_mar(folder), tiny_mar(folder, "teacher"), tiny_mar(folder, "latent", vae_stride=2, patch_size=1)
+        student, teacher = folder / "student.pt", folder / "teacher.pt"
+        (folder / "cut.pt").write_bytes(student.read_bytes()[:5000])
+        torch.save({"model": {"encoder.conv_in.weight": torch.zeros(1)}}, folder / "kl16.ckpt")
+        (folder / "log.jsonl").write_text("no json\n{}\n")
+        cases = [  # what is typed, and words that the answer must hold
+            ([], "--ckpt"),
+            (["--ckpt", folder / "no.pt"], "no such file"),
+            (["--ckpt", folder / "cut.pt"], "truncated"),
+            (["--ckpt", folder / "kl16.ckpt"], "no MAR checkpoint"),
+            (["--ckpt", student, "--classes", 0, 4], "0..3"),
+            (["--ckpt", student, "--classes", -1], "0..3"),
+            (["--ckpt", student, "--classes", "cat"], "ring"),
+            (["--ckpt", student, "--ar_steps", 17], "1..16"),
+            (["--ckpt", student, "--ar_steps", 0], "at least 1"),
+            (["--ckpt", teacher, "--head_steps", 0], "at least 1"),
+            (["--ckpt", teacher, "--head_steps", -5], "at least 1"),
+            (["--ckpt", teacher, "--guidance", "nan"], "at least 0"),
+            (["--ckpt", student, "--head_steps", 100], "student"),
+            (["--ckpt", student, "--guidance", 2], "student"),
+            (["--ckpt", student, "--teacher"], "student"),
+            (["--ckpt", teacher, "--teacher", "--head_steps", 1], "--head_steps 1"),
+            (["--ckpt", student, "--gif", "a.gif", "--num", 5], "--gif and --num"),
+            (["--ckpt", student, "--num", 5, "--per_class", 2], "--per_class"),
+            (["--ckpt", student, "--num", 5, "--ar_steps", 2, 4, "--out", folder / "x.npz"], "several --ar_steps"),
+            (["--ckpt", student, "--num", 5, "--out", folder / "x.png"], ".npz"),
+            (["--ckpt", student, "--out", folder / "x.jpg"], ".png"),
+            (["--ckpt", student, "--out", student / "x.png"], "cannot write"),  # below a file
+            (["--ckpt", student, "--out", folder / "x.png", "--vae", folder / "kl16.ckpt"], "not the KL-16"),
+            (["--ckpt", folder / "latent.pt", "--out", folder / "x.png"], "--vae"),
+            (["--ckpt", student, "--size", "base"], "--size"),
+            (["--bench"], "--size"),
+            (["--ckpt", student, "--device", "tpu"], "--device tpu"),
+            (["--ckpt", student, "--unknown", 1], "--unknown"),
+            (["--curves", folder / "none.jsonl", "--out", folder / "x.png"], "none.jsonl"),
+            (["--curves", folder / "log.jsonl", "--out", folder / "x.png"], "line 1"),
+        ]
+        before = sorted(folder.iterdir())
+        for argv, words in cases:
+            if argv and not {"--out", "--gif", "--num", "--bench"} & set(argv):
+                argv = [*argv, "--out", folder / "x.png"]  # not ./grid.png, in case one is accepted
+            try:
+                sample_main(*argv)
+                raise AssertionError(f"accepted: {argv}")
+            except UserError as error:
+                assert words in str(error) and "\n" not in str(error), f"{argv}: {error}"
+        assert sorted(folder.iterdir()) == before  # nothing half-written
+        done = run("sample.py", "--ckpt", str(folder / "no.pt"))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fid.py: the judges
+
+
+def public(name, folder, file):
+    """Fill the public network `name` of the fixtures and save it as its public file. -> (description, path)."""
+    need_shared()
+    about = json.loads((FIXTURES / f"{name}.json").read_text())
+    torch.save(fill(about["shapes"], about["seed"]), folder / file)
+    return about, folder / file
+
+
+def floats(images):
+    """The fixtures' uint8 (N, H, W, 3) -> [0,1] (N, 3, H, W)."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def write_safetensors(state, path):
+    """The format in six lines, so that the reader is checked against the format and not against itself."""
+    header, body = {}, b""
+    for name, value in state.items():
+        data = value.numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def test_frechet_distance_has_its_closed_forms():
+    mu, s = torch.zeros(3), torch.eye(3)
+    # N(0, 1) and N(m, s^2) per axis: m^2 + (1 - s)^2 each
+    got = fid.frechet_distance(mu, s, torch.tensor([1.0, 2.0, 0.0]), torch.diag(torch.tensor([4.0, 0.25, 1.0])))
+    assert abs(got - (1 + 4 + 1 + 0.25)) < 1e-9, got
+    x, y = torch.randn(300, 40, dtype=torch.float64), 1 + 2 * torch.randn(300, 40, dtype=torch.float64)
+    a, b = fid.mean_and_covariance(x), fid.mean_and_covariance(y)
+    assert abs(fid.frechet_distance(*a, *a)) < 1e-6
+    assert abs(fid.frechet_distance(*a, *b) - fid.frechet_distance(*b, *a)) < 1e-6
+    assert np.allclose(a[1], np.cov(x.numpy(), rowvar=False), rtol=1e-12)
+    few = fid.mean_and_covariance(x[:10])  # rank 9 of 40: where scipy's root needs a fudge
+    assert abs(fid.frechet_distance(*few, *few)) < 1e-5 and fid.frechet_distance(*few, *a) > 0
+
+
+def test_metrics_agree_with_torch_fidelity():
+    z = fixture("metrics")
+    said = json.loads((FIXTURES / "metrics.json").read_text())
+    a, b = z["features_a"], z["features_b"]
+    ours, theirs = fid.mean_and_covariance(a), fid.mean_and_covariance(b)
+    close(fid.frechet_distance(*ours, *theirs), said["fid"])
+    close(fid.frechet_distance(*fid.mean_and_covariance(a[:40]), *theirs), said["fid_singular_first40_of_a_vs_b"])
+    close(fid.inception_score(z["logits"]), list(said["isc"].values()))
+    # the fixture's one subset of 500 was drawn with seed 0, not with torch-fidelity's default of 2020
+    close(fid.kernel_distance(a, b, 1, 500, seed=0)[0], said["kid_one_subset_of_500"]["kernel_inception_distance_mean"])
+    close(fid.precision_recall(a, b), [said["prc"]["precision"], said["prc"]["recall"]])
+
+
+def test_inception_score_needs_the_shuffle_when_classes_come_in_order():
+    logits = 20 * torch.eye(10).repeat_interleave(50, dim=0)  # ten sure classes, in class order: the true score is 10
+    assert abs(fid.inception_score(logits, splits=5)[0] - 2) < 1e-3  # each split knows two of them
+    assert abs(fid.inception_score(logits, splits=5, shuffle=True)[0] - 10) < 0.8
+
+
+def test_kid_is_unbiased():
+    draw = torch.Generator().manual_seed(0)
+    values = [fid.kernel_distance(*torch.randn(2, 60, 8, generator=draw), subsets=1)[0] for _ in range(300)]
+    error = np.std(values) / 300**0.5
+    assert abs(np.mean(values)) < 4 * error, (np.mean(values), error)  # with the diagonals left in it is 25 errors off
+
+
+def test_precision_and_recall_are_not_swapped():
+    draw = torch.Generator().manual_seed(0)
+    real = torch.randn(400, 2, generator=draw)
+    collapsed = 0.01 * torch.randn(400, 2, generator=draw)  # one good picture, again and again
+    precision, recall = fid.precision_recall(collapsed, real)
+    assert precision == 1 and recall < 0.05, (precision, recall)
+    scattered = torch.cat([real, 50 + 100 * torch.rand(400, 2, generator=draw)])  # all of the data, and as much rubbish
+    precision, recall = fid.precision_recall(scattered, real)
+    assert abs(precision - 0.5) < 0.05 and recall == 1, (precision, recall)
+    # blocks are a matter of memory alone
+    a, b = torch.randn(2, 333, 5, generator=draw)
+    assert fid.precision_recall(a, b, chunk=50) == fid.precision_recall(a, b, chunk=1000)
+
+
+def test_inception_agrees_with_torch_fidelity():
+    with scratch() as folder:
+        _, path = public("inception", folder, "inception.pth")
+        right = folder / f"pt_inception-{fid.file_hash(path)[:8]}.pth"
+        wrong = folder / "pt_inception-6726825d.pth"
+        os.link(path, right), os.link(path, wrong)
+        net, z = fid.load_inception(right), fixture("inception")
+        for part in "abc":  # 32, 256 and 299 px: enlarged, enlarged, untouched
+            pool, logits = net(z[f"{part}_images"].permute(0, 3, 1, 2))
+            close(pool, z[f"{part}_2048"], 1e-3), close(logits, z[f"{part}_logits_unbiased"], 1e-3)
+        refused(lambda: fid.load_inception(wrong), "6726825d")
+        refused(lambda: net(torch.rand(2, 3, 8, 8)), "uint8")
+        torch.save({**read_checkpoint(path), "extra": torch.ones(2), "fc.bias": torch.ones(3)}, folder / "other.pth")
+        refused(lambda: fid.load_inception(folder / "other.pth"), "extra unexpected", "fc.bias is (3,), not (1008,)")
+
+
+def test_clip_agrees_with_openai_at_full_and_tiny_size():
+    for name in ("clip_tiny", "clip_vit_b32"):
+        with scratch() as folder, torch.no_grad():
+            about, path = public(name, folder, "clip.pt")
+            clip, z = fid.load_clip(path), fixture(name)
+            image, text = clip.encode_image(floats(z["images"])), clip.encode_text(z["tokens"].long())
+            close(image, z["image_features"]), close(text, z["text_features"])
+            close(torch.stack([clip.score(floats(z["images"]), t.expand_as(image)) for t in text], 1), z["logits"])
+            close(fid.Tokenizer(SHARED / "data/bpe_simple_vocab_16e6.txt.gz")(about["prompts"]), z["tokens"], 0)
+
+
+class Tree(torch.nn.Module):
+    """Modules nested as the names of a state dict say."""
+
+    def __init__(self, state):
+        super().__init__()
+        for first in dict.fromkeys(name.partition(".")[0] for name in state):
+            inner = {k.partition(".")[2]: v for k, v in state.items() if k.partition(".")[0] == first}
+            leaf = inner.get("")
+            setattr(self, first, Tree(inner) if leaf is None else torch.nn.Parameter(leaf, leaf.is_floating_point()))
+
+    def forward(self, x):
+        return x
+
+
+def test_clip_loads_from_a_half_precision_torchscript_archive():
+    about = need_shared() and json.loads((FIXTURES / "clip_tiny.json").read_text())
+    state = fill(about["shapes"], about["seed"])
+    extras = {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")}
+    with scratch() as folder, torch.no_grad():
+        tree = Tree({**{k: v.half() for k, v in state.items()}, **extras})
+        torch.jit.save(torch.jit.trace(tree, torch.ones(1)), folder / "ViT.pt")
+        torch.save({k: v.half() for k, v in state.items()}, folder / "plain.pt")
+        a, b = fid.load_clip(folder / "ViT.pt"), fid.load_clip(folder / "plain.pt")
+        pixels = torch.rand(2, 3, 32, 32)
+        close(a.encode_image(pixels), b.encode_image(pixels), 0)
+        assert a.logit_scale.dtype == torch.float32  # what was stored as fp16 is computed in fp32
+        (folder / "cut.pt").write_bytes((folder / "ViT.pt").read_bytes()[:5000])
+        refused(lambda: fid.load_clip(folder / "cut.pt"), "cut.pt")
+        torch.save({"visual.proj": torch.ones(2, 2)}, folder / "part.pt")
+        refused(lambda: fid.load_clip(folder / "part.pt"), "missing")
+
+
+def test_clip_tokens_agree_with_openai():
+    need_shared()
+    tokenizer = fid.Tokenizer(SHARED / "data/bpe_simple_vocab_16e6.txt.gz")
+    about = json.loads((FIXTURES / "clip_tokens.json").read_text())
+    close(tokenizer(about["prompts"]), torch.tensor(about["ids"]), 0)
+    same = lambda a, b: torch.equal(*tokenizer([a, b]))
+    assert same("\u201cit\u2019s\u201d \ufb01ne", "\"it's\" fine") and same("cafe\u0301", "caf\u00e9")  # ftfy's work
+    assert not same("caf\u00c3\u00a9", "caf\u00e9")  # mojibake: the one class of text that needs ftfy itself
+    long = tokenizer(["dog " * 200])[0]
+    assert long[76] == 49407 and (long[1:76] == long[1]).all()  # cut, the end marked
+
+
+def test_pickscore_agrees_with_transformers():
+    about = need_shared() and json.loads((FIXTURES / "pickscore_tiny.json").read_text())
+    state, z, sizes = fill(about["shapes"], about["seed"]), fixture("pickscore_tiny"), about["config"]
+    config = {f"{part}_config": {"num_attention_heads": sizes[part]["heads"], "hidden_act": "gelu"}
+              for part in ("text", "vision")}
+    with scratch() as folder, torch.no_grad():
+        (folder / "config.json").write_text(json.dumps(config))
+        torch.save(state, folder / "pytorch_model.bin")
+        both = [fid.load_pickscore(folder)]
+        write_safetensors(state, folder / "model.safetensors")  # preferred where both are there
+        for model in both + [fid.load_pickscore(folder)]:
+            image, text = model.encode_image(floats(z["images"])), model.encode_text(z["tokens"].long())
+            close(image, z["image_features"]), close(text, z["text_features"])
+            close(torch.stack([model.score(floats(z["images"]), t.expand_as(image)) for t in text]), z["scores"])
+        whole = (folder / "model.safetensors").read_bytes()
+        for bad in (whole[:-100], b"\xff" * 8 + whole[8:], b"", whole.replace(b'"F32"', b'"F99"', 1)):
+            (folder / "model.safetensors").write_bytes(bad)
+            refused(lambda: fid.load_pickscore(folder), "safetensors")
+
+
+def test_imagereward_agrees_with_the_public_one_at_full_size():
+    with scratch() as folder, torch.no_grad():
+        _, path = public("imagereward", folder, "ImageReward.pt")
+        model, z = fid.load_imagereward(path), fixture("imagereward")
+        pixels, ids, mask = floats(z["images"])[:1], z["input_ids"].long()[:1], z["attention_mask"][:1]
+        tokens = model.image(pixels)
+        close(tokens[:, :4], z["image_tokens"][:1], 1e-3)
+        close(model.read_text(ids, mask, tokens), z["text_cls"][:1], 1e-3)
+        close(model.score(pixels, ids, mask), z["reward"][:1, 0], 1e-3)
+
+
+def test_wordpiece_on_hand_made_cases():
+    words = "[PAD] [UNK] [CLS] [SEP] a high - quality un ##aff ##able cafe ! !? \u732b $ naive".split()
+    with scratch() as folder:
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        ids, mask = fid.WordPiece(folder / "vocab.txt")(
+            ["A  high-quality", "unaffable", "unaffables", "Caf\u00c9!!", "a\u732b$a", "na\u00efve\0\u200b", "a " * 50])
+        named = [" ".join(words[i] for i in row[m > 0]) for row, m in zip(ids, mask.bool().numpy())]
+    assert named[0] == "[CLS] a high - quality [SEP]"       # lower case, punctuation stands alone
+    assert named[1] == "[CLS] un ##aff ##able [SEP]"        # longest piece first
+    assert named[2] == "[CLS] [UNK] [SEP]"                  # one gap and the whole word is unknown
+    assert named[3] == "[CLS] cafe ! ! [SEP]"               # accents go
+    assert named[4] == "[CLS] a \u732b $ a [SEP]"           # Chinese characters and ASCII signs stand alone
+    assert named[5] == "[CLS] naive [SEP]"                  # control and format characters go
+    assert ids.shape == (7, 35) and mask[6].all() and ids[6, 34] == 3  # cut to 35, the end marked
+
+
+def test_scores_are_differentiable_in_the_pixels():
+    with scratch() as folder:
+        clip = fid.load_clip(public("clip_tiny", folder, "clip.pt")[1]).double()
+    torch.manual_seed(0)
+    pixels, text = torch.rand(2, 3, 40, 50, dtype=torch.float64, requires_grad=True), torch.randn(2, 32).double()
+    (slope,) = torch.autograd.grad(clip.score(pixels, text).sum(), pixels)  # through resize and crop
+    way = torch.randn_like(pixels)
+    with torch.no_grad():
+        rise = (clip.score(pixels + 1e-5 * way, text) - clip.score(pixels - 1e-5 * way, text)).sum() / 2e-5
+    close((slope * way).sum(), rise, 1e-4)
+
+
+def test_bicubic_is_pillows_but_for_rounding():
+    torch.manual_seed(0)
+    picture = (torch.rand(3, 9, 12) * 255).byte()
+    picture = torch.nn.functional.interpolate(picture[None].float(), (180, 240), mode="bicubic").clamp(0, 255).byte()
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    for side in (96, 224):  # smaller and larger
+        small = image.resize((int(side * 240 / 180), side), Image.BICUBIC)
+        left = round((small.width - side) / 2)
+        theirs = torch.tensor(np.asarray(small.crop((left, 0, left + side, side)))).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (fid.PIXEL_MEAN, fid.PIXEL_STD))
+        gap = (fid.clip_pixels(picture / 255, side)[0] * std + mean - theirs).abs() * 255
+        assert gap.max() < 2.01 and gap.mean() < 0.35, (gap.max(), gap.mean())
+
+
+def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from():
+    data = open_data("shapes")
+    net = fid.Classifier(8, 16).eval()
+    images = data.images(np.arange(64))
+    close(net(images)[1], net(images.float() / 255)[1], 1e-6)
+    x = (images[:2].float() / 255).requires_grad_()
+    net(x)[1].sum().backward()
+    assert x.grad.abs().sum() > 0
+    own = fid.judge(net, images, data.labels[:64], fid.feature_statistics(net, images))
+    assert abs(own["fd"]) < 1e-9 and 0 <= own["accuracy"] <= 1
+    with scratch() as folder:
+        save_checkpoint({"made_from": {"data": "cifar10"}, "model": {}, "accuracy": 0.5}, folder / "classifier_0.pt")
+        refused(lambda: fid.load_or_train_classifier(data, folder), "classifier_0.pt", "cifar10")
+
+
+# A stand-in for Inception in the tests of the command: 2,048 features of a picture without its 24 million weights.
+class Quick(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Parameter(torch.randn(192, 2048, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images):
+        pool = (torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1) @ self.mix).relu()
+        return pool, self.logits(pool)
+
+    def logits(self, pool):
+        return pool[:, :1008]
+
+
+@contextlib.contextmanager
+def judging(*argv):
+    """fid.py's command in this process, with the stand-in. -> a function that runs it and returns the rows."""
+    load, old = fid.load_inception, (sys.argv, os.getcwd())
+    with scratch() as folder:
+        try:
+            fid.load_inception = lambda path: Quick()
+            os.chdir(folder)
+            Path("weights").write_bytes(b"quick")
+
+            def judged(*argv):
+                sys.argv = ["fid.py", "--inception", "weights", "--device", "cpu", *map(str, argv)]
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    fid.main()
+                judged.printed = printed.getvalue()
+                return json.loads(Path("out/fid/results.json").read_text())["rows"]
+            yield judged
+        finally:
+            fid.load_inception, sys.argv = load, old[0]
+            os.chdir(old[1])
+
+
+def pictures(count, seed=0, side=16):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def test_fid_command_on_npz_folder_and_statistics():
+    with judging() as judged:
+        np.savez("a.npz", arr_0=pictures(40)), np.savez_compressed("b.npz", arr_0=pictures(30, seed=1))
+        for i, picture in enumerate(pictures(30, seed=1)):
+            Path("folder", f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(f"folder/class{i % 2}/{i:03}.png")
+        ab, bb = judged("a.npz", "b.npz", "--ref", "b.npz")  # a table
+        assert {"fid", "is", "kid", "precision", "recall"} <= set(ab) and (ab["n"], bb["n"]) == (40, 30)
+        assert abs(bb["fid"]) < 1e-3 and bb["precision"] == bb["recall"] == 1
+        for word in ("warning", "against 30 of 30 images of", "share of the generated inside", "torch-fidelity order"):
+            assert word in judged.printed, word
+        close(judged("a.npz", "--ref", "folder")[0]["fid"], ab["fid"], 1e-9)  # the same pictures as files
+        Image.fromarray(pictures(1, seed=9)[0]).save("folder/class0/new.png")
+        judged("a.npz", "--ref", "folder", "--metrics", "kid")  # not from the statistics kept, which are of 30
+        assert np.load("folder.inception.npz")["n"] == 31
+        judged("b.npz", "--save_stats", "stats.npz", "--metrics", "is")
+        torch.save({k: torch.from_numpy(np.load("stats.npz")[k]) for k in ("mu", "sigma")}, "stats.pt")
+        for file in ("stats.npz", "stats.pt"):  # ADM's and MAR's form, torch-fidelity's
+            row = judged("a.npz", "--ref", file)[0]
+            close(row["fid"], ab["fid"], 1e-9)
+            assert "kid" not in row  # needs images, not only their statistics
+
+
+def test_fid_judges_a_checkpoint_and_goes_on_after_a_stop():
+    with judging() as judged:
+        save_checkpoint({"config": asdict(tiny_config()), "stage": "student", "model": tiny_mar().state_dict(),
+                         "args": {"ar_steps": 3}, "class_names": list("abcd")}, "student.pt")
+        flags = ("--ckpt", "student.pt", "--num", 700, "--save_stats", "stats.npz")
+        judged(*flags)
+        want, seen, real = np.load("stats.npz")["mu"], [], fid.draw
+
+        def stop_at_the_third(model, labels, start=0, **how):
+            seen.append(start)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return real(model, labels, start=start, **how)
+        try:
+            fid.draw = stop_at_the_third
+            try:
+                judged(*flags)
+            except KeyboardInterrupt:
+                pass
+            judged(*flags)
+        finally:
+            fid.draw = real
+        assert seen == [0, 256, 512, 512], seen  # only the shard that was lost is drawn again
+        close(np.load("stats.npz")["mu"], want, 0)
+        assert not list(Path("out/fid/shards").iterdir())
+
+
+def test_two_processes_judge_as_one():
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'fid.py'; import test_all, fid;"
+            "fid.load_inception = lambda path: test_all.Quick(); fid.run_main(fid.main)")
+    with scratch() as folder:
+        np.savez(folder / "a.npz", arr_0=pictures(600))
+        (folder / "weights").write_bytes(b"quick")
+        (folder / "go.py").write_text(code)
+        for world in (1, 2):
+            flags = ("--inception", folder / "weights", "--save_stats", folder / f"{world}.npz", "--out", folder)
+            result = torchrun(world, folder / "go.py", HERE, folder / "a.npz", *flags, "--metrics", "fid")
+            assert result.returncode == 0, result.stderr[-800:]
+        one, two = (np.load(folder / f"{world}.npz") for world in (1, 2))
+        close(two["mu"], one["mu"], 1e-6), close(two["sigma"], one["sigma"], 1e-6)
+
+
+def test_fid_refuses_what_would_give_a_wrong_number():
+    with judging() as judged:
+        good = pictures(20)
+        np.savez("good.npz", arr_0=good), np.savez("one.npz", arr_0=good[:1]), np.savez("none.npz", images=good)
+        np.savez("float.npz", arr_0=good / 255), np.savez("grey.npz", arr_0=good[..., 0])
+        np.savez("keys.npz", mean=np.zeros(2048)), np.savez("width.npz", mu=np.zeros(64), sigma=np.eye(64))
+        Path("text.npz").write_text("no zip"), Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:3000])
+        for name, picture in {"rgba": Image.new("RGBA", (16, 16)), "l": Image.new("L", (16, 16)),
+                              "i16": Image.fromarray(np.zeros((16, 16), np.uint16)), "cut": Image.fromarray(good[0]),
+                              "sizes": Image.new("RGB", (20, 16)), "single": None, "empty": None}.items():
+            Path(name).mkdir()
+            if name != "empty":
+                Image.fromarray(good[0]).save(f"{name}/a.png")
+            if picture:
+                picture.save(f"{name}/b.png")
+        Path("cut/b.png").write_bytes(Path("cut/b.png").read_bytes()[:300])
+        for argv, words in {("one.npz",): ["1 image"], ("single",): ["1 image"], ("empty",): ["no images"],
+                            ("none.npz",): ["no arr_0", "images"], ("float.npz",): ["float64", "uint8"],
+                            ("grey.npz",): ["(20, 16, 16)"], ("text.npz",): ["text.npz"], ("cut.npz",): ["cut.npz"],
+                            ("rgba",): ["b.png", "RGBA"], ("l",): ["b.png is L"], ("i16",): ["b.png", "16"],
+                            ("cut",): ["b.png", "broken"], ("sizes",): ["20 x 16"], ("nowhere",): ["no such file"],
+                            ("good.npz", "--ref", "keys.npz"): ["mean", "mu and sigma"],
+                            ("good.npz", "--ref", "width.npz"): ["(64,)", "2048"],
+                            ("good.npz", "--judges", "clip"): ["no labels"], (): ["nothing to judge"],
+                            ("good.npz", "--judges", "classifier"): ["--data"],
+                            ("good.npz", "--ref", "good.npz", "--judges", "clip"): ["inception"],
+                            ("one.npz", "good.npz", "--save_stats", "s.npz"): ["one set"],
+                            ("good.npz", "--num", "1"): ["at least 2"]}.items():
+            refused(lambda: judged(*argv), *words)
+        refused(lambda: fid.load_inception("gone.pth"), "--get inception")
+        refuses(run("fid.py", Path("one.npz").resolve()), "1 image")  # and so it looks from outside: one line, code 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rl.py: directions, the chain backwards, and the loop
+
+
+def direction_args(**changes):
+    return argparse.Namespace(**{**dict(pairs=64, noise_std=0.1, chunk=1000), **changes})
+
+
+def test_reinforce_finds_the_gradient_of_linear_and_quadratic_rewards():
+    """METHOD 5's proof. A pair's difference has no even part, so the curvature of a quadratic cancels too."""
+    torch.manual_seed(0)
+    w, A, z = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 2, 2)
+    labels, args = torch.tensor([0, 1, 2]), direction_args(pairs=60000, chunk=60000)
+
+    def linear(a, labels):  # each class has a direction of its own
+        return (w[labels] * a.flatten(1)).sum(1)
+
+    def quadratic(a, labels):
+        return linear(a, labels) - (a.flatten(1) @ A).square().sum(1) / 2
+
+    for score in (linear, quadratic):
+        v, r, _ = rl.reinforce_direction(score, z, labels, image_keys(range(3)), args)
+        truth, r_truth, _ = rl.pathwise_direction(score, z, labels, None, args)
+        close(r, r_truth, 1e-5), close(v, truth, 0.02)
+    close(truth.flatten(1), w - z.flatten(1) @ A @ A.T, 1e-4)  # and pathwise is the derivative
+
+
+def test_reinforce_agreement_is_estimated_from_two_halves():
+    """Without the gradient at hand: sqrt(2q / (1 + q)) of the halves' cosine q. By theory sqrt(H / (H + dims + 1))."""
+    torch.manual_seed(0)
+    w, z = torch.randn(200, 48), torch.zeros(200, 48)
+    for pairs in (8, 64):
+        v, _, q = rl.reinforce_direction(lambda a, i: (w[i] * a).sum(1), z, torch.arange(200), image_keys(range(200)),
+                                         direction_args(pairs=pairs))
+        cosine = torch.nn.functional.cosine_similarity(v.flatten(), w.flatten(), dim=0)
+        assert abs(cosine - (pairs / (pairs + 49)) ** 0.5) < 0.03, (pairs, cosine)
+        assert abs(cosine - (2 * q / (1 + q)) ** 0.5) < 0.05, (pairs, cosine, q)
+
+
+def test_reinforce_does_not_depend_on_batch_or_chunk():
+    torch.manual_seed(0)
+    z, labels, keys = torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 2, 3]), image_keys(range(4))
+    score = lambda a, labels: (a.flatten(1).sin().sum(1) * (labels + 1))
+    whole = rl.reinforce_direction(score, z, labels, keys, direction_args(pairs=7))[0]
+    part = rl.reinforce_direction(score, z[1:3], labels[1:3], keys[1:3], direction_args(pairs=7, chunk=5))[0]
+    close(part, whole[1:3], 1e-4)
+
+
+def chain_problem(K):
+    """A tiny MAR with weights that learn, three episodes of it, and a loss of the finished pictures."""
+    model, labels, seeds = tiny_mar(), torch.tensor([0, 1, 3]), [(9, i) for i in range(3)]
+    with torch.no_grad():  # gains of 1 and not of 0.1: or no token would heed another
+        for name, p in model.requires_grad_(True).named_parameters():
+            p += p.ndim == 1 and name.endswith("weight")
+    w = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    loss = lambda x: (w * x).mean() + (x.square()).mean() / 2
+    x = model.generate(labels, K, seeds=seeds)
+    leaf = x.clone().requires_grad_()
+    slope = torch.autograd.grad(loss(leaf), leaf)[0]
+    return model, labels, seeds, loss, x, slope
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def naive_chain(model, labels, seeds, K):
+    """The chain as one graph: what backward_chain must equal."""
+    keys, tokens = image_keys(seeds), torch.zeros(len(labels), 16, 12)
+    for visible, predict in reveal_plan(random_orders(keys, 16), K):
+        c = model.context(tokens, visible, labels, predict).flatten(0, 1)
+        rows = model.one_step(gaussian(keys, START, predict, 12).flatten(0, 1), c).view(len(labels), -1, 12)
+        tokens = tokens.scatter(1, predict[:, :, None].expand(-1, -1, 12), rows)
+    return model.unpatchify(tokens)
+
+
+def test_chain_gradient_is_exact_and_detach_is_not():
+    K = 6
+    model, labels, seeds, loss, x, slope = chain_problem(K)
+    rl.backward_chain(model, x, slope, labels, image_keys(seeds), K)
+    ours = flat_gradient(model)
+
+    model.zero_grad()
+    again = naive_chain(model, labels, seeds, K)
+    close(again, x, 1e-5)
+    loss(again).backward()
+    close(ours, flat_gradient(model), 1e-4)  # one graph through all steps
+
+    with torch.no_grad():  # finite differences along the gradient: every weight at once
+        start = torch.nn.utils.parameters_to_vector(model.parameters())
+        step, along = 1e-3 * ours / ours.norm(), []
+        for sign in (1, -1):
+            torch.nn.utils.vector_to_parameters(start + sign * step, model.parameters())
+            along.append(loss(model.generate(labels, K, seeds=seeds).double()))
+        torch.nn.utils.vector_to_parameters(start, model.parameters())
+    slope_found = (along[0] - along[1]) / (2 * step.norm())
+    assert abs(slope_found / ours.norm() - 1) < 0.01, (slope_found, ours.norm())
+
+    model.zero_grad()
+    rl.backward_chain(model, x, slope, labels, image_keys(seeds), K, detach=True)
+    cosine = torch.nn.functional.cosine_similarity(flat_gradient(model), ours, dim=0).item()
+    error = ((flat_gradient(model) - ours).norm() / ours.norm()).item()
+    print(f"  --detach, K = {K}, random weights: {error:.0%} of the gradient is missing, cosine {cosine:.3f}")
+    assert error > 0.05 and cosine > 0.3
+
+
+def test_chain_of_one_step_has_nothing_to_detach():
+    model, labels, seeds, loss, x, slope = chain_problem(1)
+    rl.backward_chain(model, x, slope, labels, image_keys(seeds), 1)
+    ours = flat_gradient(model)
+    model.zero_grad()
+    rl.backward_chain(model, x, slope, labels, image_keys(seeds), 1, detach=True)
+    close(flat_gradient(model), ours, 0.0)
+
+
+class Held:
+    """Counts the bytes that autograd holds for backward, now and at most."""
+    now = most = 0
+
+    def __init__(self, tensor):
+        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+        Held.now += self.bytes
+        Held.most = max(Held.most, Held.now)
+
+    def __del__(self):
+        Held.now -= self.bytes
+
+
+def held_by(work):
+    Held.now = Held.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        work()
+    return Held.most
+
+
+def test_chain_memory_is_that_of_one_step():
+    most = {}
+    for K in (4, 8, 16):
+        model, labels, seeds, loss, x, slope = chain_problem(K)
+        for detach in (True, False):
+            most[K, detach] = held_by(lambda: rl.backward_chain(model, x, slope, labels, image_keys(seeds), K, detach))
+        most[K, "graph"] = held_by(lambda: loss(naive_chain(model, labels, seeds, K)).backward())
+    for detach in (True, False):
+        assert most[8, detach] < 1.1 * most[4, detach] and most[16, detach] < 1.1 * most[4, detach], most
+    assert most[8, "graph"] > 1.7 * most[4, "graph"] and most[16, "graph"] > 5 * most[16, False], most
+
+
+def test_pull_back_is_the_chain_rule_of_the_decoder():
+    torch.manual_seed(0)
+    decode, x = torch.nn.ConvTranspose2d(4, 3, 4, 4).requires_grad_(False), torch.randn(5, 4, 2, 2)
+    score = lambda pictures, labels: pictures.tanh().flatten(1).sum(1)
+    args, labels = direction_args(chunk=2), torch.zeros(5, dtype=torch.long)
+    v = rl.pathwise_direction(score, decode(x), labels, None, args)[0]
+    truth = rl.pathwise_direction(lambda z, labels: score(decode(z), labels), x, labels, None, args)[0]
+    close(rl.pull_back(decode, x, v, 3), truth, 1e-5)
+
+
+@functools.lru_cache
+def classifiers():
+    """A folder with the two classifiers of 8 px shapes, trained once for all tests."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    for seed in (0, 1):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            load_or_train_classifier(open_data("shapes", img_size=8), folder.name, seed)
+    return Path(folder.name)
+
+
+def write_student(folder, stage="student", **changes):
+    """A tiny student of 8 px shapes with random weights, as distill.py writes one, and the classifiers beside it."""
+    shutil.copytree(classifiers(), folder, dirs_exist_ok=True)
+    model = tiny_mar(**{"num_classes": 8, **changes})
+    save_checkpoint({"config": asdict(model.config), "stage": stage, "ema": model.state_dict(), "step": 1,
+                     "args": {"ar_steps": 4}, "class_names": list(SHAPES)}, folder / f"{stage}.pt")
+    return folder / f"{stage}.pt"
+
+
+def rl_flags(folder, *flags):
+    return ["--data", "shapes", "--ckpt", str(folder / "student.pt"), "--reward", "red", "--watch", "--steps", "4",
+            "--save_every", "2", "--eval_every", "2", "--log_every", "1", "--batch", "8", "--pairs", "4",
+            "--eval_images", "32", "--chunk", "64", "--device", "cpu", *flags]
+
+
+def run_rl(folder, *flags):
+    """rl.py in this process, without the tables it prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        rl.main(rl_flags(folder, *map(str, flags)))
+
+
+def rl_error(folder, *flags):
+    """The one line with which rl.py refuses, in this process; test_rl_refuses... looks at exit code and stderr too."""
+    return refused(lambda: run_rl(folder, *flags))
+
+
+def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
+    with scratch() as folder:
+        write_student(folder)
+        run_rl(folder, "--steps", "12", "--eval_every", "6", "--lr", "3e-3", "--ema", "0.5", "--kl", "0",
+                         "--max_fd_rise", "9", "--pairs", "32")
+        rows = json.loads((folder / "rl" / "results.json").read_text())
+        assert rows["after"]["red"] > rows["before"]["red"] + 0.05, rows
+        assert rows["after"]["reward"] == rows["after"]["red"] and rows["after"]["reward_calls"] == 12 * 8 * 65
+        assert rows["best"]["reward"] >= rows["after"]["reward"] and (folder / "rl" / "grid_000012.png").exists()
+        for name in ("student", "best"):  # both can be drawn from, judged, and trained on
+            assert load_mar(folder / "rl" / f"{name}.pt").config.img_size == 8
+        lines = [json.loads(line) for line in (folder / "rl" / "log.jsonl").read_text().splitlines()]
+        assert {"reward", "reward_std", "kl", "agreement", "grad_norm", "chain_s", "reward_s"} <= set(lines[0])
+        assert lines[0]["kl"] == 0 and lines[-2]["kl"] > 0  # the first picture is the reference's own
+        run_rl(folder, "--ckpt", str(folder / "rl" / "best.pt"), "--steps", "1")
+        assert "already holds a run" in rl_error(folder)
+        (folder / "strict").mkdir()
+        (folder / "strict" / "best.pt").write_text("left over")
+        run_rl(folder, "--steps", "2", "--lr", "3e-3", "--max_fd_rise", "0", "--kl", "0",
+                         "--reward", "red:-1", "--out", str(folder / "strict"))
+        rows = json.loads((folder / "strict" / "results.json").read_text())
+        assert "best" not in rows or rows["best"]["fd"] <= rows["before"]["fd"]
+        assert ("best" in rows) == (folder / "strict" / "best.pt").exists()
+
+
+def test_rl_resumes_bit_exactly():
+    with scratch() as folder:
+        write_student(folder)
+        run_rl(folder, "--out", str(folder / "whole"))
+        save, saved = rl.save_checkpoint, []
+
+        def stop_after_two(file, path):
+            save(file, path)
+            if str(path).endswith("resume.pt"):
+                raise KeyboardInterrupt  # as good as a kill: nothing is tidied up
+
+        rl.save_checkpoint = stop_after_two
+        try:
+            run_rl(folder, "--out", str(folder / "parts"))
+        except KeyboardInterrupt:
+            saved.append(read_checkpoint(folder / "parts" / "resume.pt")["step"])
+        finally:
+            rl.save_checkpoint = save
+        assert saved == [2]
+        with open(folder / "parts" / "log.jsonl", "a") as f:
+            f.write(json.dumps({"step": 3}) + "\n")  # a step the killed run had done but not saved
+        run_rl(folder, "--out", str(folder / "parts"), "--resume")
+        a, b = (read_checkpoint(folder / name / "resume.pt") for name in ("whole", "parts"))
+        for key in ("model", "ema"):
+            for name in a[key]:
+                assert torch.equal(a[key][name], b[key][name]), (key, name)
+        for i, state in a["optimizer"]["state"].items():
+            assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items())
+
+        def timeless(row):
+            return {k: v for k, v in row.items() if k != "seconds" and not k.endswith("_s")}
+
+        logs = [[timeless(json.loads(line)) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+                for name in ("whole", "parts")]
+        assert logs[0] == logs[1], logs
+        rows = [{k: timeless(v) for k, v in json.loads((folder / name / "results.json").read_text()).items()}
+                for name in ("whole", "parts")]
+        assert rows[0] == rows[1], rows
+
+
+def test_rl_two_processes_make_the_update_of_one():
+    with scratch() as folder:
+        write_student(folder)
+        run_rl(folder, "--out", str(folder / "one"), "--steps", "2")
+        run_rl(folder, "--out", str(folder / "parts"), "--steps", "2", "--accumulate", "2")
+        result = torchrun(2, HERE / "rl.py", *rl_flags(folder, "--out", str(folder / "two"), "--steps", "2"))
+        assert result.returncode == 0, result.stderr[-2000:]
+        one = read_checkpoint(folder / "one" / "resume.pt")
+        for other in ("parts", "two"):
+            file = read_checkpoint(folder / other / "resume.pt")
+            for moment in ("exp_avg", "exp_avg_sq"):  # the gradients themselves, before Adam hides their size
+                a, b = (torch.cat([s[moment].flatten() for s in z["optimizer"]["state"].values()]) for z in (one, file))
+                close(b, a, 1e-5)
+            a, b = (torch.cat([p.flatten() for p in z["model"].values()]) for z in (one, file))
+            close(b, a, 1e-5)
+            assert abs(file["rows"]["after"]["fd"] / one["rows"]["after"]["fd"] - 1) < 1e-3
+
+
+def write_judges(folder):
+    """CLIP and PickScore with tiny random weights, where `data.py --get` puts the public files. -> --folder's value."""
+    clip, pick = (json.loads((FIXTURES / f"{name}_tiny.json").read_text()) for name in ("clip", "pickscore"))
+    for name in ("clip", "pickscore", "bpe"):
+        os.makedirs((folder / PUBLIC[name][1]).parent, exist_ok=True)
+    save_checkpoint(fill(clip["shapes"]), folder / PUBLIC["clip"][1])
+    place = (folder / PUBLIC["pickscore"][1]).parent
+    save_checkpoint(fill(pick["shapes"]), place / "pytorch_model.bin")
+    vision, text = pick["config"]["vision"], pick["config"]["text"]
+    (place / "config.json").write_text(json.dumps({
+        "vision_config": {"num_attention_heads": vision["heads"], "hidden_act": "gelu"},
+        "text_config": {"num_attention_heads": text["heads"], "hidden_act": "gelu"}}))
+    shutil.copy(SHARED / "data" / "bpe_simple_vocab_16e6.txt.gz", folder / PUBLIC["bpe"][1])
+    return str(folder)
+
+
+def test_rl_every_reward_runs_with_both_estimators():
+    need_shared()
+    smooth = ["red:2", "classifier", "judge:0.5", "clip:0.1", "pickscore"]
+    with scratch() as folder:
+        write_student(folder)
+        flags = ["--folder", write_judges(folder), "--steps", "1", "--eval_images", "16", "--pairs", "2", "--reward"]
+        run_rl(folder, *flags, *smooth, "jpeg:0.1", "-jpeg:0.1", "--perturb", "pixel")
+        row = json.loads((folder / "rl" / "results.json").read_text())["before"]
+        weights = {"red": 2, "classifier": 1, "judge": 0.5, "clip": 0.1, "pickscore": 1, "jpeg": 0.1, "-jpeg": 0.1}
+        assert abs(row["reward"] - sum(w * row[name] for name, w in weights.items())) < 1e-6
+        assert row["jpeg"] == -row["-jpeg"]
+        run_rl(folder, *flags, *smooth, "--watch", "jpeg", "--estimator", "pathwise", "--detach",
+                         "--recompute", "--out", str(folder / "pathwise"))
+        again = json.loads((folder / "pathwise" / "results.json").read_text())["before"]
+        assert all(abs(again[name] - row[name]) < 1e-6 for name in ("clip", "pickscore", "jpeg", "fd", "diversity"))
+
+
+def test_rl_red_and_jpeg_mean_what_they_say():
+    rewards = {name: rl.REWARDS[name](None, None, None, "cpu") for name in ("red", "jpeg", "-jpeg")}
+    images, labels = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
+    images[1, 0] = 1
+    close(rewards["red"](images, labels), torch.tensor([0.0, 1.0]))
+    images[0] = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    size = -rewards["jpeg"](images, labels) * 100
+    assert size[0] > size[1] + 100, size  # noise costs bytes, a flat picture does not
+    close(size, size.round(), 1e-5)
+    close(rewards["-jpeg"](images, labels) * 100, size)
+
+
+class TinyVAE(torch.nn.Module):
+    """Stands for KL-16: latents (B, 16, h, w), unscaled -> pictures (B, 3, 16h, 16w)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.ConvTranspose2d(16, 3, 16, 16).requires_grad_(False)
+
+    def decode(self, latents):
+        return self.layer(latents)
+
+
+def test_rl_of_latents_scores_decoded_pictures():
+    load, rl.load_vae = rl.load_vae, lambda path: TinyVAE()
+    try:
+        with scratch() as folder:
+            write_student(folder, img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
+            flags = ["--vae", str(folder / "student.pt"), "--data", "nowhere", "--steps", "1", "--kl", "0"]
+            moments = {}
+            for perturb in ("latent", "pixel"):  # the decoder's derivative is taken by one or the other: the same
+                run_rl(folder, *flags, "--estimator", "pathwise", "--perturb", perturb,
+                                 "--out", str(folder / perturb))
+                file = read_checkpoint(folder / perturb / "resume.pt")
+                moments[perturb] = torch.cat([s["exp_avg"].flatten() for s in file["optimizer"]["state"].values()])
+                run_rl(folder, *flags, "--perturb", perturb, "--out", str(folder / f"{perturb}_reinforce"))
+            close(moments["pixel"], moments["latent"], 1e-4)
+            assert moments["latent"].abs().max() > 0
+            assert "clip" in rl_error(folder, *flags, "--reward", "classifier", "--out", folder / "other")
+            assert "--get kl16" in rl_error(folder, *flags, "--vae", folder / "no.ckpt", "--out", folder / "other")
+    finally:
+        rl.load_vae = load
+
+
+def test_rl_refuses_bad_input_in_one_line():
+    with scratch() as folder:
+        write_student(folder)
+        write_student(folder, stage="teacher")
+        refuses(run("rl.py", *rl_flags(folder, "--reward", "beauty")), "beauty", "pickscore")
+        error = lambda *flags: rl_error(folder, *flags)
+        assert "clip, pickscore" in error("--reward", "beauty") and "clip, pickscore" in error("--watch", "beauty")
+        assert "no number" in error("--reward", "red:much") and "--reward" in error("--reward")
+        for name in ("clip", "pickscore", "imagereward"):  # weights missing: what to fetch
+            assert "--get" in error("--reward", name, "--folder", folder), name
+        assert "no gradient" in error("--reward", "red", "jpeg", "--estimator", "pathwise")
+        assert "--pairs" in error("--pairs", 0) and "--ar_steps" in error("--ar_steps", 0)
+        assert "16" in error("--ar_steps", 17) and "--noise_std" in error("--noise_std", 0)
+        assert "distill" in error("--ckpt", folder / "teacher.pt") and "distill" in error("--ckpt", folder / "none.pt")
+        assert "classes" in error("--data", "cifar10") or "cifar10" in error("--data", "cifar10")
+        assert "resume.pt" in error("--resume", "--out", folder / "new") and not (folder / "new").exists()
+        assert "{class}" in error("--reward", "clip", "--prompt", "a picture")
+        for name, bad in (("nan", lambda images, labels: images.mean((1, 2, 3)) * float("nan")),
+                          ("shape", lambda images, labels: images.mean()), ("kind", lambda images, labels: 1.0)):
+            rl.REWARDS[name] = lambda *_, bad=bad: bad
+            try:
+                assert f"reward {name}" in error("--reward", name)
+            finally:
+                del rl.REWARDS[name]
+
+
+def test_rl_stops_at_a_nan_reward_and_keeps_the_last_good_checkpoint():
+    with scratch() as folder:
+        write_student(folder)
+        calls = []
+
+        def fails_later(images, labels):
+            calls.append(1)
+            return images.mean((1, 2, 3)) * (float("nan") if len(calls) > 60 else 1.0)
+
+        rl.REWARDS["later"] = lambda *_: fails_later
+        try:
+            message = rl_error(folder, "--reward", "later", "--steps", "40", "--eval_every", "1000")
+        finally:
+            del rl.REWARDS["later"]
+        assert "not finite at step" in message
+        file = read_checkpoint(folder / "rl" / "resume.pt")
+        assert file["step"] >= 2 and all(torch.isfinite(p).all() for p in file["model"].values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
