@@ -371,7 +371,7 @@ class Inception(nn.Module):
         x = resize_tf1(images.to(self.fc.weight.device).float())
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # TF32 and autocast would each move FID in the second decimal
-        with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(x.device.type, enabled=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
             x = F.max_pool2d(x, 3, 2)
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
@@ -383,8 +383,9 @@ class Inception(nn.Module):
             return pool, self.logits(pool)
 
     def logits(self, pool):
-        """(N, 2048) -> (N, 1008). The inception score leaves the bias out: so did the original code."""
-        return pool.to(self.fc.weight.device) @ self.fc.weight.T
+        """(N, 2048) -> (N, 1008). The inception score leaves the bias out: so did the original code. In float64, or
+        a GPU's TF32 setting would show."""
+        return (pool.to(self.fc.weight.device).double() @ self.fc.weight.double().T).float()
 
 
 def load_inception(path):
@@ -535,12 +536,13 @@ def clip_pixels(pixels, side):
     """[0,1] (N, 3, H, W) -> normalised (N, 3, side, side): short side by bicubic, centre crop, CLIP's mean and std.
 
     Differentiable. Pillow's bicubic, which the public code uses, has the same kernel and antialiasing but rounds to 8
-    bits after each direction: at most 2/255 apart, .3/255 on average (test_all.py).
+    bits after each direction: at most 1.2/255 apart, 0.3/255 on average (test_all.py).
     """
     h, w = pixels.shape[2:]
     if (h, w) != (side, side):
         size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        for part in ((h, size[1]), size):  # rows first, then columns, cut to the range after each, as Pillow does
+            pixels = F.interpolate(pixels, part, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
         pixels = pixels[:, :, top:top + side, left:left + side]
     mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
@@ -1067,7 +1069,7 @@ def open_source(path, args, device):
         raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
     source = folder_source(path, args.size) if os.path.isdir(path) else npz_source(path)
     if source.count < 2:
-        raise UserError(f"{path}: {source.count} image(s); a distribution has at least 2, a good figure needs thousands")
+        raise UserError(f"{path}: {source.count} image(s); a distribution has at least 2, a good figure thousands")
     return source
 
 
@@ -1333,7 +1335,7 @@ def judge_source(source, judges, key, models, reference, args, rank, world):
         row["fd"] = frechet_distance(*mean_and_covariance(said["features"]), *models["classifier_reference"])
         if "hit" in said:
             row["accuracy"] = float(said["hit"].mean())
-    if source.count < 2048:
+    if source.count < 2048 and {"fid", "fd"} & set(row):
         print(f"warning: {source.name}: {source.count} images. Below 2,048 FID and FD say more about n than about the "
               "images: compare with equal n only", flush=True)
     return row
@@ -1349,7 +1351,7 @@ def conventions(args, reference, models):
                   f"is: 10 splits, {args.is_order} order, logits without bias; kid: (x.y/2048 + 1)^3, unbiased, mean "
                   "of 100 subsets of 1000; precision: share of the generated inside the reference's manifold, recall: "
                   "the reverse, k = 3, inception's 2048 features"]
-    for name in set(args.judges) & {"clip", "pickscore"}:
+    for name in [name for name in ("clip", "pickscore") if name in args.judges]:
         lines.append(f"{name}: exp(logit_scale) * cosine with the prompt {args.prompt!r}; pixels by bicubic")
     if "imagereward" in args.judges:
         lines.append(f"imagereward: normalised as published, prompt {args.prompt!r}")
