@@ -149,6 +149,14 @@ def own_size(path, split):
     raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
 
 
+def is_small(path):
+    """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
+    try:
+        return own_size(path, "train") < PIXEL_LIMIT
+    except UserError:  # open_data says what is wrong with the folder
+        return False
+
+
 @contextlib.contextmanager
 def decoding(path):
     """Pillow's many errors for a bad file become one that names it."""

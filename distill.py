@@ -28,11 +28,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import PIXEL_LIMIT, PUBLIC, load_vae, open_data, own_size, train_indices
+from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
                    diffusion_loss, gaussian, image_keys, load_mar, on_sigterm, random_orders, read_checkpoint, run_main,
-                   save_checkpoint, setup, uniform, update_ema)
+                   save_checkpoint, set_lr, setup, uniform, update_ema)
 from sample import draw_together, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -50,14 +50,6 @@ DEFAULTS = {
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
 }
-
-
-def is_small(path):
-    """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
-    try:
-        return own_size(path, "train") < PIXEL_LIMIT
-    except UserError:  # open_data will say what is wrong with the folder
-        return False
 
 
 def parse_args(argv=None):
@@ -231,13 +223,6 @@ def make_optimizer(model, lr, betas, weight_decay=0.0):
     others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
-
-
-def set_lr(optimizer, peak, step, total, warmup, decay):
-    """Linear warm-up, constant, linear to 0 over the last share `decay`."""
-    lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def cut_by_t(t, value, bins=10):

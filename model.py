@@ -661,6 +661,13 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def set_lr(optimizer, peak, step, total, warmup, decay):
+    """Linear warm-up, constant, linear to 0 over the last share `decay`."""
+    lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Plumbing: errors, flags, processes, and the data parallelism
 

@@ -5,7 +5,7 @@ Must exist: a student from distill.py; for rewards by CLIP, PickScore, ImageRewa
     python rl.py --data shapes --reward classifier                   # CPU, minutes; distill.py --data shapes first
     python rl.py --data shapes --reward jpeg --out out/shapes/jpeg   # smaller files: no gradient, no network
     python rl.py --data shapes --reward classifier --estimator pathwise        # the reward's own gradient
-    python rl.py --reward clip --ckpt out/imagenet256/student.pt     # one GPU
+    python rl.py --reward clip --ckpt out/imagenet/student.pt     # one GPU
     torchrun --nproc_per_node=8 rl.py                                # ImageNet 256, PickScore, as the paper
     torchrun --nproc_per_node=8 rl.py --resume                       # goes on from the last checkpoint, bit for bit
 
@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import LATENT_SCALE, PUBLIC, load_vae, open_data, train_indices
+from data import LATENT_SCALE, PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from fid import class_names as read_class_names
 from model import (START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, gaussian, image_keys,
                    load_mar, mask_counts, on_sigterm, put, random_orders, read_checkpoint, reveal_plan,
-                   run_main, save_checkpoint, setup, take, update_ema)
+                   run_main, save_checkpoint, set_lr, setup, take, update_ema)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -59,7 +59,7 @@ DEFAULTS = {
 def parse_args(argv=None):
     """Flags, in the order: files, data and model, reward, estimator, optimiser, watching, system."""
     p = Parser(description="Post-train a one-step student with rewards.")
-    p.add_argument("--data", default="imagenet256", help="what distill.py was run on: shapes, cifar10 or a folder")
+    p.add_argument("--data", default="data/imagenet", help="what distill.py was run on: shapes, cifar10 or a folder")
     p.add_argument("--ckpt", default=None, help="the student (default out/<name of the data>/student.pt)")
     p.add_argument("--out", default=None, help="folder of the run (default rl/ beside the student)")
     p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
@@ -107,13 +107,13 @@ def parse_args(argv=None):
                    "start's in best.pt")
     p.add_argument("--save_every", type=at_least(1), default=100, help="updates between checkpoints")
     p.add_argument("--log_every", type=at_least(1), default=5, help="updates between log lines")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     # argparse takes "-jpeg" for a flag; with a space in front it is a value, and `parse_rewards` strips it
     argv = [f" {a}" if a.startswith("-jpeg") else a for a in (argv if argv is not None else sys.argv[1:])]
     known, _ = p.parse_known_args(argv)
-    if known.data != "imagenet256":  # any other data: an image folder gets CIFAR-10's defaults
-        p.set_defaults(**DEFAULTS.get(known.data, DEFAULTS["cifar10"]))
+    name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
+    p.set_defaults(**DEFAULTS.get(name, {}))
     args = p.parse_args(argv)
     if args.kl is None:
         args.kl = KL_RED if args.reward == ["red"] else KL
@@ -407,13 +407,6 @@ class Stopwatch:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-def set_lr(optimizer, peak, step, total, warmup, decay):
-    """Linear warm-up, constant, linear to 0 over the last share `decay`."""
-    lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def memory(device):
