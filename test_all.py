@@ -79,7 +79,8 @@ def run(*argv, timeout=300, **env):
 
 def torchrun(world, *argv, timeout=300, **env):
     """The same on `world` gloo processes of this machine."""
-    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *argv, timeout=timeout, **env)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}")
+    return run(*launcher, *argv, timeout=timeout, **env)
 
 
 @contextlib.contextmanager
@@ -148,7 +149,8 @@ def test_schedule_is_the_public_one():
     for steps, prefix in ((1000, "train"), (10, "gen10"), (25, "gen25"), (100, "gen100")):
         ours = cosine_schedule(steps)
         names = {"betas": "beta", "alphas_cumprod": "abar", "posterior_log_variance_clipped": "log_post_var"}
-        names |= {"timesteps": "t"} if steps < 1000 else {"posterior_mean_coef1": "coef_x0", "posterior_mean_coef2": "coef_xt"}
+        names |= ({"timesteps": "t"} if steps < 1000 else
+                  {"posterior_mean_coef1": "coef_x0", "posterior_mean_coef2": "coef_xt"})
         for name, key in names.items():
             close(ours[key], theirs[f"{prefix}_{name}"], 1e-10)
 
@@ -231,7 +233,8 @@ def test_last_block_computes_only_what_is_asked():
     visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
     mask = torch.ones(3, 16).scatter(1, visible, 0.0)
     whole = model.condition(tokens, mask, labels)
-    close(model.context(tokens, visible, labels, predict), whole.gather(1, predict[:, :, None].expand(-1, -1, 32)), 1e-5)
+    part = model.context(tokens, visible, labels, predict)
+    close(part, whole.gather(1, predict[:, :, None].expand(-1, -1, 32)), 1e-5)
 
 
 def test_masked_tokens_never_leak_into_the_condition():
@@ -258,7 +261,8 @@ def test_noise_is_standard_normal_and_has_no_state():
     positions = torch.arange(16).expand(4000, 16)
     n = gaussian(keys, START, positions, 8)
     assert abs(n.mean()) < 0.006 and abs(n.var() - 1) < 0.01 and abs((n**4).mean() - 3) < 0.06
-    for a, b in ((n[1:], n[:-1]), (n[:, 1:], n[:, :-1]), (n[..., 1:], n[..., :-1]), (n, gaussian(keys, CHAIN, positions, 8))):
+    other = gaussian(keys, CHAIN, positions, 8)
+    for a, b in ((n[1:], n[:-1]), (n[:, 1:], n[:, :-1]), (n[..., 1:], n[..., :-1]), (n, other)):
         assert abs((a * b).mean()) < 0.006  # neighbouring pictures, tokens, channels, purposes: uncorrelated
     close(gaussian(keys[7:9], START, positions[:2, 3:5], 8), n[7:9, 3:5], 0.0)
 
@@ -381,7 +385,7 @@ def test_pseudo_huber_and_its_derivative():
 
 
 def test_distillation_gradients_vanish_when_student_is_teacher():
-    """Equal scores: VSD's gradient is 0 for every sample. GSIM's is 0 on average only (L1 is a trade in expectation)."""
+    """Equal scores: VSD's gradient is 0 for every sample. GSIM's is 0 on average only: L1 is a trade in expectation."""
     n = 200_000
     t = torch.randint(20, 974, (n,), generator=torch.Generator().manual_seed(0))
     alpha, sigma = alpha_sigma(t)
@@ -418,7 +422,7 @@ def test_masked_share_follows_the_public_distribution():
 # ----------------------------------------------------------------------------------------------------------------------
 # distill.py: the program
 
-TINY = ("distill.py", "--data", "shapes", "--device", "cpu", "--size", "shapes", "--teacher_steps", 6, "--teacher_batch", 8,
+TINY = ("distill.py", "--data", "shapes", "--device", "cpu", "--teacher_steps", 6, "--teacher_batch", 8,
         "--steps", 6, "--batch", 8, "--eval_images", 16, "--teacher_head_steps", 4, "--log_every", 2, "--eval_every", 4,
         "--save_every", 1, "--ar_steps", 4)
 
@@ -477,7 +481,8 @@ def test_two_processes_train_as_one():
         distill_tiny(folder / "two", "--eval_images", 8, world=2)
         # Adam turns the rounding of a gradient that is zero by symmetry (the bias of attention's keys) into whole
         # steps, and the distillation's beta_1 = 0 does not average them out: hence the looser bound there
-        for name, key, bound in (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3)):
+        bounds = (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3))
+        for name, key, bound in bounds:
             one, two = weights(folder / "one", name, key), weights(folder / "two", name, key)
             apart = sum((one[n] - two[n]).square().sum() for n in one) / sum(one[n].square().sum() for n in one)
             assert apart**0.5 < bound, (name, key, apart**0.5)
@@ -545,7 +550,8 @@ def test_sigterm_writes_a_checkpoint_and_ends_well():
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint():
     with scratch() as folder:
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
-        refuses(run(*TINY, "--out", folder, "--teacher_lr", "1e30", "--clip", 0, "--save_every", 2), "not finite at step")
+        hot = ("--teacher_lr", "1e30", "--clip", 0, "--save_every", 2)
+        refuses(run(*TINY, "--out", folder, *hot), "not finite at step")
 
 
 def test_profile_of_a_step():
@@ -678,7 +684,8 @@ def test_every_kind_of_image_becomes_rgb():
         palette.putpalette([0, 0, 0, 10, 20, 30])
         cases = {"grey": (Image.new("L", (4, 4), 7), (7, 7, 7)), "grey16": (Image.fromarray(grey16), (100, 100, 100)),
                  "clear": (Image.fromarray(clear), (255, 255, 255)), "palette": (palette, (10, 20, 30)),
-                 "bits": (Image.new("1", (4, 4), 1), (255, 255, 255)), "rgb": (Image.new("RGB", (4, 4), (1, 2, 3)), (1, 2, 3))}
+                 "bits": (Image.new("1", (4, 4), 1), (255, 255, 255)),
+                 "rgb": (Image.new("RGB", (4, 4), (1, 2, 3)), (1, 2, 3))}
         for name, (image, colour) in cases.items():
             image.save(tmp / f"{name}.png")
             pixels = data.read_image(tmp / f"{name}.png", 4)
@@ -707,7 +714,8 @@ def test_a_stopped_cache_goes_on():
             seen.append(len(images))
             return images
 
-        build = lambda out, encode: data.build_cache(out, settings, classes, files, labels, encode, (3, 8, 8), np.uint8, 3)
+        build = lambda out, encode: data.build_cache(out, settings, classes, files, labels, encode, (3, 8, 8),
+                                                     np.uint8, 3)
         build(tmp / "whole", encode)
         seen.clear()
         try:
@@ -766,7 +774,8 @@ def test_vae_agrees_with_the_public_one():
     vae = data.load_vae(vae_file())
     want = np.load(SHARED / "fixtures/vae.npz")
     images = torch.from_numpy(want["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    for ours, theirs in [(vae.moments(images), want["moments"]), (vae.decode(torch.from_numpy(want["z"])), want["decoded"])]:
+    decoded = vae.decode(torch.from_numpy(want["z"]))
+    for ours, theirs in [(vae.moments(images), want["moments"]), (decoded, want["decoded"])]:
         assert np.abs(ours.numpy() - theirs).max() <= 1e-4 * np.abs(theirs).max()
     assert sum(p.numel() for p in vae.parameters()) == 66_456_019
 
@@ -810,7 +819,8 @@ def test_latent_cache_by_command():
     # as a user does it, on two processes; every row must be the VAE's own answer for the image and for its mirror
     with scratch() as tmp:
         folder = make_folder(tmp / "bugs", size=(70, 64), each=3)
-        command = ["data.py", "--data", folder, "--vae", vae_file(), "--img_size", "64", "--out", tmp / "lat", "--batch", "2",
+        command = ["data.py", "--data", folder, "--vae", vae_file(), "--img_size", "64", "--out", tmp / "lat",
+                   "--batch", "2",
                    "--device", "cpu"]
         done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command))
         assert done.returncode == 0, done.stderr[-2000:]
@@ -1599,6 +1609,16 @@ def test_chain_gradient_is_exact_and_detach_is_not():
     assert error > 0.05 and cosine > 0.3
 
 
+def test_retrace_finds_the_chain_in_its_picture():
+    """The context of every AR step lies in the finished picture; another model's steps are found on the same path."""
+    model, labels, seeds, _, x, _ = chain_problem(6)
+    close(rl.retrace(model, x, labels, image_keys(seeds), 6), x, 1e-5)
+    other = chain_problem(6)[0]
+    other.head_net.input_proj.weight.data *= 1.1
+    along, apart = rl.retrace(other, x, labels, image_keys(seeds), 6), other.generate(labels, 6, seeds=seeds)
+    assert 0 < (along - x).abs().mean() < (apart - x).abs().mean()  # off the path the differences add up
+
+
 def test_chain_of_one_step_has_nothing_to_detach():
     model, labels, seeds, loss, x, slope = chain_problem(1)
     rl.backward_chain(model, x, slope, labels, image_keys(seeds), 1)
@@ -1691,7 +1711,7 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
     with scratch() as folder:
         write_student(folder)
         run_rl(folder, "--steps", "12", "--eval_every", "6", "--lr", "3e-3", "--ema", "0.5", "--kl", "0",
-                         "--max_fd_rise", "9", "--pairs", "32")
+               "--max_fd_rise", "9", "--pairs", "32")
         rows = json.loads((folder / "rl" / "results.json").read_text())
         assert rows["after"]["red"] > rows["before"]["red"] + 0.05, rows
         assert rows["after"]["reward"] == rows["after"]["red"] and rows["after"]["reward_calls"] == 12 * 8 * 65
@@ -1706,7 +1726,7 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
         (folder / "strict").mkdir()
         (folder / "strict" / "best.pt").write_text("left over")
         run_rl(folder, "--steps", "2", "--lr", "3e-3", "--max_fd_rise", "0", "--kl", "0",
-                         "--reward", "red:-1", "--out", str(folder / "strict"))
+               "--reward", "red:-1", "--out", str(folder / "strict"))
         rows = json.loads((folder / "strict" / "results.json").read_text())
         assert "best" not in rows or rows["best"]["fd"] <= rows["before"]["fd"]
         assert ("best" in rows) == (folder / "strict" / "best.pt").exists()
@@ -1783,22 +1803,34 @@ def write_judges(folder):
         "vision_config": {"num_attention_heads": vision["heads"], "hidden_act": "gelu"},
         "text_config": {"num_attention_heads": text["heads"], "hidden_act": "gelu"}}))
     shutil.copy(SHARED / "data" / "bpe_simple_vocab_16e6.txt.gz", folder / PUBLIC["bpe"][1])
-    return str(folder)
+    os.makedirs((folder / PUBLIC["imagereward"][1]).parent)
+    (folder / PUBLIC["imagereward_vocab"][1]).write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SHAPES]))
+    return folder
+
+
+class TinyImageReward(torch.nn.Module):
+    """Stands for the public network, which has one size only: a number from picture, ids and mask."""
+
+    def score(self, pixels, ids, mask):
+        return pixels.mean((1, 2, 3)) * (ids * mask).sum(1)
 
 
 def test_rl_every_reward_runs_with_both_estimators():
     need_shared()
-    smooth = ["red:2", "classifier", "judge:0.5", "clip:0.1", "pickscore"]
-    with scratch() as folder:
+    smooth = ["red:2", "classifier", "judge:0.5", "clip:0.1", "pickscore", "imagereward:0.01"]
+    load, fid.load_imagereward = fid.load_imagereward, lambda path: TinyImageReward()
+    with scratch() as folder, contextlib.ExitStack() as after:
+        after.callback(setattr, fid, "load_imagereward", load)
         write_student(folder)
         flags = ["--folder", write_judges(folder), "--steps", "1", "--eval_images", "16", "--pairs", "2", "--reward"]
         run_rl(folder, *flags, *smooth, "jpeg:0.1", "-jpeg:0.1", "--perturb", "pixel")
         row = json.loads((folder / "rl" / "results.json").read_text())["before"]
-        weights = {"red": 2, "classifier": 1, "judge": 0.5, "clip": 0.1, "pickscore": 1, "jpeg": 0.1, "-jpeg": 0.1}
+        weights = {"red": 2, "classifier": 1, "judge": 0.5, "clip": 0.1, "pickscore": 1, "jpeg": 0.1, "-jpeg": 0.1,
+                   "imagereward": 0.01}
         assert abs(row["reward"] - sum(w * row[name] for name, w in weights.items())) < 1e-6
         assert row["jpeg"] == -row["-jpeg"]
         run_rl(folder, *flags, *smooth, "--watch", "jpeg", "--estimator", "pathwise", "--detach",
-                         "--recompute", "--out", str(folder / "pathwise"))
+               "--kl_to", "picture", "--recompute", "--out", folder / "pathwise")
         again = json.loads((folder / "pathwise" / "results.json").read_text())["before"]
         assert all(abs(again[name] - row[name]) < 1e-6 for name in ("clip", "pickscore", "jpeg", "fd", "diversity"))
 
@@ -1846,7 +1878,7 @@ def test_rl_of_latents_scores_decoded_pictures():
             moments = {}
             for perturb in ("latent", "pixel"):  # the decoder's derivative is taken by one or the other: the same
                 run_rl(folder, *flags, "--estimator", "pathwise", "--perturb", perturb,
-                                 "--out", str(folder / perturb))
+                       "--out", str(folder / perturb))
                 file = read_checkpoint(folder / perturb / "resume.pt")
                 moments[perturb] = torch.cat([s["exp_avg"].flatten() for s in file["optimizer"]["state"].values()])
                 run_rl(folder, *flags, "--perturb", perturb, "--out", folder / f"{perturb}_reinforce", "--ref", "a.npz")
