@@ -44,7 +44,7 @@ from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
 S_KL = 0.1  # width of the Gaussian around a picture that the KL is stated for, in the units of x
-KL, KL_RED = 0.2, 0.01  # to make a picture redder every pixel has to move, further than for any other reward here
+KL, KL_RED = 0.2, 0.05  # every pixel has to move for red; at 0.01 all pictures became red squares (README)
 NEVER = 1 << 60  # a step that is not reached
 
 # What `--data` changes; an explicit flag always wins. Figures: README, "How the defaults were chosen".
