@@ -99,7 +99,10 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     known, _ = p.parse_known_args(argv)
     name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
+    given = known.teacher != p.get_default("teacher")
     p.set_defaults(**DEFAULTS.get(name, {}))
+    if given:  # a teacher by --teacher: none is trained, whatever the data's default
+        p.set_defaults(teacher_steps=0)
     args = p.parse_args(argv)
     args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
     return args
