@@ -468,6 +468,7 @@ def open_cifar10(split, img_size=None, root="data"):
 
 
 def unpack_cifar10(root):
+    """Unpack the official binary archive in `root`, after its md5 and its members were checked; UserError otherwise."""
     archive = root / "cifar-10-binary.tar.gz"
     if not archive.is_file():
         raise UserError(f"no CIFAR-10 in {root}: run python data.py --get cifar10")

@@ -548,6 +548,7 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 
 
 def main(argv=None):
+    """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
     if args.teacher and args.teacher_steps:
         raise UserError("--teacher and --teacher_steps: give a checkpoint or train one here, not both")

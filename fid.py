@@ -1270,6 +1270,7 @@ def class_names(path=None, own=None):
 
 
 def parse():
+    """The flags -> (args, what is to be judged), contradictions refused."""
     p = Parser(description=__doc__.partition("\n")[0])
     p.add_argument("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")

@@ -221,6 +221,8 @@ def modulate(x, shift, scale):
 
 
 class ResBlock(nn.Module):
+    """One block of the head: x (N, W) and its condition y (N, W) -> (N, W)."""
+
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
@@ -280,6 +282,8 @@ class Head(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with bias, (B, T, D) -> (B, T, D), no mask; timm's, by PyTorch's fused kernel."""
+
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout

@@ -592,6 +592,7 @@ def open_student(args, device):
 
 
 def main(argv=None):
+    """Check everything that can be checked, open the student and the rewards, train."""
     args = parse_args(argv)
     device, rank, world = setup(args.device)
     reference, names = open_student(args, device)
