@@ -1918,6 +1918,25 @@ def test_rl_refuses_bad_input_in_one_line():
                 del rl.REWARDS[name]
 
 
+def test_rl_sigterm_saves_and_ends():
+    real = rl.on_sigterm
+    rl.on_sigterm = lambda: set_event  # as if the signal had come during the first update
+    set_event = threading.Event()
+    set_event.set()
+    with scratch() as folder:
+        write_student(folder)
+        try:
+            run_rl(folder, "--save_every", "4")
+            raise AssertionError("went on")
+        except SystemExit as end:
+            assert end.code == 0
+        finally:
+            rl.on_sigterm = real
+        assert read_checkpoint(folder / "rl" / "resume.pt")["step"] == 1
+        run_rl(folder, "--save_every", "4", "--resume")
+        assert read_checkpoint(folder / "rl" / "resume.pt")["step"] == 4
+
+
 def test_rl_stops_at_a_nan_reward_and_keeps_the_last_good_checkpoint():
     with scratch() as folder:
         write_student(folder)
