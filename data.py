@@ -784,6 +784,7 @@ def build_latents(args, device):
 
 
 def main(argv=None):
+    """Download what --get names, or build the cache of --data; UserError before anything long."""
     parser = Parser(description="Build the cache of an image folder, or download public files.")
     parser.add_argument("--data", help="image folder with train/<class>/*")
     parser.add_argument("--vae", help="KL-16 VAE file (--get kl16); needed from 64 px on")

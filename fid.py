@@ -1372,6 +1372,7 @@ def print_table(rows):
 
 
 def main():
+    """Judge every row that was asked for, print the table with its conventions, write results.json."""
     args, judged = parse()
     get(args.get)
     if not judged:

@@ -565,6 +565,7 @@ def draw_grid(model, classes, names, args, device, vae, kwargs):
 
 
 def main():
+    """Draw, animate, save, time or plot, as the flags say; whatever can be refused is refused first."""
     args, mode = parse()
     out = args.gif or args.out or {"num": "samples.npz", "curves": "curves.png"}.get(mode, "grid.png")
     if int(os.environ.get("RANK", 0)) == 0 and mode != "bench":
