@@ -25,14 +25,13 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
-from model import (MAR, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
-                   diffusion_loss, gaussian, image_keys, load_mar, on_sigterm, random_orders, read_checkpoint, run_main,
-                   save_checkpoint, set_lr, setup, uniform, update_ema)
+from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
+                   check_folder, diffusion_loss, gaussian, image_keys, leave, load_mar, log_line, on_sigterm, random_orders, run_main,
+                   save_checkpoint, set_lr, setup, start_folder, stop_if_bad, uniform, update_ema)
 from sample import draw_together, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -289,54 +288,6 @@ class Watch:
                 tqdm.write(f"{name:12s}{row['fd']:8.2f}{row['accuracy']:10.3f}{row['seconds_per_image']:10.4f}")
 
 
-NEVER = 1 << 60  # a step that is not reached
-
-
-def log_line(args, rank, bar, **values):
-    """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
-    values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
-    if rank == 0:
-        with open(os.path.join(args.out, "log.jsonl"), "a") as f:
-            f.write(json.dumps(values) + "\n")
-        bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if isinstance(v, float)})
-
-
-def stop_if_bad(bad, args):
-    """bad: 0-d int64, the first step with a non-finite loss (a huge number if none). Checked before any save."""
-    if bad < NEVER:
-        raise UserError(f"the loss was not finite at step {int(bad)}: the last good checkpoint in {args.out} is kept; "
-                        "lower the learning rate, or go on with --resume and another --seed")
-
-
-def leave(args, step):
-    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
-    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
-    raise SystemExit(0)
-
-
-def start_folder(args, rank, world):
-    """Make the run's folder; refuse to write over another run. Before anything long starts."""
-    path = os.path.join(args.out, "resume.pt")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
-        args.resume = True  # torchrun --max-restarts started us again after a rank died
-    if args.resume and not os.path.exists(path):
-        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
-    if not args.resume and os.path.exists(path):
-        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
-    if args.batch % (world * args.accumulate) or args.teacher_batch % (world * args.accumulate):
-        raise UserError(f"--batch {args.batch} and --teacher_batch {args.teacher_batch} must be multiples of "
-                        f"processes x --accumulate = {world} x {args.accumulate}")
-    if rank == 0:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            with open(os.path.join(args.out, "config.json"), "w") as f:
-                json.dump(vars(args), f, indent=1)
-        except OSError as error:
-            raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
-    if world > 1:
-        dist.barrier()  # nobody writes into the folder before it is there
-
-
 def check_fit(args, config, data):
     """The teacher, the data and the flags must speak of the same pictures."""
     for what, theirs, ours in (("pictures of side", config.img_size, data.img_size),
@@ -504,7 +455,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
             average(bins, world), average(critic_bins, world)
-            log_line(args, rank, bar, stage="distil", step=step + 1, loss=bins[0].sum() / bins[1].sum(),
+            log_line(args, rank, bar, stage="student", step=step + 1, loss=bins[0].sum() / bins[1].sum(),
                      critic_loss=critic_bins[0].sum() / critic_bins[1].sum(), grad_norm=norm, critic_norm=critic_norm,
                      images_per_s=args.batch * (step + 1 - clock_step) / (time.time() - clock),
                      loss_by_t=bins[0] / bins[1].clamp(min=1), critic_by_t=critic_bins[0] / critic_bins[1].clamp(min=1))
@@ -515,7 +466,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
             row = watch.look("student", ema, 1, 1.0)
             watch.write(f"grid_{step + 1:06d}.png")
             if row:
-                log_line(args, rank, bar, stage="distil", step=step + 1, **row)
+                log_line(args, rank, bar, stage="student", step=step + 1, **row)
             clock = time.time()
         if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
@@ -561,8 +512,8 @@ def main(argv=None):
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, config, data)
-    start_folder(args, rank, world)
-    resumed = read_checkpoint(os.path.join(args.out, "resume.pt")) if args.resume else None
+    resumed = check_folder(args, world, "batch", "teacher_batch")
+    start_folder(args, rank, world, resumed)
     watch = Watch(args, data, device, rank, world)
 
     if teacher is None and resumed and resumed["stage"] == "student":

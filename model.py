@@ -19,6 +19,7 @@ Architecture and file formats: github.com/LTH14/mar (Li et al. 2024). One-step f
 """
 import argparse
 import functools
+import json
 import math
 import os
 import signal
@@ -88,7 +89,7 @@ SIZES = {
                          mask_ratio_min=0.5, t_init=625),
     "cifar10_cpu": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=128,
                              heads=4, encoder_depth=4, decoder_depth=4, buffer_size=8, head_depth=3, head_width=192,
-                             dropout=0.0, mask_ratio_min=0.5, t_init=625),
+                             dropout=0.0, mask_ratio_min=0.1, t_init=625),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,16 +706,21 @@ def at_least(low, kind=int):
 
 def run_main(main):
     """Call main(); a UserError becomes one line on stderr and exit code 2."""
+    code = 0
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except SystemExit as end:  # --help, SIGTERM
+        code = end.code or 0
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # gloo's threads (PyTorch 2.13) now and then abort a process that takes itself apart in order
+    sys.exit(code)
 
 
 def setup(device="auto"):
@@ -804,6 +810,83 @@ class Gradients:
         return norm
 
 
+def check_folder(args, world, *divided):
+    """Refuse to write over another run, and to divide what cannot be divided. -> the checkpoint to resume, or None.
+
+    divided: flags that count images an update: each must split evenly over processes and micro-batches.
+    """
+    path = os.path.join(args.out, "resume.pt")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
+        args.resume = True  # torchrun --max-restarts started us again after a rank died
+    if args.resume and not os.path.exists(path):
+        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
+    if not args.resume and os.path.exists(path):
+        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+    for name in divided:
+        if vars(args)[name] % (world * args.accumulate):
+            raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
+                            f"{world} x {args.accumulate}")
+    return read_checkpoint(path) if args.resume else None
+
+
+def start_folder(args, rank, world, resumed):
+    """Make the run's folder with config.json; drop log lines of steps that are going to be done again."""
+    log = os.path.join(args.out, "log.jsonl")
+
+    def is_done(line):  # without a checkpoint nothing is: the run was killed before the first
+        if resumed is None or line["stage"] != resumed["stage"]:
+            return resumed is not None and line["stage"] == "teacher"
+        return line["step"] <= resumed["step"]
+
+    try:
+        if rank == 0:
+            os.makedirs(args.out, exist_ok=True)
+            with open(os.path.join(args.out, "config.json"), "w") as f:
+                json.dump(vars(args), f, indent=1)
+            if os.path.exists(log):
+                with open(log) as f:  # a line without its end was cut off by a kill
+                    lines = [line for line in f if line.endswith("\n") and is_done(json.loads(line))]
+                with open(log, "w") as f:
+                    f.writelines(lines)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    if world > 1:
+        dist.barrier()  # nobody writes into the folder before it is there
+
+
+def log_line(args, rank, bar, **values):
+    """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
+    values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
+    if rank == 0:
+        with open(os.path.join(args.out, "log.jsonl"), "a") as f:
+            f.write(json.dumps(values) + "\n")
+        bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "reward", "kl", "fd", "fid", "grad_norm")
+                         if k in values})
+
+
+NEVER = 1 << 60  # a step that is not reached
+
+
+def stop_if_bad(bad, args):
+    """bad: 0-d int64, the first step with a gradient that was not finite (NEVER if none). Checked before any save."""
+    if bad < NEVER:
+        raise UserError(f"the gradient was not finite at step {int(bad)}: the last good checkpoint in {args.out} is "
+                        "kept; lower the learning rate (or mend the reward), or go on with --resume and another --seed")
+
+
+def on_sigterm():
+    """-> a threading.Event that SIGTERM sets, instead of ending the process at once."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
+
+
+def leave(args, step):
+    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
+    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
+    raise SystemExit(0)
+
+
 def average(tensor, world):
     """Mean of a tensor over the ranks, for logs; in place, returned."""
     if world > 1:
@@ -815,10 +898,3 @@ def average(tensor, world):
 def any_rank(flag, device, world):
     """Whether `flag` is true on any rank: what one decides, all do. A host sync; call it where there is one anyway."""
     return bool(average(torch.tensor(float(flag), device=device), world) > 0)
-
-
-def on_sigterm():
-    """-> a threading.Event that SIGTERM sets, instead of ending the process at once."""
-    event = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event

@@ -37,15 +37,15 @@ from data import LATENT_SCALE, PUBLIC, is_small, load_vae, open_data, train_indi
 from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from fid import class_names as read_class_names
-from model import (START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, gaussian, image_keys,
-                   load_mar, mask_counts, on_sigterm, put, random_orders, read_checkpoint, reveal_plan,
-                   run_main, save_checkpoint, set_lr, setup, take, update_ema)
+from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, check_folder,
+                   gaussian, image_keys, leave, load_mar, log_line, mask_counts, on_sigterm, put, random_orders,
+                   read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr, setup, start_folder, stop_if_bad,
+                   take, update_ema)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
 S_KL = 0.1  # width of the Gaussian around a picture that the KL is stated for, in the units of x
 KL, KL_RED = 0.2, 0.05  # every pixel has to move for red; at 0.01 all pictures became red squares (README)
-NEVER = 1 << 60  # a step that is not reached
 
 # What `--data` changes; an explicit flag always wins. Figures: README, "How the defaults were chosen".
 DEFAULTS = {
@@ -381,15 +381,6 @@ def diversity(images, labels):
     return (squares / max(1, freedom)) ** 0.5
 
 
-def log_line(args, rank, bar, **values):
-    """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
-    values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
-    if rank == 0:
-        with open(os.path.join(args.out, "log.jsonl"), "a") as f:
-            f.write(json.dumps(values) + "\n")
-        bar.set_postfix({k: f"{values[k]:.3g}" for k in ("reward", "kl", "fd", "fid", "grad_norm") if k in values})
-
-
 class Stopwatch:
     """Seconds spent in the parts of an update. On CUDA work is only queued, so each lap waits for it: an update is a
     whole chain of AR steps, and three waits in it cost nothing that can be measured."""
@@ -412,52 +403,6 @@ class Stopwatch:
 def memory(device):
     """{"peak_gb"} of this process on CUDA; on a CPU nobody counts."""
     return {"peak_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
-
-
-def stop_if_bad(bad, args):
-    """bad: 0-d int64, the first step with a non-finite gradient (NEVER if none). Checked before any save."""
-    if bad < NEVER:
-        raise UserError(f"the gradient was not finite at step {int(bad)} (a reward of NaN?): the last good checkpoint "
-                        f"in {args.out} is kept; lower --lr, or go on with --resume and another --seed")
-
-
-def leave(args, step):
-    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
-    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
-    raise SystemExit(0)
-
-
-def check_folder(args, world):
-    """Refuse to write over another run, and to divide what cannot be divided, before anything long starts."""
-    path = os.path.join(args.out, "resume.pt")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
-        args.resume = True  # torchrun --max-restarts started us again after a rank died
-    if args.resume and not os.path.exists(path):
-        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
-    if not args.resume and os.path.exists(path):
-        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
-    if args.batch % (world * args.accumulate):
-        raise UserError(f"--batch {args.batch} must be a multiple of processes x --accumulate = "
-                        f"{world} x {args.accumulate}")
-
-
-def start_folder(args, resumed):
-    """Make the run's folder with config.json; drop log lines of steps that are going to be done again."""
-    path, step = os.path.join(args.out, "log.jsonl"), resumed["step"] if resumed else 0
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "config.json"), "w") as f:
-            json.dump(vars(args), f, indent=1)
-        best = os.path.join(args.out, "best.pt")
-        if not resumed and os.path.exists(best):
-            os.remove(best)  # of a run that was killed before its first checkpoint
-        if os.path.exists(path):
-            with open(path) as f:
-                lines = [line for line in f if json.loads(line)["step"] <= step]
-            with open(path, "w") as f:
-                f.writelines(lines)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
 
 
 def write_product(args, model, name, class_names, step, rank):
@@ -497,6 +442,8 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
     watch.look("before", reference, judged=not resumed)
     if not resumed:
         watch.write("grid_000000.png")
+        if rank == 0 and os.path.exists(os.path.join(args.out, "best.pt")):
+            os.remove(os.path.join(args.out, "best.pt"))  # of a run that was killed before its first checkpoint
     student.checkpoint_blocks = args.recompute
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
@@ -548,7 +495,7 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
             reward, std, kl, agreement, norm = average(sums, world) / (step + 1 - since)
-            log_line(args, rank, bar, step=step + 1, reward=reward, reward_std=std, kl=kl, agreement=agreement,
+            log_line(args, rank, bar, stage="rl", step=step + 1, reward=reward, reward_std=std, kl=kl, agreement=agreement,
                      grad_norm=norm, reward_calls=calls * (step + 1), **memory(device), **clock.seconds)
             since = step + 1
             sums.zero_()
@@ -557,7 +504,7 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
             row = watch.look("after", ema, step=step + 1, seconds=sum(clock.seconds.values()),
                              reward_calls=calls * (step + 1))
             if row:
-                log_line(args, rank, bar, **row)
+                log_line(args, rank, bar, stage="rl", **row)
             if watch.is_best(row):
                 watch.rows["best"] = row
                 write_product(args, ema, "best", class_names, step + 1, rank)
@@ -597,7 +544,8 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
-    parse_rewards(args.reward + args.watch), check_folder(args, world)  # what costs nothing is checked first
+    parse_rewards(args.reward + args.watch)  # what costs nothing is checked first
+    resumed = check_folder(args, world, "batch")
     if config.pixels:
         data = open_data(args.data, img_size=config.img_size)
         if data.num_classes != config.num_classes:
@@ -609,11 +557,9 @@ def main(argv=None):
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device)
     watch = Watch(args, config, data, functions, weights, vae, device, rank, world)
-    resumed = read_checkpoint(os.path.join(args.out, "resume.pt")) if args.resume else None
-    if rank == 0:
-        start_folder(args, resumed)
-        if world > 1:
-            dist.barrier()
+    if rank == 0 and world > 1:
+        dist.barrier()
+    start_folder(args, rank, world, resumed)
 
     def decode(x):  # latents -> pictures, about [-1, 1]; differentiable
         return x if vae is None else vae.decode(x / LATENT_SCALE)

@@ -472,6 +472,9 @@ def test_distill_end_to_end_and_resume_is_bit_exact():
             distill_tiny(out, "--resume")
             resumed = weights(out, "resume.pt", "model")
             assert all(torch.equal(whole[name], resumed[name]) for name in whole), wanted
+            logs = [[(line["stage"], line["step"]) for line in map(json.loads, (run / "log.jsonl").open())]
+                    for run in (folder / "whole", out)]
+            assert logs[0] == logs[1], "a resumed run must not tell of a step twice"
 
 
 def test_two_processes_train_as_one():
@@ -525,7 +528,7 @@ def test_distill_refuses_bad_input():
         refuses(run(*shapes, "--size", "medium"), "--size")
         refuses(run(*shapes, "--no_such_flag"), "--no_such_flag")
         refuses(run(*shapes, "--t_init", 999), "t_init")
-        refuses(run(*shapes, "--batch", 10, "--accumulate", 4), "multiples")
+        refuses(run(*shapes, "--batch", 10, "--accumulate", 4), "multiple")
         refuses(run(*shapes, "--resume"), "not there")
         refuses(run("distill.py", "--data", folder / "empty", "--device", "cpu", "--teacher_steps", 1), "train")
         refuses(run(*shapes[:-1], folder / "file" / "out"), "cannot write")
@@ -925,21 +928,12 @@ def test_picture_does_not_depend_on_the_batch():
 
 
 def test_two_processes_write_the_same_npz():
-    import socket
     with scratch() as folder:
         tiny_mar(folder)
-        common = ["sample.py", "--ckpt", str(folder / "student.pt"), "--num", "51", "--device", "cpu"]
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = s.getsockname()[1]
-        two = [subprocess.Popen([sys.executable, *common, "--batch", "8", "--out", str(folder / "two.npz")],
-                                cwd=Path(sys.modules["model"].__file__).parent, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True,
-                                env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "LOCAL_RANK": str(r),
-                                     "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}) for r in range(2)]
+        common = ["sample.py", "--ckpt", folder / "student.pt", "--num", "51", "--device", "cpu"]
+        result = torchrun(2, "--", *common, "--batch", "8", "--out", folder / "two.npz")
+        assert result.returncode == 0, result.stderr[-2000:]
         sample_main(*common[1:], "--batch", 64, "--out", folder / "one.npz")
-        for process in two:
-            assert process.wait(300) == 0, process.communicate()[1]
         one, two = np.load(folder / "one.npz"), np.load(folder / "two.npz")
         assert one["arr_0"].shape == (51, 8, 8, 3) and one["arr_0"].dtype == np.uint8 and one["arr_0"].std() > 20
         # rounding to bytes may turn a difference of 1e-7 into one level
@@ -1752,7 +1746,7 @@ def test_rl_resumes_bit_exactly():
             rl.save_checkpoint = save
         assert saved == [2]
         with open(folder / "parts" / "log.jsonl", "a") as f:
-            f.write(json.dumps({"step": 3}) + "\n")  # a step the killed run had done but not saved
+            f.write(json.dumps({"stage": "rl", "step": 3}) + "\n")  # a step the killed run had done but not saved
         run_rl(folder, "--out", str(folder / "parts"), "--resume")
         a, b = (read_checkpoint(folder / name / "resume.pt") for name in ("whole", "parts"))
         for key in ("model", "ema"):
