@@ -25,14 +25,16 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
-                   check_folder, diffusion_loss, gaussian, image_keys, leave, load_mar, log_line, on_sigterm, random_orders, run_main,
-                   save_checkpoint, set_lr, setup, start_folder, stop_if_bad, uniform, update_ema)
-from sample import draw_together, save_grid
+                   check_folder, diffusion_loss, gaussian, image_keys, leave, load_mar, log_line, on_sigterm,
+                   random_orders, run_main, save_checkpoint, set_lr, setup, start_folder, stop_if_bad, uniform,
+                   update_ema)
+from sample import draw_together, save_grid, seconds_of
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
 TEACHER_T, TEACHER_EPS, DROP, NOISE, CRITIC_T, CRITIC_EPS, STUDENT_T, STUDENT_EPS = (TRAIN + 64 * i for i in range(8))
@@ -81,6 +83,8 @@ def parse_args(argv=None):
     p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: more if memory ends")
     p.add_argument("--recompute", action="store_true", help="recompute the transformers' blocks in backward: less "
                    "memory, a third more time")
+    p.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks: the first updates "
+                   "take minutes, the others less time; on a CPU hardly worth it")
     p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="student's learning rate")
     p.add_argument("--critic_lr", type=at_least(0, float), default=1e-5, help="critic's learning rate")
     p.add_argument("--warmup", type=at_least(0), default=100, help="updates of linear warm-up, both stages")
@@ -215,6 +219,78 @@ def critic_loss(eps_q, x0, t, eps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a run costs, told before it starts
+
+
+def forward_flops(config, masked):
+    """FLOPs of a transformer pass over one picture, `masked` of its tokens unknown, and of the head on one token.
+    Counted on meta tensors, which have shapes and no memory; a backward pass costs twice its forward."""
+    with torch.device("meta"):
+        model = MAR(config)
+        visible, predict = (torch.zeros(1, n, dtype=torch.long) for n in (config.seq_len - masked, masked))
+        tokens, label = torch.empty(1, config.seq_len, config.token_dim), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as transformer:
+            model.context(tokens, visible, label, predict)
+        with FlopCounterMode(display=False) as head:
+            model.head(tokens[0, :1], label, torch.empty(1, config.width))
+    return transformer.get_total_flops(), head.get_total_flops()
+
+
+def plan(config, args, world, device, stage):
+    """Parameters, bytes a process by kind, and FLOPs an image of one stage, "teacher" or "student".
+
+    Activations are an estimate (within 15 % of a real run's peak, README). A transformer block keeps 16 D numbers a
+    token for backward (inputs of two norms, four matrices, attention and GELU), a block of the head 11 W a row.
+    """
+    P = round(np.mean([masked_count(config, 0, step) for step in range(1000)]))
+    images = (args.teacher_batch if stage == "teacher" else args.batch) // (world * args.accumulate)
+    with torch.device("meta"):
+        model = MAR(config)
+    heads, total = (sum(p.numel() for p in net.parameters()) for net in (model.head_net, model))
+    tokens = config.encoder_depth * (config.buffer_size + config.seq_len - P) \
+        + config.decoder_depth * (config.buffer_size + config.seq_len)
+    # with bf16 36 bytes for 16 numbers: what enters a norm stays float32. Recomputing keeps the blocks' inputs alone
+    a_token = 4 if args.recompute else 36 if device.type == "cuda" else 64
+    transformer = images * tokens * config.width * a_token
+    head = images * P * 4 * config.head_width * (11 * config.head_depth + 10)
+    pass_flops, row_flops = forward_flops(config, P)
+    if stage == "teacher":
+        trained, frozen, passes, rows = total, 0, 3, 3 * args.draws
+        activations = transformer + args.draws * head
+    else:
+        critic = heads if args.critic == "head" else total
+        trained, frozen = total + critic, 4 * heads + (2 if device.type == "cuda" else 4) * (total - heads)
+        guided, student = (1 if args.guidance == 1 else 2), 1 / args.critic_steps
+        passes = guided + (0 if args.critic == "head" else 3) + student * 3 + (1 - student)  # backward counts as two
+        rows = 3 + student * (3 + (2 if args.loss == "gsim" else 1) * (1 + guided)) + (1 - student)
+        # kept together: the student's pass, and then the critic's or, after it, the score nets' heads
+        activations = transformer + head + max(head + (0 if args.critic == "head" else transformer),
+                                               (1 + guided) * head if args.loss == "gsim" else 0)
+    return {"parameters": total, "in the head": heads, "weights": 4 * trained + frozen, "gradients": 4 * trained,
+            "optimiser": 8 * trained, "EMA": 4 * total, "activations": activations,
+            "flops": passes * pass_flops + rows * P * row_flops, "passes": passes, "in heads": rows * P * row_flops}
+
+
+def print_plan(config, args, world, device, stage):
+    """The plan as a table of four lines."""
+    p, batch = plan(config, args, world, device, stage), args.teacher_batch if stage == "teacher" else args.batch
+    memory = {kind: p[kind] / 2**30 for kind in ("weights", "gradients", "optimiser", "EMA", "activations")}
+    tqdm.write(f"{stage}: {p['parameters'] / 1e6:.1f} M parameters ({p['in the head'] / 1e6:.1f} M in the head), "
+               f"{config.seq_len} tokens; {batch} images an update on {world} process(es)\n"
+               f"GiB a process: {', '.join(f'{kind} {value:.2f}' for kind, value in memory.items())} (estimated); "
+               f"together {sum(memory.values()):.2f}\n"
+               f"an update: {p['passes']:.3g} transformer passes an image, {p['flops'] * batch / 1e12:.3g} TFLOP, "
+               f"{p['in heads'] / p['flops']:.0%} of them in heads")
+
+
+def matrix_rate(device):
+    """FLOP/s of a large matrix product here, at the transformer's precision: what MFU is a share of."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / seconds_of(lambda: a @ a, device, 9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Optimisers and watching
 
 
@@ -225,6 +301,13 @@ def make_optimizer(model, lr, betas, weight_decay=0.0):
     others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+def compile_blocks(*models):
+    """Compile each block in place (names of weights stay): one small graph, for any number of visible tokens."""
+    for model in models:
+        for block in [*model.encoder_blocks, *model.decoder_blocks]:
+            block.compile(dynamic=True)
 
 
 def cut_by_t(t, value, bins=10):
@@ -322,7 +405,10 @@ def train_teacher(args, config, data, device, rank, world, resumed):
         for target, key in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
             target.load_state_dict(resumed[key])
     model.checkpoint_blocks = args.recompute
+    if args.compile:
+        compile_blocks(model)
     gradients = Gradients(model)
+    flops, rate = plan(config, args, world, device, "teacher")["flops"], matrix_rate(device) * world
     bad, clock, clock_step, stop = torch.tensor(NEVER, device=device), time.time(), start, on_sigterm()
     bar = tqdm(range(start, args.teacher_steps), initial=start, total=args.teacher_steps, desc="teacher", unit="step",
                disable=rank > 0 or None, mininterval=1)
@@ -348,8 +434,10 @@ def train_teacher(args, config, data, device, rank, world, resumed):
         last, told_to_stop = step + 1 == args.teacher_steps, False
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
-            log_line(args, rank, bar, stage="teacher", step=step + 1, loss=average(total, world), grad_norm=norm,
-                     images_per_s=args.teacher_batch * (step + 1 - clock_step) / (time.time() - clock))
+            loss = average(total, world).item()  # waits for the device: read the clock after it
+            images_per_s = args.teacher_batch * (step + 1 - clock_step) / (time.time() - clock)
+            log_line(args, rank, bar, stage="teacher", step=step + 1, loss=loss, grad_norm=norm,
+                     images_per_s=images_per_s, mfu=images_per_s * flops / rate)
             clock, clock_step = time.time(), step + 1
         if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
@@ -396,7 +484,10 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
                             (critic_optimizer, "critic_optimizer")):
             target.load_state_dict(resumed[key])
     student.checkpoint_blocks = critic.checkpoint_blocks = args.recompute
+    if args.compile:
+        compile_blocks(student, critic, teacher)
     gradients, critic_gradients = Gradients(student), Gradients(critic)
+    flops, rate = plan(teacher.config, args, world, device, "student")["flops"], matrix_rate(device) * world
     distillation_gradient = gsim_gradient if args.loss == "gsim" else vsd_gradient
     bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
     bins, critic_bins, norm = (torch.zeros(shape, device=device) for shape in ((2, 10), (2, 10), ()))
@@ -454,10 +545,12 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         last, told_to_stop = step + 1 == args.steps, False
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
-            average(bins, world), average(critic_bins, world)
-            log_line(args, rank, bar, stage="student", step=step + 1, loss=bins[0].sum() / bins[1].sum(),
+            loss = (average(bins, world)[0].sum() / bins[1].sum()).item()  # waits for the device, before the clock
+            average(critic_bins, world)
+            images_per_s = args.batch * (step + 1 - clock_step) / (time.time() - clock)
+            log_line(args, rank, bar, stage="student", step=step + 1, loss=loss,
                      critic_loss=critic_bins[0].sum() / critic_bins[1].sum(), grad_norm=norm, critic_norm=critic_norm,
-                     images_per_s=args.batch * (step + 1 - clock_step) / (time.time() - clock),
+                     images_per_s=images_per_s, mfu=images_per_s * flops / rate,
                      loss_by_t=bins[0] / bins[1].clamp(min=1), critic_by_t=critic_bins[0] / critic_bins[1].clamp(min=1))
             bins.zero_(), critic_bins.zero_()
             clock, clock_step = time.time(), step + 1
@@ -514,6 +607,9 @@ def main(argv=None):
     check_fit(args, config, data)
     resumed = check_folder(args, world, "batch", "teacher_batch")
     start_folder(args, rank, world, resumed)
+    for stage, steps in (("teacher", args.teacher_steps), ("student", args.steps)):
+        if rank == 0 and steps:
+            print_plan(config, args, world, device, stage)
     watch = Watch(args, data, device, rank, world)
 
     if teacher is None and resumed and resumed["stage"] == "student":

@@ -454,7 +454,7 @@ class MAR(nn.Module):
     def context(self, tokens, visible, labels, predict):
         """One transformer pass: tokens (B, L, C), visible (B, V), labels (B,) (-1: null class), predict (B, P)
         -> c (B, P, D) float32. bf16 inside on CUDA; the head's inputs, scores and losses stay float32."""
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
             c = self.decode(self.encode(tokens, visible, labels), visible, predict)
         return c.float()
 

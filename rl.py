@@ -495,8 +495,9 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
             reward, std, kl, agreement, norm = average(sums, world) / (step + 1 - since)
-            log_line(args, rank, bar, stage="rl", step=step + 1, reward=reward, reward_std=std, kl=kl, agreement=agreement,
-                     grad_norm=norm, reward_calls=calls * (step + 1), **memory(device), **clock.seconds)
+            log_line(args, rank, bar, stage="rl", step=step + 1, reward=reward, reward_std=std, kl=kl,
+                     agreement=agreement, grad_norm=norm, reward_calls=calls * (step + 1), **memory(device),
+                     **clock.seconds)
             since = step + 1
             sums.zero_()
         if (step + 1) % args.eval_every == 0 or last:
