@@ -31,9 +31,9 @@ from tqdm import tqdm
 from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
-                   check_folder, diffusion_loss, gaussian, image_keys, leave, load_mar, log_line, on_sigterm,
-                   random_orders, run_main, save_checkpoint, set_lr, setup, start_folder, stop_if_bad, uniform,
-                   update_ema)
+                   check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar, log_line,
+                   on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup, start_folder, stop_if_bad,
+                   uniform, update_ema)
 from sample import draw_together, save_grid, seconds_of
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -301,13 +301,6 @@ def make_optimizer(model, lr, betas, weight_decay=0.0):
     others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
-
-
-def compile_blocks(*models):
-    """Compile each block in place (names of weights stay): one small graph, for any number of visible tokens."""
-    for model in models:
-        for block in [*model.encoder_blocks, *model.decoder_blocks]:
-            block.compile(dynamic=True)
 
 
 def cut_by_t(t, value, bins=10):

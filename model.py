@@ -666,6 +666,13 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def compile_blocks(*models):
+    """Compile each block in place (names of weights stay): one small graph, for any number of visible tokens."""
+    for model in models:
+        for block in [*model.encoder_blocks, *model.decoder_blocks]:
+            block.compile(dynamic=True)
+
+
 def set_lr(optimizer, peak, step, total, warmup, decay):
     """Linear warm-up, constant, linear to 0 over the last share `decay`."""
     lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))

@@ -38,9 +38,9 @@ from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from fid import class_names as read_class_names
 from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, check_folder,
-                   gaussian, image_keys, leave, load_mar, log_line, mask_counts, on_sigterm, put, random_orders,
-                   read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr, setup, start_folder, stop_if_bad,
-                   take, update_ema)
+                   compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts, on_sigterm, put,
+                   random_orders, read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr, setup, start_folder,
+                   stop_if_bad, take, update_ema)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -95,6 +95,8 @@ def parse_args(argv=None):
     p.add_argument("--chunk", type=at_least(1), default=32, help="images decoded and scored at once: lower it likewise")
     p.add_argument("--recompute", action="store_true", help="recompute the transformer's blocks in backward: a third "
                    "more time, a fraction of the memory; before --accumulate when memory ends")
+    p.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks: the first updates "
+                   "take minutes, the others less time; on a CPU hardly worth it")
     p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="learning rate")
     p.add_argument("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
     p.add_argument("--decay", type=at_least(0, float), default=0.5, help="share of the run, its last, over which the "
@@ -445,6 +447,8 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
         if rank == 0 and os.path.exists(os.path.join(args.out, "best.pt")):
             os.remove(os.path.join(args.out, "best.pt"))  # of a run that was killed before its first checkpoint
     student.checkpoint_blocks = args.recompute
+    if args.compile:
+        compile_blocks(student, reference)
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
     # what the direction is searched for in: the latents, scored through the decoder, or the decoded pictures

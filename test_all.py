@@ -38,9 +38,9 @@ import rl
 import sample
 from data import PUBLIC, SHAPES, open_data, train_indices
 from fid import load_or_train_classifier
-from model import (CHAIN, MAR, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, cosine_schedule,
-                   diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint, reveal_plan,
-                   save_checkpoint)
+from model import (CHAIN, MAR, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, compile_blocks,
+                   cosine_schedule, diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint,
+                   reveal_plan, save_checkpoint)
 from sample import COLOURS, GAP, draw, flops_of, read_log, save_grid, ticks, to_uint8, unmasking
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would drown the verdicts
@@ -420,6 +420,23 @@ def test_guidance_of_one_is_none_and_zero_is_the_null_class():
 def test_masked_share_follows_the_public_distribution():
     counts = np.array([distill.masked_count(SIZES["base"], 0, step) for step in range(4000)])
     assert counts.min() >= 180 and counts.max() <= 256 and abs(counts.mean() / 256 - 0.867) < 0.006, counts.mean() / 256
+
+
+def test_compiled_blocks_compute_the_same():
+    """--compile: the same contexts and gradients, whatever the number of visible tokens, with one compilation."""
+    if not shutil.which("g++"):
+        raise Skip("torch.compile needs a C++ compiler on a CPU")
+    plain, compiled = tiny_mar().requires_grad_(True), tiny_mar().requires_grad_(True)
+    compile_blocks(compiled)
+    labels, order = torch.tensor([0, 1, -1]), random_orders(image_keys(range(3)), 16)
+    for V in (5, 9):
+        for model in (plain, compiled):
+            model.zero_grad()
+            model.context(torch.ones(3, 16, 12), order[:, :V], labels, order[:, V:]).square().sum().backward()
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
+            if p.grad is not None:  # the head's is not in this graph
+                close(q.grad, p.grad, 1e-4)
+    assert list(compiled.state_dict()) == list(plain.state_dict()), "checkpoints must not show it"
 
 
 def test_start_up_table_counts_parameters_flops_and_activations():
@@ -2171,7 +2188,8 @@ def measure_latent_cache():
         for name in range(10):
             (folder / f"jpeg/train/{name}").mkdir(parents=True)
         for i in range(20_000):  # 320 x 288 px; no two alike
-            image = Image.fromarray(np.roll(coarse[i % 200], i // 200, axis=1)).resize((320, 288), Image.BILINEAR)
+            pixels = np.roll(coarse[i % 200], (i // 200 % 20, i // 4000), axis=(1, 0))
+            image = Image.fromarray(pixels).resize((320, 288), Image.BILINEAR)
             image.save(folder / f"jpeg/train/{i % 10}/{i:05d}.jpg", quality=85)
         (folder / "stub.py").write_text(STUB_VAE), (folder / "vae").write_bytes(b"x")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
@@ -2235,8 +2253,8 @@ def measure_judges():
                          "--out", str(folder / f"{kind}_{estimator}")])
                 log = json.loads((folder / f"{kind}_{estimator}/log.jsonl").open().readline())
                 seconds = log["reward_s"] / log["reward_calls"]
-                figures.append(f"{kind} ({count / 1e6:.0f} M) {estimator}: {seconds:.2f} s a reward call, gradient norm "
-                               f"{log['grad_norm']:.2g}")
+                figures.append(f"{kind} ({count / 1e6:.0f} M) {estimator}: {seconds:.2f} s a reward call, gradient "
+                               f"norm {log['grad_norm']:.2g}")
             os.remove(place)
     return "; ".join(figures)
 
