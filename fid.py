@@ -39,7 +39,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices, write_json
-from model import Parser, UserError, at_least, load_mar, read_checkpoint, run_main, save_checkpoint, setup
+from model import (Parser, UserError, at_least, bf16_weights, load_mar, read_checkpoint, run_main, save_checkpoint,
+                   setup)
 from sample import check_vae, draw, fill_in
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
@@ -1050,6 +1051,8 @@ def checkpoint_source(path, args, device):
     flags = argparse.Namespace(**{**vars(args), "ckpt": path, "ar_steps": args.ar_steps and [args.ar_steps],
                                   "teacher": False, "bench": False, "teacher_ar_steps": None})
     fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
+    if device.type == "cuda":
+        bf16_weights(model)
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
     how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
