@@ -90,8 +90,8 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="gradient norm limit, each network; 0 = none")
     p.add_argument("--ema", type=at_least(0, float), default=0.9999, help="averaging of the student a step")
     p.add_argument("--ar_steps", type=at_least(1), default=64, help="AR steps of the pictures shown and judged")
-    p.add_argument("--ar_steps_aware", action="store_true", help="distil on the mask ratios that sampling in --ar_steps "
-                   "meets, not on MAR's: for a student that will draw with one K only")
+    p.add_argument("--ar_steps_aware", action="store_true", help="distil on the mask ratios that sampling in "
+                   "--ar_steps meets, not on MAR's: for a student that will draw with that K only")
     p.add_argument("--teacher_head_steps", type=at_least(2), default=100, help="chain length of the teacher shown")
     p.add_argument("--eval_every", type=at_least(1), default=5000, help="updates between grids and figures")
     p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a Frechet distance")

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import LATENT_SCALE, load_vae
-from model import (MAR, SIZES, Parser, UserError, at_least, bf16_weights, graphed, load_mar, mask_counts,
-                   read_checkpoint, run_main, setup)
+from model import (MAR, SIZES, Parser, UserError, at_least, bf16_weights, graphed, linear, load_mar,
+                   mask_counts, read_checkpoint, run_main, setup)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Library: what fid.py, distill.py and rl.py use
@@ -281,13 +281,13 @@ def shares_of(model, work, device):
 
 def flops_of(model, generate_kwargs):
     """Arithmetic of one picture in floating-point operations, multiply and add apart, matrix products only."""
-    with torch.device("meta"):  # tensors of shapes alone: counting costs no arithmetic, and no kernel goes uncounted
-        twin, labels, seeds = MAR(model.config).eval(), torch.zeros(1, dtype=torch.long), torch.zeros(1, 2)
+    by_onednn = {torch.ops.aten.mkldnn_linear: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}  # of shapes
 
     def counted(head_steps):
         # attention as plain products: of the fused kernels the counter knows only those for CUDA
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            twin.generate(labels, seeds=seeds, **{**generate_kwargs, "head_steps": head_steps})
+        with FlopCounterMode(display=False, custom_mapping=by_onednn) as counter, sdpa_kernel(SDPBackend.MATH):
+            model.generate(torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device),
+                           **{**generate_kwargs, "head_steps": head_steps})
         return counter.get_total_flops()
 
     if generate_kwargs["head_steps"] == 1:
@@ -296,14 +296,16 @@ def flops_of(model, generate_kwargs):
     return two + (generate_kwargs["head_steps"] - 2) * (three - two)
 
 
+@torch.no_grad()
 def limits_of(device):
     """What the chip reaches here: (matrix products in FLOP/s at the transformer's precision, copying in bytes/s)."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    a, bias = torch.ones(size, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
     b = torch.ones(256 << 20, device=device, dtype=torch.uint8)  # far beyond any cache
     c = torch.empty_like(b)
-    a @ a, c.copy_(b)  # warm
-    return 2 * size**3 / seconds_of(lambda: a @ a, device, 9), 2 * b.numel() / seconds_of(lambda: c.copy_(b), device, 9)
+    product, copy = lambda: linear(a, a, bias), lambda: c.copy_(b)
+    product(), copy()  # warm
+    return 2 * size**3 / seconds_of(product, device, 9), 2 * b.numel() / seconds_of(copy, device, 9)
 
 
 def bench(model, args, device):
@@ -315,8 +317,9 @@ def bench(model, args, device):
     total = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes; the head's are float32
     print(f"device: {name}; precision: {'bf16 transformer, float32 head' if on_cuda else 'float32'}; "
-          f"{'one CUDA graph a batch; ' if args.graph else ''}{total / 1e6:.1f} M parameters, of which head {heads / 1e6:.1f} M; {model.config.seq_len} tokens\n"
-          f"timed: labels and seeds to latents, no VAE; warm, median of {args.repeat}; measured limits: matrix products "
+          f"{'one CUDA graph a batch; ' if args.graph else ''}{total / 1e6:.1f} M parameters, of which head "
+          f"{heads / 1e6:.1f} M; {model.config.seq_len} tokens\n"
+          f"timed: labels and seeds to latents, no VAE; warm, median of {args.repeat}; measured limits: products "
           f"{rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s\n"
           "ratio: to the student of equal batch and K. matrix: share of the limit. weights: reading every weight once "
           "a pass, as share of the copy limit. transformer, head: shares of the time of a call that waits after each\n")
@@ -427,22 +430,29 @@ def draw_panel(pen, left, top, title, curves):
 def draw_curves(paths, out):
     """log.jsonl files -> PNG with a panel for each quantity of each stage, one colour a run."""
     logs = [read_log(path) for path in paths]
-    panels = list(dict.fromkeys(key for log in logs for key in log))  # in order of appearance
-    if not panels:
+    if not any(logs):
         raise UserError(f"no numbers in {', '.join(paths)}")
-    rows, legend = -(-len(panels) // COLUMNS), 40 * len(paths) + 20
+    panels = save_panels([(str(Path(path).parent), log) for path, log in zip(paths, logs)], out)
+    print(f"{out}: {panels} quantities of {len(paths)} run(s); curves of more than 200 points are averaged")
+
+
+def save_panels(runs, out):
+    """runs: list of (title, {(stage, quantity): {step: value}}) -> PNG with a panel a quantity; returns how many."""
+    panels = list(dict.fromkeys(key for _, curves in runs for key in curves))  # in order of appearance
+    rows, legend = -(-len(panels) // COLUMNS), 40 * len(runs) + 20
     columns = min(COLUMNS, len(panels))
     canvas = Image.new("RGB", (columns * PANEL[0], rows * PANEL[1] + legend), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for i, path in enumerate(paths):
+    for i, (title, _) in enumerate(runs):
         pen.line([(60, 40 * i + 36), (110, 40 * i + 36)], COLOURS[i % len(COLOURS)], 6)
-        pen.text((126, 40 * i + 36), str(Path(path).parent), INK, ImageFont.load_default(28), anchor="lm")
+        pen.text((126, 40 * i + 36), title, INK, ImageFont.load_default(28), anchor="lm")
     for i, (stage, name) in enumerate(panels):
-        curves = [(COLOURS[r % len(COLOURS)], log[stage, name]) for r, log in enumerate(logs) if (stage, name) in log]
+        curves = [(COLOURS[r % len(COLOURS)], run[stage, name])
+                  for r, (_, run) in enumerate(runs) if (stage, name) in run]
         title = f"{stage}: {name}" if stage else name
         draw_panel(pen, i % COLUMNS * PANEL[0], legend + i // COLUMNS * PANEL[1], title, curves)
     save_image(canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS), out)
-    print(f"{out}: {len(panels)} quantities of {len(paths)} run(s); curves of more than 200 points are averaged")
+    return len(panels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1561,6 +1561,17 @@ def test_fid_judges_a_checkpoint_and_goes_on_after_a_stop():
         assert not list(Path("out/fid/shards").iterdir())
 
 
+def test_fid_draws_quality_against_ar_steps():
+    with judging() as judged:
+        tiny_mar(Path("."), img_size=16, patch_size=4, num_classes=8)
+        Path("classifier_0.pt").write_bytes(shapes_classifier())
+        flags = ("--judges", "classifier", "--data", "shapes", "--classifier", ".", "--num", 16)
+        rows = judged("--ckpt", "student.pt", *flags, "--ar_steps", 2, 4, "--plot", "k.png")
+        assert [row["ar_steps"] for row in rows] == [2, 4] and rows[0]["fd"] != rows[1]["fd"]
+        assert Image.open("k.png").width == 840  # two panels: fd and accuracy
+        refused(lambda: judged("--ckpt", "student.pt", *flags, "--ar_steps", 2, "--plot", "k.png"), "--plot", "several")
+
+
 def test_two_processes_judge_as_one():
     code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'fid.py'; import test_all, fid;"
             "fid.load_inception = lambda path: test_all.Quick(); fid.run_main(fid.main)")
