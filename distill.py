@@ -32,8 +32,8 @@ from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
                    check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar, log_line,
-                   on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup, start_folder, stop_if_bad,
-                   uniform, update_ema)
+                   mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup, start_folder,
+                   stop_if_bad, uniform, update_ema)
 from sample import draw_together, save_grid, seconds_of
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -93,6 +93,8 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="gradient norm limit, each network; 0 = none")
     p.add_argument("--ema", type=at_least(0, float), default=0.9999, help="averaging of the student a step")
     p.add_argument("--ar_steps", type=at_least(1), default=64, help="AR steps of the pictures shown and judged")
+    p.add_argument("--ar_steps_aware", action="store_true", help="distil on the mask ratios that sampling in "
+                   "--ar_steps meets, not on MAR's: for a student that will draw with that K only")
     p.add_argument("--teacher_head_steps", type=at_least(2), default=100, help="chain length of the teacher shown")
     p.add_argument("--eval_every", type=at_least(1), default=5000, help="updates between grids and figures")
     p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a Frechet distance")
@@ -115,18 +117,36 @@ def parse_args(argv=None):
 # A batch: real pictures, some tokens known, the rest to be predicted
 
 
-def masked_count(config, seed, step):
-    """Tokens masked in this step, one draw for the whole batch as MAR: normal(1, .25) cut to [mask_ratio_min, 1]."""
+def masked_count(config, seed, step, ar_steps=None):
+    """Tokens masked in this step, one draw for the whole batch as MAR: normal(1, .25) cut to [mask_ratio_min, 1].
+
+    ar_steps K: instead, one of the K counts that K-step sampling meets, each as often as tokens are revealed from it:
+    so the loss, a mean over masked tokens, is in expectation the mean over all tokens of a picture drawn in K steps.
+    """
+    if ar_steps:
+        counts = np.array(mask_counts(config.seq_len, ar_steps))  # (K + 1,), down to 0
+        return int(np.random.default_rng([seed, step]).choice(counts[:-1], p=-np.diff(counts) / config.seq_len))
     normal = NormalDist(1.0, 0.25)
     low, high = normal.cdf(config.mask_ratio_min), normal.cdf(1.0)
     ratio = normal.inv_cdf(low + (high - low) * np.random.default_rng([seed, step]).random())
     return min(config.seq_len, max(1, math.ceil(config.seq_len * ratio)))
 
 
-def training_batch(data, model, batch, seed, step, device, rank, world):
+def share_revealed(masked, seq_len, ar_steps=None):
+    """What the linear guidance grows with, where `masked` tokens are unknown: the share known. With ar_steps as MAR's
+    sampler counts it: after the AR step that begins there, and never all (model.unmask)."""
+    if ar_steps:
+        counts = mask_counts(seq_len, ar_steps)
+        return min(seq_len - counts[counts.index(masked) + 1], seq_len - 1) / seq_len
+    return 1 - masked / seq_len
+
+
+def training_batch(data, model, batch, seed, step, device, rank, world, ar_steps=None):
     """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on device; B = batch / world.
 
-    Everything depends on (seed, step) and the picture's place in the global batch alone.
+    Everything depends on (seed, step) and the picture's place in the global batch alone. All masked tokens are to be
+    predicted, also where sampling (ar_steps, see masked_count) would reveal some of them: orders are random, so those
+    some are like all, and all is more signal for the same transformer pass.
     """
     indices, flip = train_indices(len(data), batch, step, seed, rank, world)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + rank)  # the VAE's posterior noise
@@ -134,7 +154,7 @@ def training_batch(data, model, batch, seed, step, device, rank, world):
     place = step * batch + rank * len(indices) + torch.arange(len(indices))
     keys = image_keys(torch.stack([torch.full_like(place, seed), place], 1)).to(device, non_blocking=True)
     orders = random_orders(keys, model.config.seq_len)
-    m = masked_count(model.config, seed, step)
+    m = masked_count(model.config, seed, step, ar_steps)
     masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
     return model.patchify(x.to(device, non_blocking=True)), labels.to(device, non_blocking=True), keys, visible, masked
 
@@ -481,6 +501,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         compile_blocks(student, critic, teacher)
     gradients, critic_gradients = Gradients(student), Gradients(critic)
     flops, rate = plan(teacher.config, args, world, device, "student")["flops"], matrix_rate(device) * world
+    ar_steps = args.ar_steps if args.ar_steps_aware else None
     distillation_gradient = gsim_gradient if args.loss == "gsim" else vsd_gradient
     bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
     bins, critic_bins, norm = (torch.zeros(shape, device=device) for shape in ((2, 10), (2, 10), ()))
@@ -493,7 +514,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, 0.0)
 
         # ---- gradients of both networks, at the same weights
-        batch = training_batch(data, teacher, args.batch, args.seed + 1, step, device, rank, world)
+        batch = training_batch(data, teacher, args.batch, args.seed + 1, step, device, rank, world, ar_steps)
         parts = [z.chunk(args.accumulate) for z in batch]
         gradients.zero(), critic_gradients.zero()
         for i, (tokens, labels, keys, visible, masked) in enumerate(zip(*parts)):
@@ -501,7 +522,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
                 gradients.begin(), critic_gradients.begin()
             g = args.guidance
             if args.guidance_schedule == "linear":  # the scale that sampling has at this share revealed
-                g = 1 + (g - 1) * visible.shape[1] / teacher.config.seq_len
+                g = 1 + (g - 1) * share_revealed(masked.shape[1], teacher.config.seq_len, ar_steps)
             with torch.no_grad():
                 c_p, c_null = teacher_contexts(teacher, tokens, visible, labels, masked, g)
             with torch.set_grad_enabled(student_turn):

@@ -9,6 +9,8 @@ judged; and the judges' public weights, which are fetched only when asked for:
     torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
     python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
+    python fid.py --ckpt out/shapes/teacher.pt out/shapes/student.pt --data shapes --judges classifier --num 2048 \
+        --ar_steps 4 8 16 --plot fd_vs_k.png                   # quality against K, the number of AR steps
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 
 The same call again goes on where a stopped one was. Figures with their conventions go to OUT/results.json.
@@ -39,8 +41,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices, write_json
-from model import Parser, UserError, at_least, load_mar, read_checkpoint, run_main, save_checkpoint, setup
-from sample import check_vae, draw, fill_in
+from model import (Parser, UserError, at_least, bf16_weights, load_mar, read_checkpoint, run_main, save_checkpoint,
+                   setup)
+from sample import check_output, check_vae, draw, fill_in, save_panels
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
@@ -1043,13 +1046,15 @@ def folder_source(path, size=None):
     return Source(str(path), len(files), side, labels, classes if labels is not None else None, read, key)
 
 
-def checkpoint_source(path, args, device):
+def checkpoint_source(path, ar_steps, args, device):
     """Images drawn from a checkpoint when they are asked for: image i is that of (seed, i), with class i % classes, so
-    that every stretch is balanced. Nothing is written but what the judges say."""
+    that every stretch is balanced. Nothing is written but what the judges say. ar_steps: None for the checkpoint's."""
     file, model = read_checkpoint(path), load_mar(path).to(device)
-    flags = argparse.Namespace(**{**vars(args), "ckpt": path, "ar_steps": args.ar_steps and [args.ar_steps],
+    flags = argparse.Namespace(**{**vars(args), "ckpt": path, "ar_steps": ar_steps and [ar_steps],
                                   "teacher": False, "bench": False, "teacher_ar_steps": None})
     fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
+    if device.type == "cuda":
+        bf16_weights(model)
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
     how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
@@ -1061,10 +1066,10 @@ def checkpoint_source(path, args, device):
     return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key)
 
 
-def open_source(path, args, device):
-    """A path of the command line -> Source."""
+def open_source(path, ar_steps, args, device):
+    """A path of the command line -> Source. ar_steps: of a checkpoint."""
     if path in args.ckpt:
-        return checkpoint_source(path, args, device)
+        return checkpoint_source(path, ar_steps, args, device)
     if not os.path.isdir(path) and not path.endswith(".npz"):
         raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
     source = folder_source(path, args.size) if os.path.isdir(path) else npz_source(path)
@@ -1284,7 +1289,9 @@ def parse():
                    help="inception score: shuffled by seed 2020, or the splits as the images come")
     p.add_argument("--size", type=at_least(1), help="px: crop images of judged folders as ADM does; None: as they are")
     p.add_argument("--num", type=at_least(2), default=50000, help="--ckpt: images to draw, all classes alike often")
-    p.add_argument("--ar_steps", type=at_least(1), help="--ckpt: AR steps; None: the checkpoint's")
+    p.add_argument("--ar_steps", type=at_least(1), nargs="+", default=[None], metavar="K",
+                   help="--ckpt: AR steps, several: a row each; None: the checkpoint's")
+    p.add_argument("--plot", help="draw each figure against --ar_steps, a curve a checkpoint, into this .png")
     p.add_argument("--head_steps", type=at_least(1), help="--ckpt: denoising steps; None: the checkpoint's")
     p.add_argument("--guidance", type=at_least(0, float), help="--ckpt: 1 = none; None: the checkpoint's")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
@@ -1312,7 +1319,9 @@ def parse():
             raise UserError(f"no such file or folder: {path}")
     if args.ref and "inception" not in args.judges or args.data and "classifier" not in args.judges:
         raise UserError("--ref is for --judges inception, --data for --judges classifier: name that judge")
-    if args.save_stats and (len(judged) != 1 or "inception" not in args.judges):
+    if args.plot and not (args.ckpt and len(set(args.ar_steps)) > 1):
+        raise UserError("--plot draws figures against AR steps: give --ckpt and several --ar_steps")
+    if args.save_stats and (len(judged) * len(args.ar_steps) != 1 or "inception" not in args.judges):
         raise UserError("--save_stats keeps inception's statistics of one set of samples: give one, and that judge")
     return args, judged
 
@@ -1364,11 +1373,21 @@ def conventions(args, reference, models):
 
 def print_table(rows):
     """Figures by row; the columns are those that some row has."""
-    columns = list(dict.fromkeys(k for row in rows for k in row if k not in ("name", "is_std", "kid_std")))
+    columns = list(dict.fromkeys(k for row in rows for k in row if k not in ("name", "ckpt", "is_std", "kid_std")))
     print("".join(f"{c:>12}" for c in columns) + "  of")
     for row in rows:
         cells = [f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns]
         print("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}", flush=True)
+
+
+def curves_by_ar_steps(rows, path):
+    """Figures of one checkpoint as save_panels draws them: {("", "fd against AR steps"): {K: value}, ...}."""
+    curves = {}
+    for row in rows:
+        for name in ("fid", "is", "fd", "accuracy", "clip", "pickscore", "imagereward"):
+            if row.get("ckpt") == path and name in row:
+                curves.setdefault(("", f"{name} against AR steps"), {})[row["ar_steps"]] = row[name]
+    return curves
 
 
 def main():
@@ -1378,19 +1397,25 @@ def main():
     if not judged:
         return
     device, rank, world = setup(args.device)
+    if args.plot and rank == 0:
+        check_output(args.plot, [".png"])
     rows, judges, reference = [], None, None
-    for path in judged:
-        source = open_source(path, args, device)
+    for path, K in [(path, K) for path in judged for K in (args.ar_steps if path in args.ckpt else [None])]:
+        source = open_source(path, K, args, device)
         if judges is None:
             judges, key, models = make_judges(args, source, device, rank, world)
             if args.ref and "inception" in judges:
                 reference = open_reference(args.ref, judges["inception"], args, rank, world, source.side)
         rows.append(judge_source(source, judges, key, models, reference, args, rank, world))
+        if K:
+            rows[-1] |= {"ckpt": path, "ar_steps": K}
         del source  # a checkpoint's network: the next one needs its memory
     if rank == 0:
         print("\n".join(lines := conventions(args, reference, models)))
         print_table(rows)
         write_json(Path(args.out) / "results.json", {"rows": rows, "conventions": lines})
+    if rank == 0 and args.plot:
+        save_panels([(path, curves_by_ar_steps(rows, path)) for path in args.ckpt], args.plot)
 
 
 if __name__ == "__main__":

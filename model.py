@@ -175,6 +175,12 @@ def schedule_tables(device):
     return {name: torch.tensor(value, dtype=torch.float32, device=device) for name, value in tables.items()}
 
 
+@functools.lru_cache(maxsize=None)
+def chain_times(steps, device):
+    """cosine_schedule(steps)["t"] on `device`. Kept: a copy from the host at each AR step would wait for the GPU."""
+    return torch.as_tensor(cosine_schedule(steps)["t"], device=device)
+
+
 def alpha_sigma(t):
     """alpha_t and sigma_t as (N, 1) columns for (N,) integer steps: x_t = alpha_t x0 + sigma_t eps."""
     tables = schedule_tables(t.device)
@@ -213,6 +219,30 @@ def discretised_log_likelihood(x, mean, log_scale):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A matrix product: 90 % of a picture's time
+
+
+def linear(x, weight, bias):
+    """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out). On the CPU by oneDNN where that pays.
+
+    PyTorch's own choice there is MKL, which leaves AVX-512 unused on AMD: large products run at half the speed, forward
+    and backward. Small ones lose to the change of layout: they are even at about 4 million multiply-adds. Same sums,
+    another order.
+    """
+    if x.is_cpu and x.numel() * len(weight) > 4e6 and ONEDNN and not torch.compiler.is_compiling():
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+    return F.linear(x, weight, bias)
+
+
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The head: a residual MLP on one token
 
 
@@ -227,8 +257,8 @@ class ResBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
 
     def forward(self, x, y):
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -238,7 +268,7 @@ class ResBlock(nn.Module):
 class TimeEmbed(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(256, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t):  # (N,) integer steps, used raw, not divided by 1,000
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
@@ -249,8 +279,8 @@ class TimeEmbed(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, width, out):
         super().__init__()
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x, y):
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -263,8 +293,8 @@ class Head(nn.Module):
     def __init__(self, token_dim, cond_dim, width, depth):
         super().__init__()
         self.time_embed = TimeEmbed(width)
-        self.cond_embed = nn.Linear(cond_dim, width)
-        self.input_proj = nn.Linear(token_dim, width)
+        self.cond_embed = Linear(cond_dim, width)
+        self.input_proj = Linear(token_dim, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_dim)
 
@@ -288,16 +318,16 @@ class Attention(nn.Module):
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x, queries=None):  # (B, T, D); `queries` (B, Q, D): attend from these instead, to all of x
         D = x.shape[2]
         if queries is None:
             q, k, v = self.qkv(x).chunk(3, dim=2)
         else:
-            q = F.linear(queries, self.qkv.weight[:D], self.qkv.bias[:D])
-            k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=2)
+            q = linear(queries, self.qkv.weight[:D], self.qkv.bias[:D])
+            k, v = linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=2)
         q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, T or Q, D/heads)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B, T or Q, D)
@@ -307,7 +337,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width, dropout):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1, self.fc2 = Linear(width, 4 * width), Linear(4 * width, width)
         self.dropout = dropout
 
     def forward(self, x):
@@ -371,12 +401,12 @@ class MAR(nn.Module):
         D, L, S = config.width, config.seq_len, config.buffer_size
         self.class_emb = nn.Embedding(config.num_classes, D)
         self.fake_latent = nn.Parameter(torch.zeros(1, D))  # the null class
-        self.z_proj = nn.Linear(config.token_dim, D)
+        self.z_proj = Linear(config.token_dim, D)
         self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, S + L, D))
         self.encoder_blocks = nn.ModuleList(Block(D, config.heads, config.dropout) for _ in range(config.encoder_depth))
         self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
-        self.decoder_embed = nn.Linear(D, D)
+        self.decoder_embed = Linear(D, D)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, S + L, D))
         self.decoder_blocks = nn.ModuleList(Block(D, config.heads, config.dropout) for _ in range(config.decoder_depth))
@@ -482,7 +512,7 @@ class MAR(nn.Module):
     def one_step(self, n, c, c_null=None, guidance=1.0):
         """The one-step generator: noise n (N, C), condition c (N, D) -> x0 = (z - sigma_s eps(z, s, c)) / alpha_s,
         z = sigma_s n, s = t_init. guidance (a float or (N, 1)) with c_null: the undistilled teacher's one step."""
-        s = torch.full((len(n),), self.config.t_init, device=n.device)
+        s = torch.full((1,), self.config.t_init, device=n.device)  # one row for all N: it is embedded once
         alpha, sigma = alpha_sigma(s)
         z = sigma * n
         eps = self.eps(z, s, c)
@@ -497,7 +527,7 @@ class MAR(nn.Module):
         go through the head as one batch."""
         table, C = cosine_schedule(steps), self.config.token_dim
         y_c = self.head_net.cond_embed(c if c_null is None else torch.cat([c, c_null]))  # (N or 2N, W)
-        y_t = self.head_net.time_embed(torch.as_tensor(table["t"], device=x.device))  # (steps, W)
+        y_t = self.head_net.time_embed(chain_times(steps, x.device))  # (steps, W)
         for j in reversed(range(steps)):
             beta = {name: float(value[j]) for name, value in table.items()}
             out = self.head_net(x if c_null is None else torch.cat([x, x]), y_t[j] + y_c)
@@ -561,6 +591,54 @@ class MAR(nn.Module):
                                         orders, noise):
             pass
         return self.unpatchify(tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling on CUDA: less traffic, fewer launches
+
+
+def bf16_weights(model):
+    """Store in bf16, in place, what bf16 autocast casts to it anyway: the transformer's matrices. -> the model.
+
+    For networks that are neither trained nor saved any more. The same bits come out: autocast rounds these weights
+    (those of frozen networks at every call, its cache holds trained ones only). At batch 1 that casting moves 8 bytes
+    a weight and the product itself 2. Embeddings, norms and the head stay float32.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("head_net."):
+            module.weight.data, module.bias.data = module.weight.data.bfloat16(), module.bias.data.bfloat16()
+    return model
+
+
+def graphed(model, batch, **generate_kwargs):
+    """`generate` of `batch` pictures as one CUDA graph -> function of labels (B,), seeds (B, 2), B <= batch.
+
+    All K steps are recorded once; a replay is one launch, where Python otherwise feeds a waiting GPU thousands. That
+    is possible since a picture is a function of labels and seeds alone: no generator has a state, no shape and no
+    branch depends on a value, nothing is copied from or to the host. A smaller batch is padded, and costs as much.
+    The graph reads the weights where they lie: keep the model, change it in place only, bf16_weights comes before.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise UserError(f"a CUDA graph needs a GPU, and the model is on the {device.type}: leave --graph out")
+    static_labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    static_seeds = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+    side = torch.cuda.Stream()  # warm-up on a stream of its own, as PyTorch's notes on CUDA graphs ask: the schedule's
+    side.wait_stream(torch.cuda.current_stream())  # tables reach the GPU, libraries choose kernels and workspaces
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        latents = model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
+
+    def replay(labels, seeds):
+        static_labels[:len(labels)].copy_(labels)
+        static_seeds[:len(labels)].copy_(seeds)
+        graph.replay()
+        return latents[:len(labels)].clone()  # the next replay writes over the graph's own
+    return replay
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ one step without guidance, a teacher by its chain with the guidance it was train
     python sample.py --curves out/a/log.jsonl out/b/log.jsonl --out curves.png
 (Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """
+import functools
 import json
 import math
 import os
@@ -30,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import LATENT_SCALE, load_vae
-from model import MAR, SIZES, Parser, UserError, at_least, load_mar, mask_counts, read_checkpoint, run_main, setup
+from model import (MAR, SIZES, Parser, UserError, at_least, bf16_weights, graphed, linear, load_mar,
+                   mask_counts, read_checkpoint, run_main, setup)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Library: what fid.py, distill.py and rl.py use
@@ -67,20 +69,22 @@ def image_seeds(seed, start, count):
 
 
 @torch.no_grad()
-def draw(model, labels, seed=0, start=0, vae=None, batch=64, progress=None, **generate_kwargs):
+def draw(model, labels, seed=0, start=0, vae=None, batch=64, progress=None, generate=None, **generate_kwargs):
     """Pictures of the classes `labels` (N,), ints in any form -> uint8 (N, 3, H, W) on the CPU.
 
     Picture i depends on (model, seed, start + i, labels[i]) alone: not on `batch`, nor on who else is drawn with it.
     Runs on the model's device; vae is needed for models of latents, on that device too; progress: a tqdm bar,
-    moved by the number of pictures done. The rest goes to MAR.generate (ar_steps, head_steps, guidance, ...).
+    moved by the number of pictures done; generate: what draws a batch, model.graphed(model, batch, ...), instead of
+    MAR.generate, to which the rest goes (ar_steps, head_steps, guidance, ...).
     """
     check_vae(model, vae)
+    generate = generate or functools.partial(model.generate, **generate_kwargs)
     labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
     side = model.config.img_size
     pictures = torch.empty(len(labels), 3, side, side, dtype=torch.uint8)
     for i in range(0, len(labels), batch):
         part = labels[i:i + batch]
-        latents = model.generate(part, seeds=image_seeds(seed, start + i, len(part)), **generate_kwargs)
+        latents = generate(part, seeds=image_seeds(seed, start + i, len(part)))
         pictures[i:i + batch] = decode(model, latents, vae)  # bytes leave the device: a quarter of the floats
         if progress is not None:
             progress.update(len(part))
@@ -277,9 +281,11 @@ def shares_of(model, work, device):
 
 def flops_of(model, generate_kwargs):
     """Arithmetic of one picture in floating-point operations, multiply and add apart, matrix products only."""
+    by_onednn = {torch.ops.aten.mkldnn_linear: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}  # of shapes
+
     def counted(head_steps):
         # attention as plain products: of the fused kernels the counter knows only those for CUDA
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False, custom_mapping=by_onednn) as counter, sdpa_kernel(SDPBackend.MATH):
             model.generate(torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device),
                            **{**generate_kwargs, "head_steps": head_steps})
         return counter.get_total_flops()
@@ -290,14 +296,16 @@ def flops_of(model, generate_kwargs):
     return two + (generate_kwargs["head_steps"] - 2) * (three - two)
 
 
+@torch.no_grad()
 def limits_of(device):
     """What the chip reaches here: (matrix products in FLOP/s at the transformer's precision, copying in bytes/s)."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    a, bias = torch.ones(size, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
     b = torch.ones(256 << 20, device=device, dtype=torch.uint8)  # far beyond any cache
     c = torch.empty_like(b)
-    a @ a, c.copy_(b)  # warm
-    return 2 * size**3 / seconds_of(lambda: a @ a, device, 9), 2 * b.numel() / seconds_of(lambda: c.copy_(b), device, 9)
+    product, copy = lambda: linear(a, a, bias), lambda: c.copy_(b)
+    product(), copy()  # warm
+    return 2 * size**3 / seconds_of(product, device, 9), 2 * b.numel() / seconds_of(copy, device, 9)
 
 
 def bench(model, args, device):
@@ -307,12 +315,14 @@ def bench(model, args, device):
     name = torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     heads = sum(p.numel() for p in model.head_net.parameters())
     total = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes; the head's are float32
     print(f"device: {name}; precision: {'bf16 transformer, float32 head' if on_cuda else 'float32'}; "
-          f"{total / 1e6:.1f} M parameters, of which head {heads / 1e6:.1f} M; {model.config.seq_len} tokens\n"
-          f"timed: labels to latents, no VAE; warm, median of {args.repeat}; measured limits: matrix products "
+          f"{'one CUDA graph a batch; ' if args.graph else ''}{total / 1e6:.1f} M parameters, of which head "
+          f"{heads / 1e6:.1f} M; {model.config.seq_len} tokens\n"
+          f"timed: labels and seeds to latents, no VAE; warm, median of {args.repeat}; measured limits: products "
           f"{rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s\n"
           "ratio: to the student of equal batch and K. matrix: share of the limit. weights: reading every weight once "
-          "a pass, as share of the copy limit\n")
+          "a pass, as share of the copy limit. transformer, head: shares of the time of a call that waits after each\n")
     print(f"{'':8}{'batch':>6}{'K':>5}{'head steps':>11}{'guidance':>9}{'s/image':>10}{'images/s':>10}{'ratio':>8}"
           f"{'transformer':>12}{'head':>7}{'matrix':>8}{'weights':>8}")
     for batch in sorted({1, args.batch}):
@@ -322,16 +332,19 @@ def bench(model, args, device):
                 "ar_steps": K, "head_steps": args.head_steps, "guidance": args.guidance,
                 "guidance_schedule": args.guidance_schedule}
             labels = torch.arange(batch, device=device) % model.config.num_classes
-            work = lambda steps=kwargs["head_steps"]: model.generate(labels, **{**kwargs, "head_steps": steps})
+            seeds = image_seeds(0, 0, batch).to(device)
+            eager = lambda steps=kwargs["head_steps"]: model.generate(labels, seeds=seeds,
+                                                                      **{**kwargs, "head_steps": steps})
             # warm-up meets every shape; on a CPU two chain steps do, since nothing is compiled or captured there
-            work(kwargs["head_steps"] if on_cuda else min(2, kwargs["head_steps"]))
-            seconds = seconds_of(work, device, args.repeat)
-            transformer, head = shares_of(model, work, device)
+            eager(kwargs["head_steps"] if on_cuda else min(2, kwargs["head_steps"]))
+            replay = graphed(model, batch, **kwargs) if args.graph else None
+            seconds = seconds_of((lambda: replay(labels, seeds)) if replay else eager, device, args.repeat)
+            transformer, head = shares_of(model, eager, device)
             if who == "student":
                 students[K] = seconds
             ratio = f"{seconds / students[K]:.1f}x" if K in students else "-"
             matrix = flops_of(model, kwargs) * batch / seconds / rate
-            weights = 4 * K * (total - heads + kwargs["head_steps"] * heads) / seconds / bandwidth  # float32: 4 bytes
+            weights = K * (size + 4 * heads * (kwargs["head_steps"] - 1)) / seconds / bandwidth
             print(f"{who:8}{batch:6}{K:5}{kwargs['head_steps']:11}{kwargs['guidance']:9.2f}{seconds / batch:10.4f}"
                   f"{batch / seconds:10.2f}{ratio:>8}{transformer:12.0%}{head:7.0%}{matrix:8.1%}{weights:8.1%}",
                   flush=True)
@@ -417,22 +430,29 @@ def draw_panel(pen, left, top, title, curves):
 def draw_curves(paths, out):
     """log.jsonl files -> PNG with a panel for each quantity of each stage, one colour a run."""
     logs = [read_log(path) for path in paths]
-    panels = list(dict.fromkeys(key for log in logs for key in log))  # in order of appearance
-    if not panels:
+    if not any(logs):
         raise UserError(f"no numbers in {', '.join(paths)}")
-    rows, legend = -(-len(panels) // COLUMNS), 40 * len(paths) + 20
+    panels = save_panels([(str(Path(path).parent), log) for path, log in zip(paths, logs)], out)
+    print(f"{out}: {panels} quantities of {len(paths)} run(s); curves of more than 200 points are averaged")
+
+
+def save_panels(runs, out):
+    """runs: list of (title, {(stage, quantity): {step: value}}) -> PNG with a panel a quantity; returns how many."""
+    panels = list(dict.fromkeys(key for _, curves in runs for key in curves))  # in order of appearance
+    rows, legend = -(-len(panels) // COLUMNS), 40 * len(runs) + 20
     columns = min(COLUMNS, len(panels))
     canvas = Image.new("RGB", (columns * PANEL[0], rows * PANEL[1] + legend), PAPER)
     pen = ImageDraw.Draw(canvas)
-    for i, path in enumerate(paths):
+    for i, (title, _) in enumerate(runs):
         pen.line([(60, 40 * i + 36), (110, 40 * i + 36)], COLOURS[i % len(COLOURS)], 6)
-        pen.text((126, 40 * i + 36), str(Path(path).parent), INK, ImageFont.load_default(28), anchor="lm")
+        pen.text((126, 40 * i + 36), title, INK, ImageFont.load_default(28), anchor="lm")
     for i, (stage, name) in enumerate(panels):
-        curves = [(COLOURS[r % len(COLOURS)], log[stage, name]) for r, log in enumerate(logs) if (stage, name) in log]
+        curves = [(COLOURS[r % len(COLOURS)], run[stage, name])
+                  for r, (_, run) in enumerate(runs) if (stage, name) in run]
         title = f"{stage}: {name}" if stage else name
         draw_panel(pen, i % COLUMNS * PANEL[0], legend + i // COLUMNS * PANEL[1], title, curves)
     save_image(canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS), out)
-    print(f"{out}: {len(panels)} quantities of {len(paths)} run(s); curves of more than 200 points are averaged")
+    return len(panels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,9 +461,9 @@ def draw_curves(paths, out):
 SAMPLING = {"ckpt", "classes", "teacher", "ar_steps", "head_steps", "guidance", "guidance_schedule", "temperature",
             "seed", "vae", "device"}
 USES = {"grid": SAMPLING | {"out", "per_class", "batch"}, "gif": SAMPLING | {"gif", "per_class"},
-        "num": SAMPLING | {"num", "out", "batch"}, "curves": {"curves", "out"},
+        "num": SAMPLING | {"num", "out", "batch", "graph"}, "curves": {"curves", "out"},
         "bench": {"bench", "ckpt", "size", "ar_steps", "teacher_ar_steps", "head_steps", "guidance",
-                  "guidance_schedule", "batch", "repeat", "device"}}
+                  "guidance_schedule", "batch", "repeat", "graph", "device"}}
 
 
 def parse():
@@ -468,6 +488,8 @@ def parse():
     p.add_argument("--seed", type=int, default=0, help="picture i is that of (seed, i)")
     p.add_argument("--vae", help="kl16.ckpt, for models of latents")
     p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, a process; less if memory is short")
+    p.add_argument("--graph", action="store_true", help="--num, --bench, on CUDA: all AR steps of a batch as one CUDA "
+                   "graph, which saves launches where batches are small; off, for it has never run on a GPU")
     p.add_argument("--size", choices=SIZES, help="--bench: a size with random weights, instead of --ckpt")
     p.add_argument("--teacher_ar_steps", type=at_least(1), nargs="+", metavar="K",
                    help="--bench: fewer for a slow teacher; None: those of --ar_steps")
@@ -582,6 +604,10 @@ def main():
         with torch.device(device):
             model = MAR(SIZES[args.size]).eval()
     fill_in(args, file, model.config)
+    if device.type == "cuda":
+        bf16_weights(model)
+    elif args.graph:
+        raise UserError("--graph: a CUDA graph needs a GPU: leave it out on the CPU")
     if mode == "bench":
         return bench(model, args, device)
     names = file.get("class_names") or [f"class {i}" for i in range(model.config.num_classes)]
@@ -595,7 +621,8 @@ def main():
     if mode == "num":
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.array(classes)[np.arange(args.num) % len(classes)]
-        save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, **kwargs)
+        generate = graphed(model, min(args.batch, args.num), **kwargs) if args.graph else None
+        save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, generate=generate, **kwargs)
     elif mode == "gif":
         save_gif(model, classes, titles, args.per_class or 4, out, args.seed, vae, kwargs)
     else:

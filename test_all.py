@@ -30,17 +30,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import distill
 import fid
+import model as model_file
+import model as model_file
 import rl
 import sample
 from data import PUBLIC, SHAPES, open_data, train_indices
 from fid import load_or_train_classifier
-from model import (CHAIN, MAR, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, compile_blocks,
-                   cosine_schedule, diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint,
-                   reveal_plan, save_checkpoint)
+from model import (CHAIN, MAR, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, bf16_weights,
+                   compile_blocks, cosine_schedule, diffusion_loss, gaussian, graphed, image_keys, load_mar,
+                   random_orders, read_checkpoint, reveal_plan, save_checkpoint)
 from sample import COLOURS, GAP, draw, flops_of, read_log, save_grid, ticks, to_uint8, unmasking
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would drown the verdicts
@@ -282,6 +286,98 @@ def test_picture_depends_on_its_seed_and_not_on_the_batch():
     assert (whole[0] - model.generate(labels[:1], 5, 4, 2.0, seeds=[(6, 0)])[0]).abs().max() > 0.01
 
 
+# The shortcuts of sampling against the plain path, which is written out here and nowhere else
+
+
+def test_one_product_by_onednn_and_by_mkl():
+    x, weight, bias = torch.randn(3, 100, 256), torch.randn(300, 256), torch.randn(300)  # 23 M multiply-adds: large
+    with torch.no_grad():
+        close(model_file.linear(x, weight, bias), x @ weight.T + bias, 1e-5)
+        close(model_file.linear(x.transpose(0, 1), weight, bias), (x @ weight.T + bias).transpose(0, 1), 1e-5)
+    weight.requires_grad_()
+    close(model_file.linear(x, weight, bias), x @ weight.T + bias, 1e-5)  # with gradients it is F.linear
+
+
+def test_student_embeds_its_time_step_once():
+    model, n, c, c_null = tiny_mar(), torch.randn(9, 12), torch.randn(9, 32), torch.randn(9, 32)
+    s = torch.full((9,), model.config.t_init)  # the plain path: a row for each token
+    alpha, sigma = alpha_sigma(s)
+    eps, null = (model.head(sigma * n, s, x)[:, :12] for x in (c, c_null))
+    close(model.one_step(n, c), (sigma * n - sigma * eps) / alpha, 1e-5)
+    close(model.one_step(n, c, c_null, 3.0), (sigma * n - sigma * (null + 3 * (eps - null))) / alpha, 1e-5)
+
+
+def test_chain_with_everything_embedded_once_is_the_plain_chain():
+    model, x, c, c_null = tiny_mar(), torch.randn(9, 12), torch.randn(9, 32), torch.randn(9, 32)
+    noise, table, plain = torch.randn(10, 9, 12), cosine_schedule(10), x
+    for j in reversed(range(10)):
+        t = torch.full((9,), int(table["t"][j]))
+        (eps, v), (null, _) = (model.head(plain, t, y).chunk(2, dim=1) for y in (c, c_null))
+        eps = null + 3 * (eps - null)
+        x0 = ((plain - (1 - table["abar"][j])**0.5 * eps) / table["abar"][j]**0.5).clamp(-1, 1)
+        plain = table["coef_x0"][j] * x0 + table["coef_xt"][j] * plain
+        log_var = (v + 1) / 2 * table["log_beta"][j] + (1 - v) / 2 * table["log_post_var"][j]
+        plain = plain + (0.8 * torch.exp(log_var / 2) * noise[j] if j else 0)
+    close(model.denoise(x, c, c_null, 3.0, 10, 0.8, lambda j: noise[j]), plain, 1e-5)
+
+
+def test_bf16_weights_give_the_bits_of_autocast():
+    model, tokens, labels = tiny_mar(), torch.randn(3, 16, 12), torch.tensor([0, -1, 3])
+    orders = random_orders(image_keys(range(3)), 16)
+    visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
+    plain = model.context(tokens, visible, labels, predict)
+    with torch.autocast("cpu", torch.bfloat16):  # stands in for CUDA's
+        by_autocast = model.context(tokens, visible, labels, predict)
+        assert not torch.equal(by_autocast, plain)
+        assert bf16_weights(model) is model
+        close(model.context(tokens, visible, labels, predict), by_autocast, 0.0)
+    kept = {name.split(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {"class_emb", "fake_latent", "mask_token", "head_net", "z_proj_ln", "decoder_norm"} <= kept
+    assert model.decoder_blocks[1].mlp.fc1.weight.dtype == model.z_proj.bias.dtype == torch.bfloat16
+
+
+class HostTraffic(TorchDispatchMode):
+    """Fails at whatever would make a GPU wait for the host: with the device "meta" in the GPU's place, a copy from
+    the CPU to it. (Reading a value of it, as .item() does, is an error of PyTorch's own: meta tensors have none.)"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x)}
+        assert devices != {"cpu", "meta"}, f"{func} copies between host and device"
+        return out
+
+
+def test_sampling_neither_waits_for_the_device_nor_copies_to_it():
+    """What a CUDA graph needs, and can be shown without a GPU: after a warm-up no AR step touches the host."""
+    with torch.device("meta"):
+        model, labels, seeds = MAR(tiny_config()).eval(), torch.zeros(3).long(), torch.zeros(3, 2).long()
+    for head_steps, guidance in ((1, 1.0), (1, 2.0), (4, 2.0)):
+        model.generate(labels, 5, head_steps, guidance, seeds=seeds)  # tables of the schedule are copied here, and kept
+        with HostTraffic():
+            model.generate(labels, 5, head_steps, guidance, seeds=seeds)
+    try:
+        with HostTraffic():
+            model.generate(labels, 5, 6, 2.0, seeds=seeds)  # another chain's time steps are not there yet
+    except AssertionError as error:
+        assert "copies between host and device" in str(error)
+    else:
+        raise AssertionError("a copy went unnoticed")
+
+
+def test_cuda_graph_draws_the_pictures_of_eager_mode():
+    refused(lambda: graphed(tiny_mar(), 4), "--graph", "GPU")
+    if not torch.cuda.is_available():
+        raise Skip("no GPU: capturing and replaying a CUDA graph was not run")
+    model, labels = bf16_weights(tiny_mar().cuda()), torch.arange(10).cuda() % 4
+    for how in ({"ar_steps": 5}, {"ar_steps": 5, "head_steps": 4, "guidance": 2.0}):
+        replay = graphed(model, 4, **how)  # ten pictures are two whole batches and half of one
+        eager = model.generate(labels, seeds=sample.image_seeds(3, 0, 10), **how)
+        parts = [replay(labels[i:i + 4], sample.image_seeds(3, i, len(labels[i:i + 4]))) for i in (0, 4, 8)]
+        close(torch.cat(parts).cpu(), eager.cpu(), 1e-3)
+        drawn = draw(model, labels, seed=3, batch=4, generate=replay)
+        assert (drawn.int() - to_uint8(eager).cpu().int()).abs().max() <= 1
+
+
 def test_one_step_inverts_a_perfect_head():
     """If the head knew x0, x0 is what one step returns: the formula divides by the right alpha."""
     model, x0 = tiny_mar(), torch.randn(9, 12)
@@ -439,6 +535,16 @@ def test_compiled_blocks_compute_the_same():
     assert list(compiled.state_dict()) == list(plain.state_dict()), "checkpoints must not show it"
 
 
+@contextlib.contextmanager
+def plain_products():
+    """F.linear throughout: oneDNN's copies of its inputs have no storage that could be counted."""
+    model_file.ONEDNN, before = False, model_file.ONEDNN
+    try:
+        yield
+    finally:
+        model_file.ONEDNN = before
+
+
 def test_start_up_table_counts_parameters_flops_and_activations():
     """What is told before a run: on meta tensors for B, L, H; FLOPs by hand; memory against what autograd keeps."""
     for size, parameters in (("base", 207_924_768), ("large", 478_326_304), ("huge", 942_403_104)):
@@ -467,12 +573,26 @@ def test_start_up_table_counts_parameters_flops_and_activations():
     P = round(np.mean([distill.masked_count(SIZES["shapes"], 0, step) for step in range(1000)]))
     labels, keys = torch.arange(32) % 8, image_keys(range(32))
     order = random_orders(keys, 16)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), plain_products():
         distill.teacher_loss(model, torch.randn(32, 16, 48), labels, keys, order[:, P:], order[:, :P], 2)
     real = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
     told = distill.plan(SIZES["shapes"], args, 1, torch.device("cpu"), "teacher")["activations"]
     assert 0.85 < told / real < 1.05, (told, real)  # what it leaves out: the loss's own (N, C) tensors
     return f"activations told {told / 2**20:.1f} MiB, kept by autograd {real / 2**20:.1f}"
+
+
+def test_ar_steps_aware_masks_are_those_of_sampling():
+    counts = [distill.masked_count(SIZES["shapes"], 0, step, 4) for step in range(8000)]
+    for count, revealed in ((16, 2), (14, 3), (11, 5), (6, 6)):  # before the four steps; tokens revealed in each
+        assert abs(counts.count(count) / 8000 - revealed / 16) < 0.02, (count, counts.count(count))
+    assert len(set(counts)) == 4
+    whole = [distill.masked_count(SIZES["shapes"], 0, step, 1) for step in range(9)]
+    assert set(whole) == {16}  # one step: everything at once, from nothing
+    # under the linear schedule the scales, too, are those that sampling has: g - 1 = share here
+    model, seen = tiny_mar(), []
+    model.one_step = lambda n, c, c_null, g: seen.append(g - 1) or n
+    model.generate(torch.tensor([0]), 4, 1, 2.0, "linear")
+    assert np.allclose(seen, [distill.share_revealed(count, 16, 4) for count in (16, 14, 11, 6)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1082,9 +1202,10 @@ def test_flops_are_those_of_the_formula():
         V, P = L - now, now - after
         block = lambda T: 24 * T * D * D + 4 * T * T * D  # 12 D^2 weights; two products with the T x T attention map
         last = 4 * (S + L) * D * D + 20 * P * D * D + 4 * (S + L) * P * D  # keys and values of all, the rest of P rows
-        head = C * W + D * W + 256 * W + W * W + c.head_depth * 5 * W * W + 2 * W * W + 2 * C * W
+        head = C * W + D * W + c.head_depth * 5 * W * W + 2 * W * W + 2 * C * W
         expected += (c.encoder_depth * block(S + V) + (c.decoder_depth - 1) * block(S + L) + last
-                     + 2 * V * C * D + 2 * (S + V) * D * D + 2 * P * head)
+                     + 2 * V * C * D + 2 * (S + V) * D * D + 2 * P * head
+                     + 2 * (256 * W + W * W))  # the time step is one for all rows, and embedded once
     assert flops_of(model, {"ar_steps": 4, "head_steps": 1, "guidance": 1.0}) == expected
     assert flops_of(model, {"ar_steps": 4, "head_steps": 1, "guidance": 2.0}) == 2 * expected
 
@@ -1157,6 +1278,8 @@ def test_sample_refuses_bad_input():
             (["--bench"], "--size"),
             (["--ckpt", student, "--device", "tpu"], "--device tpu"),
             (["--ckpt", student, "--unknown", 1], "--unknown"),
+            (["--ckpt", student, "--graph", "--num", 5, "--out", folder / "x.npz", "--device", "cpu"], "needs a GPU"),
+            (["--ckpt", student, "--graph"], "--graph"),
             (["--curves", folder / "none.jsonl", "--out", folder / "x.png"], "none.jsonl"),
             (["--curves", folder / "log.jsonl", "--out", folder / "x.png"], "line 1"),
         ]
@@ -1503,6 +1626,17 @@ def test_fid_judges_a_checkpoint_and_goes_on_after_a_stop():
         assert seen == [0, 256, 512, 512], seen  # only the shard that was lost is drawn again
         close(np.load("stats.npz")["mu"], want, 0)
         assert not list(Path("out/fid/shards").iterdir())
+
+
+def test_fid_draws_quality_against_ar_steps():
+    with judging() as judged:
+        tiny_mar(Path("."), img_size=16, patch_size=4, num_classes=8)
+        Path("classifier_0.pt").write_bytes(shapes_classifier())
+        flags = ("--judges", "classifier", "--data", "shapes", "--classifier", ".", "--num", 16)
+        rows = judged("--ckpt", "student.pt", *flags, "--ar_steps", 2, 4, "--plot", "k.png")
+        assert [row["ar_steps"] for row in rows] == [2, 4] and rows[0]["fd"] != rows[1]["fd"]
+        assert Image.open("k.png").width == 840  # two panels: fd and accuracy
+        refused(lambda: judged("--ckpt", "student.pt", *flags, "--ar_steps", 2, "--plot", "k.png"), "--plot", "several")
 
 
 def test_two_processes_judge_as_one():
