@@ -31,9 +31,9 @@ from tqdm import tqdm
 from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
-                   check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar, log_line,
-                   mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup, start_folder,
-                   stop_if_bad, uniform, update_ema)
+                   bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, linear, load_mar,
+                   log_line, mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup,
+                   start_folder, stop_if_bad, uniform, update_ema)
 from sample import draw_together, save_grid, seconds_of
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -306,8 +306,9 @@ def print_plan(config, args, world, device, stage):
 def matrix_rate(device):
     """FLOP/s of a large matrix product here, at the transformer's precision: what MFU is a share of."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / seconds_of(lambda: a @ a, device, 9)
+    a, b = torch.ones(size, size, device=device, dtype=dtype), torch.zeros(size, device=device, dtype=dtype)
+    with torch.no_grad():
+        return 2 * size**3 / seconds_of(lambda: linear(a, a, b), device, 9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,6 +498,8 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
                             (critic_optimizer, "critic_optimizer")):
             target.load_state_dict(resumed[key])
     student.checkpoint_blocks = critic.checkpoint_blocks = args.recompute
+    if device.type == "cuda":
+        bf16_weights(teacher)
     if args.compile:
         compile_blocks(student, critic, teacher)
     gradients, critic_gradients = Gradients(student), Gradients(critic)

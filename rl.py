@@ -37,10 +37,10 @@ from data import LATENT_SCALE, PUBLIC, is_small, load_vae, open_data, train_indi
 from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from fid import class_names as read_class_names
-from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, check_folder,
-                   compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts, on_sigterm, put,
-                   random_orders, read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr, setup, start_folder,
-                   stop_if_bad, take, update_ema)
+from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, bf16_weights,
+                   check_folder, compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts,
+                   on_sigterm, put, random_orders, read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr,
+                   setup, start_folder, stop_if_bad, take, update_ema)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -447,6 +447,8 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
         if rank == 0 and os.path.exists(os.path.join(args.out, "best.pt")):
             os.remove(os.path.join(args.out, "best.pt"))  # of a run that was killed before its first checkpoint
     student.checkpoint_blocks = args.recompute
+    if device.type == "cuda":
+        bf16_weights(reference)
     if args.compile:
         compile_blocks(student, reference)
     gradients = Gradients(student)
