@@ -2206,13 +2206,18 @@ print('GiB', peak() - before)
 
 
 def measure_rl_memory():
-    """Peak memory of one RL update's backward for K = 8 and 64: exact, --detach, and one graph of the whole chain."""
+    """Peak memory of one RL update's chain for K = 8 and 64: exact, --detach, and one graph of the whole chain.
+
+    glibc is told to give freed blocks back at once (else the peak tells how its heap is broken up by 64 shapes), and
+    products are MKL's, since oneDNN keeps buffers for each shape: what is compared is what the method has to hold.
+    """
     figures = []
     for K in (8, 64):
         for kind in ("exact", "detach", "graph"):
             script = PEAK + f"""
-import rl
+import model, rl
 from model import *
+model.ONEDNN = False
 torch.manual_seed(0)
 model, labels, seeds = MAR(SIZES['cifar10']).eval(), torch.arange(4), [(0, i) for i in range(4)]
 keys, C = image_keys(seeds), model.config.token_dim
@@ -2231,7 +2236,7 @@ else:
     rl.backward_chain(model, x, torch.ones_like(x) / x.numel(), labels, keys, {K}, {kind!r} == 'detach')
 print('MiB', 1024 * peak(), 1024 * (peak() - before))
 """
-            result = run("-c", script)
+            result = run("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
             assert result.returncode == 0, result.stderr[-2000:]
             whole, more = map(float, result.stdout.split()[-2:])
             figures.append(f"K {K} {kind}: {whole:.0f} MiB ({more:.0f} above weights and gradients)")
