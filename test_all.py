@@ -1570,6 +1570,9 @@ def test_fid_draws_quality_against_ar_steps():
         assert [row["ar_steps"] for row in rows] == [2, 4] and rows[0]["fd"] != rows[1]["fd"]
         assert Image.open("k.png").width == 840  # two panels: fd and accuracy
         refused(lambda: judged("--ckpt", "student.pt", *flags, "--ar_steps", 2, "--plot", "k.png"), "--plot", "several")
+        tiny_mar(Path("."), "teacher", img_size=16, patch_size=4, num_classes=8)
+        rows = judged("--ckpt", "teacher.pt", "student.pt", *flags, "--ar_steps", 2, "--guidance", 3, "--head_steps", 5)
+        assert "head_steps 5, guidance 3.0" in rows[0]["name"] and "head_steps 1, guidance 1.0" in rows[1]["name"]
 
 
 def test_two_processes_judge_as_one():
