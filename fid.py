@@ -1052,6 +1052,9 @@ def checkpoint_source(path, ar_steps, args, device):
     file, model = read_checkpoint(path), load_mar(path).to(device)
     flags = argparse.Namespace(**{**vars(args), "ckpt": path, "ar_steps": ar_steps and [ar_steps],
                                   "teacher": False, "bench": False, "teacher_ar_steps": None})
+    is_teacher = lambda file: file.get("stage", "teacher") == "teacher"
+    if not is_teacher(file) and any(is_teacher(read_checkpoint(other)) for other in args.ckpt):
+        flags.guidance = flags.head_steps = None  # given for the teacher beside it: a student has its own built in
     fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
     if device.type == "cuda":
         bf16_weights(model)

@@ -630,7 +630,7 @@ def graphed(model, batch, **generate_kwargs):
             model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, nccl's, may ask the GPU things
         latents = model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
 
     def replay(labels, seeds):

@@ -10,6 +10,7 @@ one step without guidance, a teacher by its chain with the guidance it was train
     python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
     python sample.py --bench --size base --ar_steps 8 --batch 4                 # no checkpoint: speed needs no training
+    python sample.py --bench --ckpt student.pt --batch 128 --graph              # a GPU: a batch is one CUDA graph
     python sample.py --curves out/a/log.jsonl out/b/log.jsonl --out curves.png
 (Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """

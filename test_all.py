@@ -26,9 +26,11 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -379,6 +381,34 @@ def test_cuda_graph_draws_the_pictures_of_eager_mode():
         close(torch.cat(parts).cpu(), eager.cpu(), 1e-3)
         drawn = draw(model, labels, seed=3, batch=4, generate=replay)
         assert (drawn.int() - to_uint8(eager).cpu().int()).abs().max() <= 1
+
+
+def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
+    """README, Speed: CPU seconds an image with random weights, in one thread, each shortcut of a student taken away
+    in turn; and the teacher's. CPU and not wall seconds, so that a busy machine gives the same."""
+    def embed_each_row(self, n, c, c_null=None, guidance=1.0):
+        alpha, sigma = alpha_sigma(s := torch.full((len(n),), self.config.t_init))
+        return (sigma * n - sigma * self.eps(sigma * n, s, c)) / alpha
+
+    def whole_last_block(self, encoded, visible, predict, decode=MAR.decode):
+        everything = torch.arange(self.config.seq_len).expand(len(encoded), -1)
+        return model_file.take(decode(self, encoded, visible, everything), predict)
+
+    model, figures = MAR(SIZES[size]).eval().requires_grad_(False), []
+    without = {"nothing": (MAR, "generate", MAR.generate), "oneDNN": (model_file, "linear", F.linear),
+               "one row for the time step": (MAR, "one_step", embed_each_row),
+               "the last block's cut": (MAR, "decode", whole_last_block)}
+    jobs = [("student", B, name, {}) for B in batches for name in without]
+    jobs += [("teacher", 1, name, {"head_steps": 100, "guidance": 2.9}) for name in ("nothing", "oneDNN")]
+    for who, B, name, how in jobs:
+        times = []
+        for _ in range(repeat if who == "student" else 1):
+            with mock.patch.object(*without[name]):
+                start = time.process_time()
+                model.generate(torch.arange(B) % model.config.num_classes, K, **how)
+                times.append(time.process_time() - start)
+        figures.append(f"{who}, batch {B}, without {name}: {np.median(times) / B:.2f} s")
+    return f"{size}, K = {K}\n" + "\n".join(figures) + "\n"
 
 
 def test_one_step_inverts_a_perfect_head():
@@ -1640,6 +1670,9 @@ def test_fid_draws_quality_against_ar_steps():
         assert [row["ar_steps"] for row in rows] == [2, 4] and rows[0]["fd"] != rows[1]["fd"]
         assert Image.open("k.png").width == 840  # two panels: fd and accuracy
         refused(lambda: judged("--ckpt", "student.pt", *flags, "--ar_steps", 2, "--plot", "k.png"), "--plot", "several")
+        tiny_mar(Path("."), "teacher", img_size=16, patch_size=4, num_classes=8)
+        rows = judged("--ckpt", "teacher.pt", "student.pt", *flags, "--ar_steps", 2, "--guidance", 3, "--head_steps", 5)
+        assert "head_steps 5, guidance 3.0" in rows[0]["name"] and "head_steps 1, guidance 1.0" in rows[1]["name"]
 
 
 def test_two_processes_judge_as_one():
