@@ -31,9 +31,9 @@ from tqdm import tqdm
 from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
-                   bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, linear, load_mar,
-                   log_line, mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup,
-                   start_folder, stop_if_bad, uniform, update_ema)
+                   bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, linear,
+                   load_mar, log_line, mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr,
+                   setup, start_folder, stop_if_bad, uniform, update_ema)
 from sample import draw_together, save_grid, seconds_of
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -262,7 +262,8 @@ def plan(config, args, world, device, stage):
     Activations are an estimate (within 15 % of a real run's peak, README). A transformer block keeps 16 D numbers a
     token for backward (inputs of two norms, four matrices, attention and GELU), a block of the head 11 W a row.
     """
-    P = round(np.mean([masked_count(config, 0, step) for step in range(1000)]))
+    K = args.ar_steps if args.ar_steps_aware and stage == "student" else None
+    P = round(np.mean([masked_count(config, 0, step, K) for step in range(1000)]))
     images = (args.teacher_batch if stage == "teacher" else args.batch) // (world * args.accumulate)
     with torch.device("meta"):
         model = MAR(config)

@@ -235,6 +235,8 @@ def linear(x, weight, bias):
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
+# it keeps buffers for each of the last 1,024 shapes it met: gigabytes where every step masks another number of tokens
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 class Linear(nn.Linear):
