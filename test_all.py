@@ -25,6 +25,7 @@ import time
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ import sample
 from data import PUBLIC, SHAPES, open_data, train_indices
 from fid import load_or_train_classifier
 from model import (CHAIN, MAR, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, cosine_schedule,
-                   diffusion_loss, gaussian, image_keys, load_mar, random_orders, read_checkpoint, reveal_plan, run_main,
-                   save_checkpoint, setup)
+                   diffusion_loss, gaussian, image_keys, load_mar, log_line, random_orders, read_checkpoint,
+                   reveal_plan, run_main, save_checkpoint, setup, write_json)
 from sample import COLOURS, GAP, draw, flops_of, read_log, save_grid, ticks, to_uint8, unmasking
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would drown the verdicts
@@ -79,15 +80,16 @@ def run(*argv, timeout=300, **env):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
-def torchrun(world, *argv, timeout=300, **env):
+def torchrun(world, *argv, timeout=300, restarts=0, **env):
     """The same on `world` gloo processes of this machine."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}")
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                f"--max-restarts={restarts}")
     return run(*launcher, *argv, timeout=timeout, **env)
 
 
-def ranks(world, work, *words):
+def ranks(world, work, *words, restarts=0):
     """Run the function `work` of this file, called with `words` (strings), on `world` gloo processes: -> its stdout."""
-    result = torchrun(world, "test_all.py", "--rank", work.__name__, *words)
+    result = torchrun(world, "test_all.py", "--rank", work.__name__, *words, restarts=restarts)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -501,7 +503,8 @@ def test_two_processes_train_as_one():
         # Two teachers that differ by rounding, 3e-8: the student's first gradient is the difference that the class
         # makes in the teacher's scores, which after 6 steps of training is a thousandth of them. One process with a
         # teacher moved by 6e-8 is as far off: 8e-5.
-        for name, key, bound in (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3)):
+        bounds = (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3))
+        for name, key, bound in bounds:
             one, two = weights(folder / "one", name, key), weights(folder / "two", name, key)
             assert apart(two, one) < bound, (name, key, apart(two, one))
 
@@ -515,9 +518,7 @@ class Blind:
 def one_and_twenty_steps_of_everything(folder, out):
     """Teacher; student and critic; rl: one step, and 20, on as many processes as there are, into folder/out/STAGE_N.
     All start alike, at folder/teacher.pt and folder/student.pt."""
-    real = distill.Watch, rl.Watch
-    distill.Watch = rl.Watch = Blind
-    try:
+    with mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind):
         for n in ("1", "20"):
             flags = lambda stage: ["--data", "shapes", "--device", "cpu", "--batch", "8", "--log_every", "20",
                                    "--out", f"{folder}/{out}/{stage}_{n}"]
@@ -527,8 +528,6 @@ def one_and_twenty_steps_of_everything(folder, out):
                                              "--critic_lr", "1e-4"])
             rl.main(flags("rl") + ["--ckpt", f"{folder}/student.pt", "--reward", "red", "--watch", "--steps", n,
                                    "--pairs", "4", "--chunk", "64"])
-    finally:
-        distill.Watch, rl.Watch = real
 
 
 def test_one_two_and_four_processes_train_alike():
@@ -553,8 +552,8 @@ def test_one_two_and_four_processes_train_alike():
                     optimizer = "critic_optimizer" if network == "critic" else "optimizer"
                     g, h = ({i: state["exp_avg"] for i, state in z[0][optimizer]["state"].items()} for z in (many, one))
                     name = network if stage == "student" else stage
-                    for what, error in (("gradient", apart(g, h)), ("parameters", apart(many[1][network], one[1][network]))):
-                        worst[name, what] = max(worst.get((name, what), 0), error)
+                    for what, ours, theirs in (("gradient", g, h), ("parameters", many[1][network], one[1][network])):
+                        worst[name, what] = max(worst.get((name, what), 0), apart(ours, theirs))
                     moved = apart(one[1][network], one[0][network])
                     assert moved > 1e-4, f"{name} hardly moved: {moved}"
         # REINFORCE's v is a difference of rewards that agree in their first digits: it loses those
@@ -626,14 +625,16 @@ def ours_beside_ddp(size, batch, rounds, micro_steps):
 def test_gradients_are_those_of_torchs_ddp():
     """The same training by model.Gradients and by torch.nn.parallel.DistributedDataParallel, two micro-batches a step:
     parameters agree to 1e-6. (The norms only to 1e-3: a CPU's norm of one long buffer, ours, adds up in float32 and is
-    3e-4 off at 2.4 M numbers; Adam does not see a factor that all gradients share.) Speed: the median of (DDP's time / ours) over steps in turns; a figure to look
-    at, for a busy machine makes it useless as a bound. DDP_ROUNDS=200 measures longer than a test's 6 rounds."""
+    3e-4 off at 2.4 M numbers; Adam does not see a factor that all gradients share.) Speed: the median of (DDP's time /
+    ours) over steps in turns; a figure to look at, for a busy machine makes it useless as a bound. DDP_ROUNDS=200
+    measures longer than a test's 6 rounds."""
     said = json.loads(ranks(2, ours_beside_ddp, "cifar10_cpu", 8, os.environ.get("DDP_ROUNDS", 6), 1).splitlines()[-1])
     assert said["parameters"] < 1e-6 and said["norms"] < 1e-3, said
     ratios = sorted(b / a for a, b in zip(said["ours"], said["ddp"]))
     quarter = len(ratios) // 4
-    return (f"parameters {said['parameters']:.0e}, norms {said['norms']:.0e} apart; speed {statistics.median(ratios):.3f} "
-            f"of DDP's (quartiles {ratios[quarter]:.3f}, {ratios[-1 - quarter]:.3f}; {len(ratios)} rounds, "
+    return (f"parameters {said['parameters']:.0e}, norms {said['norms']:.0e} apart; speed "
+            f"{statistics.median(ratios):.3f} of DDP's (quartiles {ratios[quarter]:.3f}, {ratios[-1 - quarter]:.3f}; "
+            f"{len(ratios)} rounds, "
             f"{1000 * statistics.median(said['ours']):.0f} ms a step)")
 
 
@@ -701,6 +702,135 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint():
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
         hot = ("--teacher_lr", "1e30", "--clip", 0, "--save_every", 2)
         refuses(run(*TINY, "--out", folder, *hot), "not finite at step")
+
+
+def blind_distill(out, *flags):
+    """distill.py in this process, without its judge; the stages' shares of TINY's flags are kept."""
+    with mock.patch.object(distill, "Watch", Blind), contextlib.redirect_stdout(io.StringIO()):
+        distill.main([*map(str, TINY[1:]), "--out", str(out), *map(str, flags)])
+
+
+def test_a_nan_stops_the_student_and_keeps_the_last_good_checkpoint():
+    """One critic's loss of step 4 is NaN. Nothing may be saved after it, though saving is due at every step."""
+    real, calls = distill.critic_loss, []
+
+    def fails(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    with scratch() as folder:
+        with mock.patch.object(distill, "critic_loss", fails):
+            refused(lambda: blind_distill(folder), "not finite at step 3", "last good checkpoint")
+        file = read_checkpoint(folder / "resume.pt")
+        assert (file["stage"], file["step"]) == ("student", 3)
+        assert all(torch.isfinite(file[key][name]).all() for key in ("model", "critic") for name in file[key])
+        blind_distill(folder, "--resume")  # the NaN was the test's: the run goes through now
+
+
+def test_what_a_kill_inside_a_write_leaves_is_no_obstacle():
+    """Half a temporary file beside the checkpoint, half a line in the log: resumed to the bits of a run left alone."""
+    class Killed(BaseException):
+        """As kill -9: nobody tidies up after it."""
+
+    real = distill.save_checkpoint
+
+    def killed_at_step_4(file, path):
+        if file["step"] == 4 and path.endswith("resume.pt"):
+            Path(f"{path}.writing").write_bytes(Path(path).read_bytes()[:99999])
+            raise Killed
+        real(file, path)
+
+    with scratch() as folder:
+        blind_distill(folder / "whole")
+        with mock.patch.object(distill, "save_checkpoint", killed_at_step_4):
+            try:
+                blind_distill(folder / "killed")
+                raise AssertionError("went on")
+            except Killed:
+                assert read_checkpoint(folder / "killed" / "resume.pt")["step"] == 3
+        (folder / "killed" / "config.json.writing").write_text('{"data": ')
+        with open(folder / "killed" / "log.jsonl", "a") as f:
+            f.write('{"stage": "teacher", "st')
+        blind_distill(folder / "killed", "--resume")
+        for key in ("model", "ema", "critic"):
+            assert apart(*(weights(folder / run, "resume.pt", key) for run in ("killed", "whole"))) == 0, key
+        steps = [[json.loads(line)["step"] for line in (folder / run / "log.jsonl").open()]
+                 for run in ("whole", "killed")]
+        assert steps[0] == steps[1] and not list((folder / "killed").glob("*.writing")), steps
+
+
+@contextlib.contextmanager
+def small_disk(megabytes):
+    """A file system of that size. Only root may mount one: skips elsewhere."""
+    with scratch() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+            raise Skip("mounting a small tmpfs is not permitted here")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
+    """30 MB hold one checkpoint of 23 and not the next beside it. Then every other file that a run writes."""
+    with scratch() as whole, small_disk(30) as folder:
+        blind_distill(whole / "run", "--teacher_steps", 4, "--steps", 0)
+        refused(lambda: blind_distill(folder / "run", "--teacher_steps", 4, "--steps", 0), "cannot write", "resume.pt")
+        assert read_checkpoint(folder / "run" / "resume.pt")["step"] == 1
+        assert not list((folder / "run").glob("*.writing"))
+        (folder / "grid.png").write_text("old")
+        with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as f:
+            while True:
+                f.write(bytes(4096))
+        args, row = argparse.Namespace(out=str(folder / "run")), {"loss": "0" * 8192}
+        grid = [("x", torch.randint(0, 255, (9, 3, 64, 64)).byte())]
+        write = {"results.json": lambda: write_json(folder / "run" / "results.json", row),
+                 "student.pt": lambda: save_checkpoint({"x": torch.zeros(9999)}, folder / "run" / "student.pt"),
+                 "grid.png": lambda: save_grid(grid, folder / "grid.png"),
+                 "log.jsonl": lambda: log_line(args, 0, None, **row)}
+        for name, call in write.items():
+            refused(call, "cannot write", name)
+        assert (folder / "grid.png").read_text() == "old"
+        refused(lambda: blind_distill(folder / "new"), "cannot write")
+        subprocess.run(["mount", "-o", "remount,size=300m", folder], check=True)
+        blind_distill(folder / "run", "--teacher_steps", 4, "--steps", 0, "--resume")
+        for key in ("model", "ema"):
+            assert apart(*(weights(run / "run", "resume.pt", key) for run in (folder, whole))) == 0, key
+
+
+def distil_with_accidents(folder):
+    """Two runs of 12 steps of stage 1, `whole` and `hurt`. In `hurt` rank 1 is killed at step 5 in its first life; in
+    its second, which torchrun starts, SIGTERM comes at step 8."""
+    life, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    accidents = {("0", 5): signal.SIGKILL, ("1", 8): signal.SIGTERM}
+    for name in ("whole", "hurt"):
+        def batch(data, model, batch, seed, step, *rest):
+            if name == "hurt" and rank == "1" and not resume and (life, step) in accidents:
+                os.kill(os.getpid(), accidents[life, step])
+            return distill_batch(data, model, batch, seed, step, *rest)
+
+        distill_batch = distill.training_batch
+        resume = ["--resume"] if life == "0" and os.path.exists(f"{folder}/{name}/resume.pt") else []
+        with mock.patch.object(distill, "Watch", Blind), mock.patch.object(distill, "training_batch", batch):
+            distill.main([*map(str, TINY[1:]), "--teacher_steps", "0", "--teacher", f"{folder}/teacher.pt", "--steps",
+                          "12", "--out", f"{folder}/{name}", "--save_every", "3", "--log_every", "1", *resume])
+
+
+def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well():
+    """Both accidents happen to one run, and it ends in the bits of the undisturbed run of two processes."""
+    with scratch() as folder:
+        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+        said = ranks(2, distil_with_accidents, folder, restarts=1)
+        assert "SIGTERM at step 9" in said and read_checkpoint(folder / "hurt" / "resume.pt")["step"] == 9, said
+        assert read_checkpoint(folder / "whole" / "resume.pt")["step"] == 12
+        ranks(2, distil_with_accidents, folder)
+        files = [read_checkpoint(folder / run / "resume.pt") for run in ("hurt", "whole")]
+        for key in ("model", "ema", "critic"):
+            assert apart(*(file[key] for file in files)) == 0, key
+        assert files[0]["step"] == 12
+        steps = [json.loads(line)["step"] for line in (folder / "hurt" / "log.jsonl").open()]
+        assert steps == list(range(1, 13)), steps
 
 
 def test_profile_of_a_step():
