@@ -759,6 +759,81 @@ def test_what_a_kill_inside_a_write_leaves_is_no_obstacle():
         assert steps[0] == steps[1] and not list((folder / "killed").glob("*.writing")), steps
 
 
+def leaves(x):
+    """All values in nested dicts and lists, in order."""
+    if isinstance(x, (dict, list)):
+        for value in x.values() if isinstance(x, dict) else x:
+            yield from leaves(value)
+    else:
+        yield x
+
+
+def kill_at_random_moments(folder, program, kills):
+    """Start a run of `program` (distill: both stages; rl), kill -9 it at a random moment, resume, until `kills` are
+    done; then let it end and compare it with a run left alone: state, products, log. Two of three kills wait for the
+    write of a file. Each life is a fork of this process: it need not import torch again. Prints json."""
+    rng, kills = np.random.default_rng(int(kills)), int(kills)
+    if program == "rl":
+        tiny_mar(Path(folder), img_size=8, num_classes=8)
+        main, flags = rl.main, rl_flags(Path(folder), "--steps", "12", "--save_every", "1")
+    else:
+        main, flags = distill.main, [*map(str, TINY[1:])]
+
+    def live(out, kill, seconds):
+        """One life: -> 0, or -9 for killed."""
+        resume = ["--resume"] if os.path.exists(f"{out}/resume.pt") else []
+        moment, aimed = time.time() + rng.uniform(0, seconds), rng.random() < 2 / 3
+        pid = os.fork()
+        if pid == 0:
+            run_main(lambda: main([*flags, "--out", out, *resume]))
+        while kill:
+            gone, status = os.waitpid(pid, os.WNOHANG)
+            if gone:
+                return os.waitstatus_to_exitcode(status)
+            if time.time() > moment and (not aimed or any(Path(out).glob("*.writing"))):
+                os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def outcome(out):
+        state = {**read_checkpoint(f"{out}/resume.pt"), "args": None, "seconds": None}
+        log = [{key: value for key, value in json.loads(line).items() if not key.endswith("_s")}  # no times
+               for line in open(f"{out}/log.jsonl")]
+        return list(leaves([state, log, *(weights(Path(out), name) for name in ("student.pt", "teacher.pt")
+                                          if os.path.exists(f"{out}/{name}"))]))
+
+    inside, equal, runs, steps = 0, 0, 0, []
+    with mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind):
+        start = time.time()
+        assert live(f"{folder}/whole", False, 0) == 0
+        seconds, whole = time.time() - start, outcome(f"{folder}/whole")
+        while len(steps) < kills:
+            out, runs = f"{folder}/{runs}", runs + 1
+            while (code := live(out, len(steps) < kills, seconds / 3)) == -signal.SIGKILL:
+                inside += any(Path(out).glob("*.writing"))
+                steps.append(read_checkpoint(f"{out}/resume.pt")["step"] if os.path.exists(f"{out}/resume.pt") else 0)
+            assert code == 0, code
+            ours = outcome(out)
+            equal += len(ours) == len(whole) and all(
+                torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ours, whole))
+    print(json.dumps({"kills": len(steps), "inside": inside, "runs": runs, "equal": equal, "steps": steps}))
+
+
+def test_kill_9_at_random_moments():
+    """kill -9, resume, kill -9, ..., for distill.py and rl.py: each run ends in the bits of one left alone. KILLS=20
+    asks for that many each; a test makes do with 3."""
+    said = {}
+    for program in ("distill", "rl"):
+        with scratch() as folder:
+            result = run("test_all.py", "--rank", "kill_at_random_moments", folder, program, os.environ.get("KILLS", 3))
+            assert result.returncode == 0, result.stderr[-2000:]
+            said[program] = json.loads(result.stdout.splitlines()[-1])
+            assert said[program]["equal"] == said[program]["runs"], said
+    return "; ".join(f"{program}: {x['kills']} kills, {x['inside']} of them inside a write, in {x['runs']} runs, "
+                     f"{x['equal']} equal" for program, x in said.items())
+
+
 @contextlib.contextmanager
 def small_disk(megabytes):
     """A file system of that size. Only root may mount one: skips elsewhere."""
