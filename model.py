@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -753,7 +754,13 @@ def setup(device="auto"):
     else:
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        store = next(rendezvous("env://"))[0]
+        # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
+        # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(f"life {life}", store))
     return torch.device(device), rank, world
 
 
