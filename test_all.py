@@ -771,30 +771,43 @@ def leaves(x):
 def kill_at_random_moments(folder, program, kills):
     """Start a run of `program` (distill: both stages; rl), kill -9 it at a random moment, resume, until `kills` are
     done; then let it end and compare it with a run left alone: state, products, log. Two of three kills wait for the
-    write of a file. Each life is a fork of this process: it need not import torch again. Prints json."""
+    write of a checkpoint. Each life is a fork of this process: it need not import torch again. Prints json."""
     rng, kills = np.random.default_rng(int(kills)), int(kills)
     if program == "rl":
         tiny_mar(Path(folder), img_size=8, num_classes=8)
         main, flags = rl.main, rl_flags(Path(folder), "--steps", "12", "--save_every", "1")
     else:
-        main, flags = distill.main, [*map(str, TINY[1:])]
+        main, flags = distill.main, [*map(str, TINY[1:]), "--log_every", "1"]
 
-    def live(out, kill, seconds):
-        """One life: -> 0, or -9 for killed."""
+    def done(out):
+        """Updates in the checkpoint, over both stages."""
+        file = read_checkpoint(f"{out}/resume.pt") if os.path.exists(f"{out}/resume.pt") else {"stage": "", "step": 0}
+        return file["step"] + 6 * (file["stage"] == "student")
+
+    def writing(out, since):
+        """Whether a checkpoint is being written; what an earlier life left does not count."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(f"{out}/resume.pt.writing").st_mtime_ns > since
+
+    def live(out, kill):
+        """One life: -> 0, or -9 for killed, and whether it was killed while a checkpoint was being written."""
         resume = ["--resume"] if os.path.exists(f"{out}/resume.pt") else []
-        moment, aimed = time.time() + rng.uniform(0, seconds), rng.random() < 2 / 3
+        born, lines, aimed = time.time_ns(), done(out) + rng.integers(4), rng.random() < 2 / 3
         pid = os.fork()
         if pid == 0:
             run_main(lambda: main([*flags, "--out", out, *resume]))
         while kill:
             gone, status = os.waitpid(pid, os.WNOHANG)
             if gone:
-                return os.waitstatus_to_exitcode(status)
-            if time.time() > moment and (not aimed or any(Path(out).glob("*.writing"))):
+                return os.waitstatus_to_exitcode(status), False
+            log = Path(out) / "log.jsonl"
+            if lines <= (log.read_bytes().count(b"\n") if log.exists() else 0) and (not aimed or writing(out, born)):
+                time.sleep(rng.uniform(0, 0.01 if aimed else 0.1))
                 os.kill(pid, signal.SIGKILL)
                 break
             time.sleep(0.0005)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return code, code == -signal.SIGKILL and bool(writing(out, born))
 
     def outcome(out):
         state = {**read_checkpoint(f"{out}/resume.pt"), "args": None, "seconds": None}
@@ -805,15 +818,14 @@ def kill_at_random_moments(folder, program, kills):
 
     inside, equal, runs, steps = 0, 0, 0, []
     with mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind):
-        start = time.time()
-        assert live(f"{folder}/whole", False, 0) == 0
-        seconds, whole = time.time() - start, outcome(f"{folder}/whole")
+        assert live(f"{folder}/whole", False) == (0, False)
+        whole = outcome(f"{folder}/whole")
         while len(steps) < kills:
             out, runs = f"{folder}/{runs}", runs + 1
-            while (code := live(out, len(steps) < kills, seconds / 3)) == -signal.SIGKILL:
-                inside += any(Path(out).glob("*.writing"))
-                steps.append(read_checkpoint(f"{out}/resume.pt")["step"] if os.path.exists(f"{out}/resume.pt") else 0)
-            assert code == 0, code
+            while (end := live(out, len(steps) < kills))[0] == -signal.SIGKILL:
+                inside += end[1]
+                steps.append(done(out))
+            assert end[0] == 0, end
             ours = outcome(out)
             equal += len(ours) == len(whole) and all(
                 torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ours, whole))
@@ -831,8 +843,8 @@ def test_kill_9_at_random_moments():
             assert result.returncode == 0, result.stderr[-2000:]
             said[program] = json.loads(result.stdout.splitlines()[-1])
             assert said[program]["equal"] == said[program]["runs"], said
-    return "; ".join(f"{program}: {x['kills']} kills, {x['inside']} of them inside a write, in {x['runs']} runs, "
-                     f"{x['equal']} equal" for program, x in said.items())
+    return "; ".join(f"{program}: {x['kills']} kills, {x['inside']} of them inside a write, at steps {x['steps']}, in "
+                     f"{x['runs']} runs, {x['equal']} equal" for program, x in said.items())
 
 
 @contextlib.contextmanager
