@@ -534,9 +534,9 @@ def test_one_two_and_four_processes_train_alike():
     """The same batch on 1, 2 and 4 processes: gradients of a step, and parameters after 20, agree to 1e-6 (relative,
     float32), of the teacher, of the student and the critic, and of rl's student.
 
-    What is left is rounding, which training magnifies: about twofold every 3 steps at the student's rates of shapes (5e-4,
-    beta_1 = 0), so with those it is 3e-6 to 9e-6 after 20 steps (README). Much of it sits in the bias of attention's
-    keys, whose gradient is zero by symmetry: Adam makes full steps of its rounding. No output knows of it.
+    What is left is rounding, which training magnifies: about twofold every 3 steps at the student's rates of shapes
+    (5e-4, beta_1 = 0), so with those it is 3e-6 to 9e-6 after 20 steps (README). Much of it sits in the bias of
+    attention's keys, whose gradient is zero by symmetry: Adam makes full steps of its rounding. No output knows of it.
     """
     with scratch() as folder:
         for stage in ("teacher", "student"):
