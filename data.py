@@ -32,7 +32,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from model import Parser, UserError, at_least, read_checkpoint, run_main, setup
+from model import Parser, UserError, at_least, read_checkpoint, run_main, setup, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
 
@@ -230,13 +230,6 @@ def write_rows(path, start, rows):
         file.write(rows.data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_json(path, content):
-    """By a rename, so that a reader, or a kill, meets either the old file or the new one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1))
-    os.replace(part, path)
 
 
 def cache_settings(path, split, img_size, files, vae=None):

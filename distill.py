@@ -33,7 +33,7 @@ from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
                    bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, linear,
                    load_mar, log_line, mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr,
-                   setup, start_folder, stop_if_bad, uniform, update_ema)
+                   setup, start_folder, stop_if_bad, uniform, update_ema, write_json)
 from sample import draw_together, save_grid, seconds_of
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -379,8 +379,7 @@ class Watch:
         if self.rank == 0 and self.grid:
             save_grid(list(self.grid.items()), os.path.join(self.args.out, grid_name))
         if self.rank == 0 and self.rows:
-            with open(os.path.join(self.args.out, "results.json"), "w") as f:
-                json.dump(self.rows, f, indent=1)
+            write_json(os.path.join(self.args.out, "results.json"), self.rows)
             tqdm.write(f"{'':12s}{'FD':>8s}{'accuracy':>10s}{'s/image':>10s}")
             for name, row in self.rows.items():
                 tqdm.write(f"{name:12s}{row['fd']:8.2f}{row['accuracy']:10.3f}{row['seconds_per_image']:10.4f}")

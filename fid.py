@@ -40,9 +40,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices, write_json
+from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices
 from model import (Parser, UserError, at_least, bf16_weights, load_mar, read_checkpoint, run_main, save_checkpoint,
-                   setup)
+                   setup, write_json)
 from sample import check_output, check_vae, draw, fill_in, save_panels
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files

@@ -18,6 +18,7 @@ Alphabet, here and in every other file:
 Architecture and file formats: github.com/LTH14/mar (Li et al. 2024). One-step form: MARVAL, arXiv 2511.15190.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -722,12 +724,14 @@ def read_checkpoint(path):
     return file
 
 
-def save_checkpoint(file, path):
-    """Write a dict with torch.save so that `path` holds either the old file or the new one, whole, at any moment."""
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """A file to write whose contents get the name `path` when the block ends well: at any moment there is the old file
+    or the new one, whole. A full disk becomes one line, not a traceback."""
     temporary = f"{path}.writing"
     try:
-        with open(temporary, "wb") as f:
-            torch.save(file, f)
+        with open(temporary, mode) as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())  # before the rename: else a power cut could leave the new name on empty blocks
         os.replace(temporary, path)
@@ -738,6 +742,17 @@ def save_checkpoint(file, path):
             raise
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]} (disk full or no permission?); "
                         "the previous file is untouched") from None
+
+
+def save_checkpoint(file, path):
+    """Write a dict with torch.save so that `path` holds either the old file or the new one, whole, at any moment."""
+    with replacing(path, "wb") as f:
+        torch.save(file, f)
+
+
+def write_json(path, content):
+    with replacing(path) as f:
+        json.dump(content, f, indent=1)
 
 
 @torch.no_grad()
@@ -826,7 +841,13 @@ def setup(device="auto"):
     else:
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        store = next(rendezvous("env://"))[0]
+        # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
+        # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(f"life {life}", store))
     return torch.device(device), rank, world
 
 
@@ -928,12 +949,11 @@ def start_folder(args, rank, world, resumed):
     try:
         if rank == 0:
             os.makedirs(args.out, exist_ok=True)
-            with open(os.path.join(args.out, "config.json"), "w") as f:
-                json.dump(vars(args), f, indent=1)
+            write_json(os.path.join(args.out, "config.json"), vars(args))
             if os.path.exists(log):
                 with open(log) as f:  # a line without its end was cut off by a kill
                     lines = [line for line in f if line.endswith("\n") and is_done(json.loads(line))]
-                with open(log, "w") as f:
+                with replacing(log) as f:
                     f.writelines(lines)
     except OSError as error:
         raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
@@ -945,8 +965,12 @@ def log_line(args, rank, bar, **values):
     """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
     values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
     if rank == 0:
-        with open(os.path.join(args.out, "log.jsonl"), "a") as f:
-            f.write(json.dumps(values) + "\n")
+        try:
+            with open(os.path.join(args.out, "log.jsonl"), "a") as f:
+                f.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.out}/log.jsonl: {error.strerror}; the last checkpoint is kept, "
+                            "--resume goes on from it") from None
         bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "reward", "kl", "fd", "fid", "grad_norm")
                          if k in values})
 
@@ -961,6 +985,7 @@ def stop_if_bad(bad, args):
                         "kept; lower the learning rate (or mend the reward), or go on with --resume and another --seed")
 
 
+@functools.lru_cache(maxsize=None)  # one a process: what comes while a stage ends must reach the next one
 def on_sigterm():
     """-> a threading.Event that SIGTERM sets, instead of ending the process at once."""
     event = threading.Event()

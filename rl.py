@@ -21,7 +21,6 @@ tokens that follow. Here
 """
 import copy
 import io
-import json
 import os
 import sys
 import time
@@ -40,7 +39,7 @@ from fid import class_names as read_class_names
 from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, bf16_weights,
                    check_folder, compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts,
                    on_sigterm, put, random_orders, read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr,
-                   setup, start_folder, stop_if_bad, take, update_ema)
+                   setup, start_folder, stop_if_bad, take, update_ema, write_json)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -365,8 +364,7 @@ class Watch:
         """The grid drawn so far, results.json, and the table on the terminal."""
         if self.rank == 0:
             save_grid(list(self.grid.items()), os.path.join(self.args.out, grid_name))
-            with open(os.path.join(self.args.out, "results.json"), "w") as f:
-                json.dump(self.rows, f, indent=1)
+            write_json(os.path.join(self.args.out, "results.json"), self.rows)
             columns = list(self.rows["before"])
             tqdm.write(" " * 7 + "".join(f"{name[:11]:>12s}" for name in columns))
             for name, row in self.rows.items():
