@@ -728,7 +728,7 @@ def read_checkpoint(path):
 def replacing(path, mode="w"):
     """A file to write whose contents get the name `path` when the block ends well: at any moment there is the old file
     or the new one, whole. A full disk becomes one line, not a traceback."""
-    temporary = f"{path}.writing"
+    temporary = f"{path}.writing{os.environ.get('RANK', '')}"  # ranks may finish one thing in the same moment
     try:
         with open(temporary, mode) as f:
             yield f
