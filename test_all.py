@@ -2589,7 +2589,7 @@ distill.save_checkpoint, before = lambda *_: None, peak()
 distill.main({argv!r})
 print('GiB', peak() - before)
 """
-            result = run("-c", script)
+            result = run("-c", script, timeout=3000)
             assert result.returncode == 0, result.stderr[-2000:]
             args = distill.parse_args(argv)
             said = distill.plan(SIZES["base"], args, 1, torch.device("cpu"), "student")
@@ -2632,7 +2632,7 @@ else:
     rl.backward_chain(model, x, torch.ones_like(x) / x.numel(), labels, keys, {K}, {kind!r} == 'detach')
 print('MiB', 1024 * peak(), 1024 * (peak() - before))
 """
-            result = run("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+            result = run("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", timeout=3000)
             assert result.returncode == 0, result.stderr[-2000:]
             whole, more = map(float, result.stdout.split()[-2:])
             figures.append(f"K {K} {kind}: {whole:.0f} MiB ({more:.0f} above weights and gradients)")
