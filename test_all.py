@@ -1019,7 +1019,8 @@ def kill_at_random_moments(folder, program, kills):
 
     def outcome(out):
         state = {**read_checkpoint(f"{out}/resume.pt"), "args": None, "seconds": None}
-        log = [{key: value for key, value in json.loads(line).items() if not key.endswith("_s")}  # no times
+        log = [{key: value for key, value in json.loads(line).items()
+                if not key.endswith("_s") and key != "mfu"}  # what a clock measured
                for line in open(f"{out}/log.jsonl")]
         return list(leaves([state, log, *(weights(Path(out), name) for name in ("student.pt", "teacher.pt")
                                           if os.path.exists(f"{out}/{name}"))]))
