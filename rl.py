@@ -44,7 +44,8 @@ from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
 S_KL = 0.1  # width of the Gaussian around a picture that the KL is stated for, in the units of x
-KL, KL_RED = 0.2, 0.05  # every pixel has to move for red; at 0.01 all pictures became red squares (README)
+KL = {"classifier": 0.1, "red": 0.05}  # --kl of a single reward, others KL_ELSE; figures in README. Every pixel has to
+KL_ELSE = 0.2  # move for red; at 0.01 all pictures became red squares
 
 # What `--data` changes; an explicit flag always wins. Figures: README, "How the defaults were chosen".
 DEFAULTS = {
@@ -75,7 +76,7 @@ def parse_args(argv=None):
                    help="rewards that are only watched: the first to fall when the trained one is being hacked")
     p.add_argument("--kl", type=at_least(0, float), default=None, help="pull towards the student of the start, in "
                    "reward per nat and dimension; raise it when FD rises, lower it when the reward does not "
-                   f"(default {KL}, for red {KL_RED})")
+                   f"(default {KL_ELSE}, of a single {', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
     p.add_argument("--kl_to", default="path", choices=["path", "picture"], help="path: to what the start would put at "
                    "each AR step after the student's own tokens; picture: to its finished picture of the same noise")
     p.add_argument("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
@@ -117,7 +118,7 @@ def parse_args(argv=None):
     p.set_defaults(**DEFAULTS.get(name, {}))
     args = p.parse_args(argv)
     if args.kl is None:
-        args.kl = KL_RED if args.reward == ["red"] else KL
+        args.kl = KL.get(args.reward[0], KL_ELSE) if len(args.reward) == 1 else KL_ELSE
     args.ckpt = args.ckpt or os.path.join("out", os.path.basename(os.path.normpath(args.data)), "student.pt")
     args.out = args.out or os.path.join(os.path.dirname(args.ckpt), "rl")
     return args
