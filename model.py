@@ -837,7 +837,7 @@ def setup(device="auto"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         # float32 products (head, VAE, reward networks) by TF32: 10 bits of mantissa where bf16 has 7, at about eight
-        # times the rate. Without it the head, a quarter of the arithmetic, would take most of a step. Inception opts out.
+        # times the rate. Else the head, a quarter of the arithmetic, would take most of a step. Inception opts out.
         torch.set_float32_matmul_precision("high")
     elif device == "cpu":
         torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
