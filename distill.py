@@ -70,8 +70,9 @@ def parse_args(argv=None):
     p.add_argument("--draws", type=at_least(1), default=4, help="(t, noise) draws a token in stage 0: the transformer "
                    "runs once for all, so more is cheap where the head is small")
     p.add_argument("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    p.add_argument("--critic", default="full", choices=["full", "head"], help="what of the critic is trained; head: "
-                   "it reads the teacher's transformer, which saves 3 of 8 passes a step")
+    p.add_argument("--critic", type=critic_blocks, default="full", help="what of the critic is trained: full, or N, "
+                   "the decoder's last N blocks and the head; it shares the rest with the teacher, which saves up to 3 "
+                   "of 8 passes a step, and memory")
     p.add_argument("--guidance", type=at_least(0, float), default=2.9, help="scale baked into the student; 1 = none")
     p.add_argument("--guidance_schedule", default="constant", choices=["constant", "linear"],
                    help="linear: the scale grows with the share revealed, as MAR samples")
@@ -111,6 +112,11 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
     return args
+
+
+def critic_blocks(text):
+    """The argparse type of --critic: "full" or an int from 0."""
+    return text if text == "full" else at_least(0)(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,18 +248,20 @@ def critic_loss(eps_q, x0, t, eps):
 # What a run costs, told before it starts
 
 
-def forward_flops(config, masked):
-    """FLOPs of a transformer pass over one picture, `masked` of its tokens unknown, and of the head on one token.
-    Counted on meta tensors, which have shapes and no memory; a backward pass costs twice its forward."""
+def forward_flops(config, masked, last=1):
+    """FLOPs of a transformer pass over one picture, `masked` of its tokens unknown, of the decoder's `last` blocks in
+    it, and of the head on one token. On meta tensors, which have shapes and no memory; a backward pass costs twice."""
     with torch.device("meta"):
         model = MAR(config)
         visible, predict = (torch.zeros(1, n, dtype=torch.long) for n in (config.seq_len - masked, masked))
         tokens, label = torch.empty(1, config.seq_len, config.token_dim), torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as transformer:
-            model.context(tokens, visible, label, predict)
+        with FlopCounterMode(display=False) as trunk:
+            x = model.trunk(tokens, visible, label, last)
+        with FlopCounterMode(display=False) as tail:
+            model.tail(x, predict, last)
         with FlopCounterMode(display=False) as head:
             model.head(tokens[0, :1], label, torch.empty(1, config.width))
-    return transformer.get_total_flops(), head.get_total_flops()
+    return trunk.get_total_flops() + tail.get_total_flops(), tail.get_total_flops(), head.get_total_flops()
 
 
 def plan(config, args, world, device, stage):
@@ -267,25 +275,27 @@ def plan(config, args, world, device, stage):
     images = (args.teacher_batch if stage == "teacher" else args.batch) // (world * args.accumulate)
     with torch.device("meta"):
         model = MAR(config)
-    heads, total = (sum(p.numel() for p in net.parameters()) for net in (model.head_net, model))
+    heads, total, critic = (sum(p.numel() for p in ps) for ps in (
+        model.head_net.parameters(), model.parameters(), critic_parameters(model, args.critic)))
     tokens = config.encoder_depth * (config.buffer_size + config.seq_len - P) \
         + config.decoder_depth * (config.buffer_size + config.seq_len)
     # with bf16 36 bytes for 16 numbers: what enters a norm stays float32. Recomputing keeps the blocks' inputs alone
     a_token = 4 if args.recompute else 36 if device.type == "cuda" else 64
     transformer = images * tokens * config.width * a_token
     head = images * P * 4 * config.head_width * (11 * config.head_depth + 10)
-    pass_flops, row_flops = forward_flops(config, P)
+    pass_flops, tail_flops, row_flops = forward_flops(config, P, 1 if args.critic in ("full", 0) else args.critic)
+    # of a transformer, what the critic runs and trains
+    own = 1 if args.critic == "full" else tail_flops / pass_flops if args.critic else 0
     if stage == "teacher":
         trained, frozen, passes, rows = total, 0, 3, 3 * args.draws
         activations = transformer + args.draws * head
     else:
-        critic = heads if args.critic == "head" else total
         trained, frozen = total + critic, 4 * heads + (2 if device.type == "cuda" else 4) * (total - heads)
         guided, student = (1 if args.guidance == 1 else 2), 1 / args.critic_steps
-        passes = guided + (0 if args.critic == "head" else 3) + student * 3 + (1 - student)  # backward counts as two
+        passes = guided + 3 * own + student * 3 + (1 - student)  # backward counts as two
         rows = 3 + student * (3 + (2 if args.loss == "gsim" else 1) * (1 + guided)) + (1 - student)
         # kept together: the student's pass, and then the critic's or, after it, the score nets' heads
-        activations = transformer + head + max(head + (0 if args.critic == "head" else transformer),
+        activations = transformer + head + max(head + own * transformer,
                                                (1 + guided) * head if args.loss == "gsim" else 0)
     return {"parameters": total, "in the head": heads, "weights": 4 * trained + frozen, "gradients": 4 * trained,
             "optimiser": 8 * trained, "EMA": 4 * total, "activations": activations,
@@ -394,6 +404,8 @@ def check_fit(args, config, data):
     if config.pixels != data.pixels:
         raise UserError(f"the teacher works on {'pixels' if config.pixels else 'latents'}, --data {args.data} holds "
                         "the other: build the latent cache with data.py, or choose another teacher")
+    if args.critic != "full" and args.critic > config.decoder_depth:
+        raise UserError(f"--critic {args.critic}: the decoder has {config.decoder_depth} blocks; full trains all")
     if args.ar_steps > config.seq_len:
         raise UserError(f"--ar_steps {args.ar_steps}: a picture has {config.seq_len} tokens, at most that many")
     if args.t_init and args.t_init > T_MAX:
@@ -481,14 +493,15 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
     """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json.
 
     Transformer passes a step, in forward equivalents: teacher 2 (with its null class), student 3, critic 3 or, with
-    --critic head, 0. Each runs once and serves every head call of the step.
+    --critic N, three times what N blocks are of a pass. Each runs once and serves every head call of the step.
     """
     C = teacher.config.token_dim
     student = copy.deepcopy(teacher).requires_grad_(True)  # eval mode all: scores must differ for one reason only
     ema = copy.deepcopy(teacher)
-    shared = {id(p): p for name, p in teacher.named_parameters() if not name.startswith("head_net.")}
-    critic = copy.deepcopy(teacher, memo=shared if args.critic == "head" else None)
-    (critic.head_net if args.critic == "head" else critic).requires_grad_(True)
+    own = {id(p) for p in critic_parameters(teacher, args.critic)}
+    critic = copy.deepcopy(teacher, memo={id(p): p for p in teacher.parameters() if id(p) not in own})
+    for p in critic_parameters(critic, args.critic):
+        p.requires_grad_(True)
     optimizer = make_optimizer(student, args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
     start = 0
@@ -527,12 +540,15 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
             if args.guidance_schedule == "linear":  # the scale that sampling has at this share revealed
                 g = 1 + (g - 1) * share_revealed(masked.shape[1], teacher.config.seq_len, ar_steps)
             with torch.no_grad():
-                c_p, c_null = teacher_contexts(teacher, tokens, visible, labels, masked, g)
+                c_p, c_null, x_p = teacher_contexts(teacher, tokens, visible, labels, masked, g, args.critic)
             with torch.set_grad_enabled(student_turn):
                 c_theta = student.context(tokens, visible, labels, masked).flatten(0, 1)  # (N, D)
                 x0 = student.one_step(gaussian(keys, NOISE, masked, C).flatten(0, 1), c_theta)  # (N, C)
             fake = x0.detach()
-            c_phi = c_p if args.critic == "head" else critic.context(tokens, visible, labels, masked).flatten(0, 1)
+            if args.critic == "full":
+                c_phi = critic.context(tokens, visible, labels, masked).flatten(0, 1)  # (N, D)
+            else:
+                c_phi = critic.tail(x_p, masked, args.critic).flatten(0, 1) if args.critic else c_p
 
             t = random_steps(keys, CRITIC_T, masked, 0, 999)
             eps = gaussian(keys, CRITIC_EPS, masked, C).flatten(0, 1)
@@ -591,13 +607,26 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
             leave(args, step + 1)
 
 
-def teacher_contexts(teacher, tokens, visible, labels, masked, g):
-    """c_p and, with guidance, the null class's c: (N, D) each, one pass of both halves. c_null is None for g = 1."""
-    if g == 1:
-        return teacher.context(tokens, visible, labels, masked).flatten(0, 1), None
-    tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
-    c = teacher.context(tokens, visible, torch.cat([labels, torch.full_like(labels, -1)]), masked)
-    return c.flatten(0, 1).chunk(2)
+def critic_parameters(model, blocks):
+    """The parameters that `--critic blocks` trains: all, or the head's and those of the decoder's last blocks."""
+    if blocks == "full":
+        return list(model.parameters())
+    tail = [*model.decoder_blocks[-blocks:].parameters(), *model.decoder_norm.parameters(),
+            model.diffusion_pos_embed_learned] if blocks else []
+    return [*model.head_net.parameters(), *tail]
+
+
+def teacher_contexts(teacher, tokens, visible, labels, masked, g, blocks):
+    """c_p and, with guidance, the null class's c: (N, D) each, one pass of both halves; c_null is None for g = 1.
+    Third: x_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
+    B, last = len(tokens), 1 if blocks in ("full", 0) else blocks
+    if g != 1:
+        tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
+        labels = torch.cat([labels, torch.full_like(labels, -1)])
+    x = teacher.trunk(tokens, visible, labels, last)  # (B or 2B, S + L, D)
+    c = teacher.tail(x, masked, last).flatten(0, 1)
+    c_p, c_null = (c, None) if g == 1 else c.chunk(2)
+    return c_p, c_null, x[:B]
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):

@@ -471,26 +471,34 @@ class MAR(nn.Module):
         x = self.z_proj_ln(torch.cat([buffer, x], dim=1))  # (B, S + V, D)
         return self.encoder_norm(self.run_blocks(self.encoder_blocks, x))
 
-    def decode(self, encoded, visible, predict):
-        """encoded (B, S + V, D), visible (B, V), predict (B, P) -> condition c (B, P, D) of the tokens to predict.
-
-        In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others.
+    def trunk(self, tokens, visible, labels, last=1):
+        """All of a pass but the decoder's `last` blocks: tokens (B, L, C), visible (B, V), labels (B,) (-1: null class)
+        -> x (B, S + L, D), no matter what is to be predicted. Networks that differ in those blocks alone can share it.
         """
         S = self.config.buffer_size
-        x = self.decoder_embed(encoded)
-        full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
-        x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
-        x = x + self.decoder_pos_embed_learned
-        x = self.run_blocks(self.decoder_blocks[:-1], x)
-        x = self.decoder_norm(self.decoder_blocks[-1](x, keep=predict + S))  # (B, P, D)
-        return x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+            x = self.decoder_embed(self.encode(tokens, visible, labels))  # (B, S + V, D)
+            full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
+            x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
+            x = x + self.decoder_pos_embed_learned
+            return self.run_blocks(self.decoder_blocks[:-last], x)
+
+    def tail(self, x, predict, last=1):
+        """The decoder's `last` blocks: x (B, S + L, D), predict (B, P) -> condition c (B, P, D) float32.
+
+        In the very last one only P queries are computed, and only P rows of its MLP: nobody reads the others.
+        """
+        S = self.config.buffer_size
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+            x = self.run_blocks(self.decoder_blocks[-last:-1], x)
+            x = self.decoder_norm(self.decoder_blocks[-1](x, keep=predict + S))  # (B, P, D)
+            x = x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
+        return x.float()
 
     def context(self, tokens, visible, labels, predict):
         """One transformer pass: tokens (B, L, C), visible (B, V), labels (B,) (-1: null class), predict (B, P)
         -> c (B, P, D) float32. bf16 inside on CUDA; the head's inputs, scores and losses stay float32."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-            c = self.decode(self.encode(tokens, visible, labels), visible, predict)
-        return c.float()
+        return self.tail(self.trunk(tokens, visible, labels), predict)
 
     def condition(self, tokens, mask, labels):
         """tokens (B, L, C), mask (B, L) with 1 = masked and the same count in every row, labels (B,) long or None for

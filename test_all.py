@@ -400,14 +400,14 @@ def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
         alpha, sigma = alpha_sigma(s := torch.full((len(n),), self.config.t_init))
         return (sigma * n - sigma * self.eps(sigma * n, s, c)) / alpha
 
-    def whole_last_block(self, encoded, visible, predict, decode=MAR.decode):
-        everything = torch.arange(self.config.seq_len).expand(len(encoded), -1)
-        return model_file.take(decode(self, encoded, visible, everything), predict)
+    def whole_last_block(self, x, predict, tail=MAR.tail):
+        everything = torch.arange(self.config.seq_len).expand(len(x), -1)
+        return model_file.take(tail(self, x, everything), predict)
 
     model, figures = MAR(SIZES[size]).eval().requires_grad_(False), []
     without = {"nothing": (MAR, "generate", MAR.generate), "oneDNN": (model_file, "linear", F.linear),
                "one row for the time step": (MAR, "one_step", embed_each_row),
-               "the last block's cut": (MAR, "decode", whole_last_block)}
+               "the last block's cut": (MAR, "tail", whole_last_block)}
     jobs = [("student", B, name, {}) for B in batches for name in without]
     jobs += [("teacher", 1, name, {"head_steps": 100, "guidance": 2.9}) for name in ("nothing", "oneDNN")]
     for who, B, name, how in jobs:
@@ -600,8 +600,8 @@ def test_start_up_table_counts_parameters_flops_and_activations():
     full = lambda T: 24 * D * D * T + 4 * T * T * D  # qkv 6, projection 2, MLP 16 D^2 a token; q k^T and its use of v
     last = 4 * D * D * (S + L) + 20 * D * D * P + 4 * P * (S + L) * D  # keys and values of all, the rest for P tokens
     by_hand = (12 * full(S + V) + 11 * full(S + L) + last + 2 * config.token_dim * D * V + 2 * D * D * (S + V))
-    transformer, head = distill.forward_flops(config, P)
-    assert transformer == by_hand, (transformer, by_hand)
+    transformer, tail, head = distill.forward_flops(config, P)
+    assert transformer == by_hand and tail == last, (transformer, by_hand, tail, last)
     # the head: 2 + 3 matrices a block, 2 to end with and 1 to embed the time, W x W; the condition D x W; 256 x W of t
     assert head == 2 * (6 * 5 * W * W + 3 * W * W + D * W + 256 * W + 3 * 16 * W), head
 
@@ -850,8 +850,8 @@ def test_accumulation_and_variants_run():
         teacher = ("--teacher", folder / "t" / "teacher.pt", "--teacher_steps", 0, "--steps", 2, "--eval_images", 8)
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
-                            "head": ("--critic", "head"), "linear": ("--guidance_schedule", "linear"),
-                            "turns": ("--critic_steps", 2), "plain_g1": ("--guidance", 1)}.items():
+                            "head": ("--critic", 0), "tail": ("--critic", 1),
+                            "linear": ("--guidance_schedule", "linear"), "turns": ("--critic_steps", 2), "plain_g1": ("--guidance", 1)}.items():
             distill_tiny(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
         start = weights(folder / "t", "teacher.pt")
@@ -859,6 +859,23 @@ def test_accumulation_and_variants_run():
             moved = sum((results["plain"][key] - start[key]).square().sum() for key in start) ** 0.5
             other = sum((results["plain"][key] - state[key]).square().sum() for key in start) ** 0.5 / moved
             assert other < 0.01 if name in ("plain", "accumulate") else other > 0.015, (name, other)
+        critic = weights(folder / "tail", "resume.pt", "critic")
+        moved = {".".join(key.split(".")[:2]) for key in start if not torch.equal(start[key], critic[key])}
+        assert "decoder_blocks.2" in moved and all(
+            name.startswith(("head_net", "decoder_blocks.2", "decoder_norm", "diffusion_pos")) for name in moved), moved
+
+
+def test_a_critic_may_go_on_from_the_teachers_trunk():
+    """--critic N: what the teacher's pass hands over before its last N blocks leads to the teacher's own context."""
+    model, labels = tiny_mar(), torch.tensor([0, 1, 3])
+    tokens, orders = torch.randn(3, 16, 12), random_orders(image_keys(range(3)), 16)
+    visible, masked = orders[:, 11:].sort(dim=1).values, orders[:, :11].sort(dim=1).values
+    want = model.context(tokens, visible, labels, masked).flatten(0, 1)
+    for blocks in ("full", 0, 1, 2):
+        for g in (1, 2.0):
+            c_p, c_null, x_p = distill.teacher_contexts(model, tokens, visible, labels, masked, g, blocks)
+            close(c_p, want), close(model.tail(x_p, masked, blocks if blocks in (1, 2) else 1).flatten(0, 1), want)
+            assert (c_null is None) == (g == 1)
 
 
 def test_distill_refuses_bad_input():
@@ -875,6 +892,8 @@ def test_distill_refuses_bad_input():
         refuses(run(*shapes, "--teacher", folder / "teacher.pt", "--teacher_steps", 5), "not both")
         refuses(run(*shapes, "--teacher_steps", 0), "no teacher")
         refuses(run(*shapes, "--ar_steps", 17), "16 tokens")
+        refuses(run(*shapes, "--critic", 4), "3 blocks")
+        refuses(run(*shapes, "--critic", "head"), "--critic", "not an int")
         refuses(run(*shapes, "--ar_steps", 0), "--ar_steps", "at least 1")
         refuses(run(*shapes, "--steps", -1), "--steps", "at least 0")
         refuses(run(*shapes, "--lr", "nan"), "--lr")
@@ -2578,7 +2597,7 @@ def measure_distillation_memory():
         latents = random_latents(folder / "latents")
         teacher = random_checkpoint(folder / "teacher.pt", SIZES["base"], "teacher")
         for flags in (["--batch", "2"], ["--batch", "4"], ["--batch", "4", "--recompute"],
-                      ["--batch", "4", "--loss", "vsd", "--critic", "head"]):
+                      ["--batch", "4", "--loss", "vsd", "--critic", "0"]):
             argv = ["--data", str(latents), "--teacher", str(teacher), "--steps", "2", "--log_every", "1", "--device",
                     "cpu", *flags, "--out", str(folder / "out")]
             # writing is left out: it comes after the peak and would want 11 GB of disk a setting
