@@ -2446,6 +2446,8 @@ def test_rl_red_and_jpeg_mean_what_they_say():
     assert size[0] > size[1] + 100, size  # noise costs bytes, a flat picture does not
     close(size, size.round(), 1e-5)
     close(rewards["-jpeg"](images, labels) * 100, size)
+    kls = [rl.parse_args(["--reward", *words]).kl for words in (["red"], ["classifier"], ["jpeg"], ["red", "jpeg"])]
+    assert kls == [0.05, 0.1, 0.2, 0.2], kls
 
 
 class TinyVAE(torch.nn.Module):
