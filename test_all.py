@@ -851,7 +851,8 @@ def test_accumulation_and_variants_run():
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
                             "head": ("--critic", 0), "tail": ("--critic", 1),
-                            "linear": ("--guidance_schedule", "linear"), "turns": ("--critic_steps", 2), "plain_g1": ("--guidance", 1)}.items():
+                            "linear": ("--guidance_schedule", "linear"), "turns": ("--critic_steps", 2),
+                            "plain_g1": ("--guidance", 1)}.items():
             distill_tiny(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
         start = weights(folder / "t", "teacher.pt")
