@@ -284,7 +284,7 @@ def plan(config, args, world, device, stage):
     transformer = images * tokens * config.width * a_token
     head = images * P * 4 * config.head_width * (11 * config.head_depth + 10)
     pass_flops, tail_flops, row_flops = forward_flops(config, P, 1 if args.critic in ("full", 0) else args.critic)
-    # of a transformer, what the critic runs and trains
+    # the share of a transformer that the critic runs for itself
     own = 1 if args.critic == "full" else tail_flops / pass_flops if args.critic else 0
     if stage == "teacher":
         trained, frozen, passes, rows = total, 0, 3, 3 * args.draws
