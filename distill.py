@@ -84,8 +84,8 @@ def parse_args(argv=None):
     p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: more if memory ends")
     p.add_argument("--recompute", action="store_true", help="recompute the transformers' blocks in backward: less "
                    "memory, a third more time")
-    p.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks: the first updates "
-                   "take minutes, the others less time; on a CPU hardly worth it")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks of transformer and head: the first "
+                   "updates take minutes, the others less time; on a CPU hardly worth it")
     p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="student's learning rate")
     p.add_argument("--critic_lr", type=at_least(0, float), default=1e-5, help="critic's learning rate")
     p.add_argument("--warmup", type=at_least(0), default=100, help="updates of linear warm-up, both stages")
@@ -147,6 +147,11 @@ def share_revealed(masked, seq_len, ar_steps=None):
     return 1 - masked / seq_len
 
 
+def upload(x, device):
+    """x on `device`. From memory that is not pinned the copy would wait for all that the GPU has still to do."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def training_batch(data, model, batch, seed, step, device, rank, world, ar_steps=None):
     """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on device; B = batch / world.
 
@@ -158,11 +163,11 @@ def training_batch(data, model, batch, seed, step, device, rank, world, ar_steps
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + rank)  # the VAE's posterior noise
     x, labels = data.batch(indices, flip, generator)
     place = step * batch + rank * len(indices) + torch.arange(len(indices))
-    keys = image_keys(torch.stack([torch.full_like(place, seed), place], 1)).to(device, non_blocking=True)
+    keys = upload(image_keys(torch.stack([torch.full_like(place, seed), place], 1)), device)
     orders = random_orders(keys, model.config.seq_len)
     m = masked_count(model.config, seed, step, ar_steps)
     masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
-    return model.patchify(x.to(device, non_blocking=True)), labels.to(device, non_blocking=True), keys, visible, masked
+    return model.patchify(upload(x, device)), upload(labels, device), keys, visible, masked
 
 
 def gather_tokens(tokens, index):

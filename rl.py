@@ -95,8 +95,8 @@ def parse_args(argv=None):
     p.add_argument("--chunk", type=at_least(1), default=32, help="images decoded and scored at once: lower it likewise")
     p.add_argument("--recompute", action="store_true", help="recompute the transformer's blocks in backward: a third "
                    "more time, a fraction of the memory; before --accumulate when memory ends")
-    p.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks: the first updates "
-                   "take minutes, the others less time; on a CPU hardly worth it")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks of transformer and head: the first "
+                   "updates take minutes, the others less time; on a CPU hardly worth it")
     p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="learning rate")
     p.add_argument("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
     p.add_argument("--decay", type=at_least(0, float), default=0.5, help="share of the run, its last, over which the "

@@ -317,7 +317,7 @@ def bench(model, args, device):
     heads = sum(p.numel() for p in model.head_net.parameters())
     total = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes; the head's are float32
-    print(f"device: {name}; precision: {'bf16 transformer, float32 head' if on_cuda else 'float32'}; "
+    print(f"device: {name}; precision: {'bf16 transformer, TF32 head' if on_cuda else 'float32'}; "
           f"{'one CUDA graph a batch; ' if args.graph else ''}{total / 1e6:.1f} M parameters, of which head "
           f"{heads / 1e6:.1f} M; {model.config.seq_len} tokens\n"
           f"timed: labels and seeds to latents, no VAE; warm, median of {args.repeat}; measured limits: products "
