@@ -273,7 +273,7 @@ def plan(config, args, world, device, stage):
     """Parameters, bytes a process by kind, and FLOPs an image of one stage, "teacher" or "student".
 
     Activations are an estimate (within 15 % of a real run's peak, README). A transformer block keeps 16 D numbers a
-    token for backward (inputs of two norms, four matrices, attention and GELU), a block of the head 11 W a row.
+    token for backward (inputs of two norms, four matrices, attention and GELU), a block of the head 10 W a row.
     """
     K = args.ar_steps if args.ar_steps_aware and stage == "student" else None
     P = round(np.mean([masked_count(config, 0, step, K) for step in range(1000)]))
@@ -287,7 +287,7 @@ def plan(config, args, world, device, stage):
     # with bf16 36 bytes for 16 numbers: what enters a norm stays float32. Recomputing keeps the blocks' inputs alone
     a_token = 4 if args.recompute else 36 if device.type == "cuda" else 64
     transformer = images * tokens * config.width * a_token
-    head = images * P * 4 * config.head_width * (11 * config.head_depth + 10)
+    head = images * P * 4 * config.head_width * (10 * config.head_depth + 10)
     pass_flops, tail_flops, row_flops = forward_flops(config, P, 1 if args.critic in ("full", 0) else args.critic)
     # the share of a transformer that the critic runs for itself
     own = 1 if args.critic == "full" else tail_flops / pass_flops if args.critic else 0

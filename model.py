@@ -256,7 +256,7 @@ def modulate(x, shift, scale):
 
 
 class ResBlock(nn.Module):
-    """One block of the head: x (N, W) and its condition y (N, W) -> (N, W)."""
+    """One block of the head: x (N, W) and silu of its condition y (N, W) -> (N, W)."""
 
     def __init__(self, width):
         super().__init__()
@@ -264,8 +264,8 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
 
-    def forward(self, x, y):
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+    def forward(self, x, silu_y):
+        shift, scale, gate = self.adaLN_modulation[1](silu_y).chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
 
@@ -286,8 +286,8 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
-    def forward(self, x, y):
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+    def forward(self, x, silu_y):
+        shift, scale = self.adaLN_modulation[1](silu_y).chunk(2, dim=-1)
         return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
 
 
@@ -306,10 +306,10 @@ class Head(nn.Module):
         return self.time_embed(t) + self.cond_embed(c)  # (N, W)
 
     def forward(self, x, y):  # (N, C), (N, W) -> (N, 2C)
-        x = self.input_proj(x)  # (N, W)
+        x, silu_y = self.input_proj(x), F.silu(y)  # (N, W); every block begins with this silu: taken and kept once
         for block in self.res_blocks:
-            x = block(x, y)
-        return self.final_layer(x, y)
+            x = block(x, silu_y)
+        return self.final_layer(x, silu_y)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

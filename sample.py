@@ -10,7 +10,7 @@ one step without guidance, a teacher by its chain with the guidance it was train
     python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
     python sample.py --bench --size base --ar_steps 8 --batch 4                 # no checkpoint: speed needs no training
-    python sample.py --bench --ckpt student.pt --batch 128 --graph              # a GPU: a batch is one CUDA graph
+    python sample.py --bench --ckpt student.pt --batch 128 --compile --graph    # a GPU: a batch is one CUDA graph
     python sample.py --curves out/a/log.jsonl out/b/log.jsonl --out curves.png
 (Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """
@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import LATENT_SCALE, load_vae
-from model import (MAR, SIZES, Parser, UserError, at_least, bf16_weights, graphed, linear, load_mar,
+from model import (MAR, SIZES, Parser, UserError, at_least, bf16_weights, compile_blocks, graphed, linear, load_mar,
                    mask_counts, read_checkpoint, run_main, setup)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,8 +318,8 @@ def bench(model, args, device):
     total = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes; the head's are float32
     print(f"device: {name}; precision: {'bf16 transformer, TF32 head' if on_cuda else 'float32'}; "
-          f"{'one CUDA graph a batch; ' if args.graph else ''}{total / 1e6:.1f} M parameters, of which head "
-          f"{heads / 1e6:.1f} M; {model.config.seq_len} tokens\n"
+          f"{'compiled blocks; ' if args.compile else ''}{'one CUDA graph a batch; ' if args.graph else ''}"
+          f"{total / 1e6:.1f} M parameters, of which head {heads / 1e6:.1f} M; {model.config.seq_len} tokens\n"
           f"timed: labels and seeds to latents, no VAE; warm, median of {args.repeat}; measured limits: products "
           f"{rate / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.1f} GB/s\n"
           "ratio: to the student of equal batch and K. matrix: share of the limit. weights: reading every weight once "
@@ -462,9 +462,9 @@ def save_panels(runs, out):
 SAMPLING = {"ckpt", "classes", "teacher", "ar_steps", "head_steps", "guidance", "guidance_schedule", "temperature",
             "seed", "vae", "device"}
 USES = {"grid": SAMPLING | {"out", "per_class", "batch"}, "gif": SAMPLING | {"gif", "per_class"},
-        "num": SAMPLING | {"num", "out", "batch", "graph"}, "curves": {"curves", "out"},
+        "num": SAMPLING | {"num", "out", "batch", "compile", "graph"}, "curves": {"curves", "out"},
         "bench": {"bench", "ckpt", "size", "ar_steps", "teacher_ar_steps", "head_steps", "guidance",
-                  "guidance_schedule", "batch", "repeat", "graph", "device"}}
+                  "guidance_schedule", "batch", "repeat", "compile", "graph", "device"}}
 
 
 def parse():
@@ -489,6 +489,8 @@ def parse():
     p.add_argument("--seed", type=int, default=0, help="picture i is that of (seed, i)")
     p.add_argument("--vae", help="kl16.ckpt, for models of latents")
     p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, a process; less if memory is short")
+    p.add_argument("--compile", action="store_true", help="--num, --bench: torch.compile the blocks, which takes a "
+                   "minute and joins small kernels; for GPUs, on a CPU it loses oneDNN's products")
     p.add_argument("--graph", action="store_true", help="--num, --bench, on CUDA: all AR steps of a batch as one CUDA "
                    "graph, which saves launches where batches are small; off, for it has never run on a GPU")
     p.add_argument("--size", choices=SIZES, help="--bench: a size with random weights, instead of --ckpt")
@@ -609,6 +611,8 @@ def main():
         bf16_weights(model)
     elif args.graph:
         raise UserError("--graph: a CUDA graph needs a GPU: leave it out on the CPU")
+    if args.compile:
+        compile_blocks(model)
     if mode == "bench":
         return bench(model, args, device)
     names = file.get("class_names") or [f"class {i}" for i in range(model.config.num_classes)]

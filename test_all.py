@@ -564,7 +564,7 @@ def test_masked_share_follows_the_public_distribution():
 
 
 def test_compiled_blocks_compute_the_same():
-    """--compile: the same gradients, whatever the number of visible tokens."""
+    """--compile: the same gradients and pictures, whatever the number of visible tokens."""
     if not shutil.which("g++"):
         raise Skip("torch.compile needs a C++ compiler on a CPU")
     plain, compiled = tiny_mar().requires_grad_(True), tiny_mar().requires_grad_(True)
@@ -577,6 +577,7 @@ def test_compiled_blocks_compute_the_same():
             model.one_step(torch.ones(len(c), 12), c).square().sum().backward()
         for p, q in zip(plain.parameters(), compiled.parameters()):
             close(q.grad, p.grad, 1e-4)
+    close(compiled.generate(labels[:2], 4), plain.generate(labels[:2], 4), 1e-4)
     assert list(compiled.state_dict()) == list(plain.state_dict()), "checkpoints must not show it"
 
 
