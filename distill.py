@@ -31,10 +31,10 @@ from tqdm import tqdm
 from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
-                   bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, linear,
-                   load_mar, log_line, mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr,
-                   setup, start_folder, stop_if_bad, uniform, update_ema, write_json)
-from sample import draw_together, save_grid, seconds_of
+                   bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar,
+                   log_line, mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup,
+                   start_folder, stop_if_bad, uniform, update_ema, write_json)
+from sample import draw_together, matrix_rate, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
 TEACHER_T, TEACHER_EPS, DROP, NOISE, CRITIC_T, CRITIC_EPS, STUDENT_T, STUDENT_EPS = (TRAIN + 64 * i for i in range(8))
@@ -317,14 +317,6 @@ def print_plan(config, args, world, device, stage):
                f"together {sum(memory.values()):.2f}\n"
                f"an update: {p['passes']:.3g} transformer passes an image, {p['flops'] * batch / 1e12:.3g} TFLOP, "
                f"{p['in heads'] / p['flops']:.0%} of them in heads")
-
-
-def matrix_rate(device):
-    """FLOP/s of a large matrix product here, at the transformer's precision: what MFU is a share of."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = torch.ones(size, size, device=device, dtype=dtype), torch.zeros(size, device=device, dtype=dtype)
-    with torch.no_grad():
-        return 2 * size**3 / seconds_of(lambda: linear(a, a, b), device, 9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -298,20 +298,24 @@ def flops_of(model, generate_kwargs):
 
 
 @torch.no_grad()
-def limits_of(device):
-    """What the chip reaches here: (matrix products in FLOP/s at the transformer's precision, copying in bytes/s)."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+def matrix_rate(device):
+    """FLOP/s of a large matrix product here, at the transformer's precision: what MFU is a share of."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, bias = torch.ones(size, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
-    b = torch.ones(256 << 20, device=device, dtype=torch.uint8)  # far beyond any cache
-    c = torch.empty_like(b)
-    product, copy = lambda: linear(a, a, bias), lambda: c.copy_(b)
-    product(), copy()  # warm
-    return 2 * size**3 / seconds_of(product, device, 9), 2 * b.numel() / seconds_of(copy, device, 9)
+    linear(a, a, bias)  # warm
+    return 2 * size**3 / seconds_of(lambda: linear(a, a, bias), device, 9)
+
+
+def copy_rate(device):
+    """Bytes/s, read and written, of a copy far beyond any cache."""
+    a = torch.ones(256 << 20, device=device, dtype=torch.uint8)
+    b = torch.empty_like(a).copy_(a)  # warm
+    return 2 * a.numel() / seconds_of(lambda: b.copy_(a), device, 9)
 
 
 def bench(model, args, device):
     """Time teacher and student, which differ in head steps and guidance alone, so one network serves as both."""
-    rate, bandwidth = limits_of(device)
+    rate, bandwidth = matrix_rate(device), copy_rate(device)
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     heads = sum(p.numel() for p in model.head_net.parameters())
