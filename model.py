@@ -232,8 +232,28 @@ def linear(x, weight, bias):
     another order.
     """
     if x.is_cpu and ONEDNN and not torch.compiler.is_compiling() and x.numel() * len(weight) > 4e6:
-        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+        return ByOneDNN.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+class ByOneDNN(torch.autograd.Function):
+    """The product and its gradients by PyTorch's oneDNN operators. Left to autograd they would keep a second copy of
+    every result until backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen network's x is not asked for
+        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), grad, found = ctx.saved_tensors, grad.to_mkldnn(), [None, None, None]
+        if ctx.needs_input_grad[0]:
+            found[0] = torch.ops.aten.mkldnn_linear_backward_input(ctx.shape, grad, weight).to_dense()
+        if ctx.needs_input_grad[1]:
+            found[1:] = torch.ops.aten.mkldnn_linear_backward_weights(grad, x.to_mkldnn(), weight, True)
+        return tuple(found)
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
