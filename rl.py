@@ -453,8 +453,8 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
     gradients = Gradients(student)
     if rank == 0:
         total = sum(p.numel() for p in student.parameters())
-        tqdm.write(f"student: {total / 1e6:.1f} M parameters, {reference.config.seq_len} tokens; an update: {args.batch} "
-                   f"episodes of {args.ar_steps} AR steps on {world} process(es), {calls:,} reward calls")
+        tqdm.write(f"student: {total / 1e6:.1f} M parameters, {reference.config.seq_len} tokens; an update: "
+                   f"{args.batch} episodes of {args.ar_steps} AR steps on {world} process(es), {calls:,} reward calls")
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
     # what the direction is searched for in: the latents, scored through the decoder, or the decoded pictures
     perturbed = score if args.perturb == "pixel" else lambda z, labels: score(decode(z), labels)
