@@ -276,7 +276,8 @@ def modulate(x, shift, scale):
 
 
 class ResBlock(nn.Module):
-    """One block of the head: x (N, W) and silu of its condition y (N, W) -> (N, W)."""
+    """One block of the head: x (N, W) and silu of its condition y (N, W) -> (N, W). The silu that adaLN_modulation
+    begins with, here and in FinalLayer, is Head's: it stands there for the public names of the weights."""
 
     def __init__(self, width):
         super().__init__()

@@ -432,6 +432,10 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
     """
     dims, S = reference.config.latent_size**2 * reference.config.vae_channels, args.accumulate
     calls = args.batch * (2 * args.pairs + 1 if args.estimator == "reinforce" else 1)  # of the reward, an update
+    if rank == 0:
+        total = sum(p.numel() for p in student.parameters())
+        tqdm.write(f"student: {total / 1e6:.1f} M parameters, {reference.config.seq_len} tokens; an update: "
+                   f"{args.batch} episodes of {args.ar_steps} AR steps on {world} process(es), {calls:,} reward calls")
     student.requires_grad_(True)  # eval mode, all: the noise of a picture must be the policy's alone
     ema = copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -451,10 +455,6 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
     if args.compile:
         compile_blocks(student, reference)
     gradients = Gradients(student)
-    if rank == 0:
-        total = sum(p.numel() for p in student.parameters())
-        tqdm.write(f"student: {total / 1e6:.1f} M parameters, {reference.config.seq_len} tokens; an update: "
-                   f"{args.batch} episodes of {args.ar_steps} AR steps on {world} process(es), {calls:,} reward calls")
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
     # what the direction is searched for in: the latents, scored through the decoder, or the decoded pictures
     perturbed = score if args.perturb == "pixel" else lambda z, labels: score(decode(z), labels)

@@ -300,10 +300,10 @@ def flops_of(model, generate_kwargs):
 @torch.no_grad()
 def matrix_rate(device):
     """FLOP/s of a large matrix product here, at the transformer's precision: what MFU is a share of."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, bias = torch.ones(size, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
     linear(a, a, bias)  # warm
-    return 2 * size**3 / seconds_of(lambda: linear(a, a, bias), device, 9)
+    return 2 * size**3 / seconds_of(lambda: linear(a, a, bias), device, 5)
 
 
 def copy_rate(device):

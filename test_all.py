@@ -2659,9 +2659,9 @@ class Strict(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given, made = ([x for x in tree_leaves(tree) if torch.is_tensor(x)] for tree in ((args, kwargs), out))
         if func.overloadpacket in self.PRODUCTS and len({x.dtype for x in given}) > 1:
-            raise TypeError(f"{func} of {[x.dtype for x in given]}")
+            raise RuntimeError(f"{func} of {[x.dtype for x in given]}")
         if any(x.is_cuda for x in given) and not all(x.is_cuda for x in made):
-            raise TypeError(f"{func} copies from the GPU")
+            raise RuntimeError(f"{func} copies from the GPU")
         return out
 
 
@@ -2720,8 +2720,9 @@ def fake_distillation(stage, config, size, *flags, mode=Strict):
         try:
             if stage == "teacher":
                 distill.train_teacher(args, config, Pictures([0] * 99), cuda, 0, 1, None)
-            teacher = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
-            distill.distil(args, Pictures([0] * 99), teacher, cuda, 0, 1, mock.Mock(), None)
+            else:
+                teacher = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
+                distill.distil(args, Pictures([0] * 99), teacher, cuda, 0, 1, mock.Mock(), None)
         except Reached:
             return plan, inside
 
@@ -2774,11 +2775,14 @@ def steps_on_fake_gpu():
             assert torch.autograd.grad(score.sum(), pixels)[0].is_cuda
 
         # that the net has no hole: what must be refused is
-        for wrong in (lambda: pixels + torch.zeros(64), lambda: pixels.sum().item(), lambda: pixels.cpu(),
-                      lambda: pixels[0, 0].bfloat16() @ pixels[0, 0]):
+        for wrong, words in ((lambda: pixels + torch.zeros(64), "same device"),
+                             (lambda: pixels.sum().item(), "_local_scalar_dense"),
+                             (lambda: pixels.cpu(), "copies from the GPU"),
+                             (lambda: pixels[0, 0].bfloat16() @ pixels[0, 0], "bfloat16")):
             try:
                 wrong()
-            except (RuntimeError, TypeError, DataDependentOutputException):
+            except (RuntimeError, DataDependentOutputException) as error:
+                assert words in str(error), error
                 continue
             raise AssertionError("a mistake went unnoticed")
     print("all steps reached")
