@@ -32,8 +32,8 @@ from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
                    bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar,
-                   log_line, mask_counts, on_sigterm, random_orders, run_main, save_checkpoint, set_lr, setup,
-                   start_folder, stop_if_bad, uniform, update_ema, write_json)
+                   log_line, mask_counts, on_sigterm, run_main, save_checkpoint, set_lr, setup, start_folder,
+                   stop_if_bad, token_orders, uniform, update_ema, write_json)
 from sample import draw_together, matrix_rate, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -164,7 +164,7 @@ def training_batch(data, model, batch, seed, step, device, rank, world, ar_steps
     x, labels = data.batch(indices, flip, generator)
     place = step * batch + rank * len(indices) + torch.arange(len(indices))
     keys = upload(image_keys(torch.stack([torch.full_like(place, seed), place], 1)), device)
-    orders = random_orders(keys, model.config.seq_len)
+    orders = token_orders(keys, model.config.seq_len)
     m = masked_count(model.config, seed, step, ar_steps)
     masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
     return model.patchify(upload(x, device)), upload(labels, device), keys, visible, masked
@@ -288,7 +288,7 @@ def plan(config, args, world, device, stage):
     a_token = 4 if args.recompute else 36 if device.type == "cuda" else 64
     transformer = images * tokens * config.width * a_token
     head = images * P * 4 * config.head_width * (10 * config.head_depth + 10)
-    pass_flops, tail_flops, row_flops = forward_flops(config, P, 1 if args.critic in ("full", 0) else args.critic)
+    pass_flops, tail_flops, row_flops = forward_flops(config, P, tail_of(args.critic))
     # the share of a transformer that the critic runs for itself
     own = 1 if args.critic == "full" else tail_flops / pass_flops if args.critic else 0
     if stage == "teacher":
@@ -613,10 +613,16 @@ def critic_parameters(model, blocks):
     return [*model.head_net.parameters(), *tail]
 
 
+def tail_of(blocks):
+    """Where the teacher's pass is cut in two (MAR.trunk, MAR.tail) so that a critic of `--critic blocks` can go on from
+    there: before that many of the decoder's blocks, and before the last where nobody does."""
+    return 1 if blocks in ("full", 0) else blocks
+
+
 def teacher_contexts(teacher, tokens, visible, labels, masked, g, blocks):
     """c_p and, with guidance, the null class's c: (N, D) each, one pass of both halves; c_null is None for g = 1.
     Third: x_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
-    B, last = len(tokens), 1 if blocks in ("full", 0) else blocks
+    B, last = len(tokens), tail_of(blocks)
     if g != 1:
         tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
         labels = torch.cat([labels, torch.full_like(labels, -1)])

@@ -41,8 +41,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices
-from model import (Parser, UserError, at_least, bf16_weights, load_mar, read_checkpoint, run_main, save_checkpoint,
-                   setup, write_json)
+from model import (ORDERS, Parser, UserError, at_least, bf16_weights, load_mar, read_checkpoint, run_main,
+                   save_checkpoint, setup, write_json)
 from sample import check_output, check_vae, draw, fill_in, save_panels
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
@@ -1061,7 +1061,8 @@ def checkpoint_source(path, ar_steps, args, device):
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
     how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
-           "guidance_schedule": flags.guidance_schedule, "temperature": flags.temperature, "seed": args.seed}
+           "guidance_schedule": flags.guidance_schedule, "temperature": flags.temperature, "orders": flags.order,
+           "seed": args.seed}
     labels = np.arange(args.num) % model.config.num_classes
     read = lambda start, stop: draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
     key = [file_key(path), args.vae and file_key(args.vae), how]
@@ -1299,6 +1300,7 @@ def parse():
     p.add_argument("--guidance", type=at_least(0, float), help="--ckpt: 1 = none; None: the checkpoint's")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="--ckpt: scale of the noise")
+    p.add_argument("--order", choices=ORDERS, default="random", help="--ckpt: in which tokens are revealed")
     p.add_argument("--seed", type=int, default=0, help="--ckpt: image i is that of (seed, i)")
     p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
     p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")

@@ -138,10 +138,18 @@ def gaussian(keys, purpose, positions, channels):
     return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
 
 
-def random_orders(keys, seq_len):
-    """A random order of the tokens for each picture: (B,) keys -> (B, L) long. The first m are masked when m are."""
-    positions = torch.arange(seq_len, device=keys.device).expand(len(keys), seq_len)
-    return uniform(keys, ORDER, positions)[:, :, 0].argsort(dim=1, stable=True)
+ORDERS = "random", "raster", "outward", "inward"
+
+
+def token_orders(keys, seq_len, kind="random"):
+    """An order of the tokens for each picture: (B,) keys -> (B, L) long. The first m are masked when m are, so it is
+    the last that a picture begins with. kind: "random", as MAR is trained; by rows, from the centre or from the border
+    for the sampler, tokens equally far from the centre in random order."""
+    side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
+    row, column = place // side, place % side
+    from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
+    rank = {"random": torch.zeros_like(place), "raster": place, "outward": from_centre, "inward": -from_centre}[kind]
+    return (uniform(keys, ORDER, place.expand(len(keys), -1))[:, :, 0] - rank).argsort(dim=1, stable=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -409,9 +417,10 @@ def mask_counts(seq_len, ar_steps):
     return counts + [0]
 
 
-def reveal_plan(orders, ar_steps):
-    """The AR steps as index tensors: yields (visible (B, V), predict (B, P)), each ascending, for k = 0..K-1."""
-    counts = mask_counts(orders.shape[1], ar_steps)
+def reveal_plan(orders, ar_steps, masked=None):
+    """The AR steps as index tensors: yields (visible (B, V), predict (B, P)), each ascending, for k = 0..K-1. masked:
+    how many of the tokens are unknown at the beginning, the first of each order; None: all."""
+    counts = mask_counts(masked or orders.shape[1], ar_steps)
     for now, after in zip(counts, counts[1:]):
         yield orders[:, now:].sort(dim=1).values, orders[:, after:now].sort(dim=1).values
 
@@ -581,17 +590,23 @@ class MAR(nn.Module):
 
     @torch.no_grad()
     def unmask(self, labels, ar_steps=64, head_steps=1, guidance=1.0, guidance_schedule="linear", temperature=1.0,
-               seeds=None, orders=None, noise=None):
+               seeds=None, orders="random", noise=None, known=None):
         """`generate` step by step: yields (tokens (B, L, C), visible (B, V) before the step, predict (B, P) in it)."""
         B, L, C = len(labels), self.config.seq_len, self.config.token_dim
         keys = image_keys(range(B) if seeds is None else seeds, labels.device)
-        if orders is None:
-            orders = random_orders(keys, L)
+        if isinstance(orders, str):
+            orders = token_orders(keys, L, orders)
+        tokens, masked = torch.zeros(B, L, C, device=labels.device), L
+        if known is not None:
+            start, redraw = known
+            tokens, masked = tokens + start.to(labels.device), int(redraw.sum())
+            # what is to be redrawn to the front of each order, which is else kept: the sort is stable
+            keep = (~redraw).to(labels.device).long()[orders]  # (B, L)
+            orders = orders.gather(1, keep.argsort(dim=1, stable=True))
         if noise is None:
             def noise(k, j, predict):  # j = None: the start noise, one draw a token whatever step reveals it
                 return gaussian(keys, START if j is None else CHAIN + 1000 * k + j, predict, C)
-        tokens = torch.zeros(B, L, C, device=labels.device)
-        for k, (visible, predict) in enumerate(reveal_plan(orders, ar_steps)):
+        for k, (visible, predict) in enumerate(reveal_plan(orders, ar_steps, masked)):
             # share known after this step; MAR never counts the last token, so its last step has (L - 1) / L
             revealed = min(visible.shape[1] + predict.shape[1], L - 1) / L
             g = 1 + (guidance - 1) * revealed if guidance_schedule == "linear" else guidance
@@ -611,17 +626,19 @@ class MAR(nn.Module):
             yield tokens, visible, predict
 
     def generate(self, labels, ar_steps=64, head_steps=1, guidance=1.0, guidance_schedule="linear", temperature=1.0,
-                 seeds=None, orders=None, noise=None):
+                 seeds=None, orders="random", noise=None, known=None):
         """Pictures from nothing: labels (B,) long on the model's device -> latents (B, c, h, w) float32.
 
         ar_steps K in 1..L; head_steps 1 (the student) or the length of the teacher's chain (100); guidance 1.0 = none,
         "linear" grows it with the share revealed (MAR), "constant" does not; temperature scales the chain's noise, or
         in one step the start noise; seeds (B,) ints or (B, 2) pairs (seed, index) fix noise and order of each picture
-        whatever the batch. For replays: orders (B, L), noise(k, j, predict (B, P)) -> (B, P, C), j None at the start.
+        whatever the batch; orders one of ORDERS. known, to redraw a part of a picture: its tokens (1 or B, L, C) and
+        (L,) bool on the host, true where they are drawn anew, at least K. For replays: orders (B, L) long,
+        noise(k, j, predict (B, P)) -> (B, P, C), j None at the start.
         Cost: K transformer passes and K * head_steps of the head, twice with guidance.
         """
         for tokens, _, _ in self.unmask(labels, ar_steps, head_steps, guidance, guidance_schedule, temperature, seeds,
-                                        orders, noise):
+                                        orders, noise, known):
             pass
         return self.unpatchify(tokens)
 

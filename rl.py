@@ -38,8 +38,8 @@ from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge,
 from fid import class_names as read_class_names
 from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, bf16_weights,
                    check_folder, compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts,
-                   on_sigterm, put, random_orders, read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr,
-                   setup, start_folder, stop_if_bad, take, update_ema, write_json)
+                   on_sigterm, put, read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr, setup,
+                   start_folder, stop_if_bad, take, token_orders, update_ema, write_json)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -273,7 +273,7 @@ def retrace(model, x, labels, keys, ar_steps):
     """
     C, tokens = model.config.token_dim, model.patchify(x)  # (B, L, C)
     found = torch.zeros_like(tokens)
-    for visible, predict in reveal_plan(random_orders(keys, tokens.shape[1]), ar_steps):
+    for visible, predict in reveal_plan(token_orders(keys, tokens.shape[1]), ar_steps):
         c = model.context(tokens, visible, labels, predict).flatten(0, 1)  # (N, D); masked tokens are never read
         x0 = model.one_step(gaussian(keys, START, predict, C).flatten(0, 1), c)  # (N, C)
         found = put(found, predict, x0.view(len(x), -1, C))
@@ -290,7 +290,7 @@ def backward_chain(model, x, slope, labels, keys, ar_steps, detach=False, before
     """
     L, C = model.config.seq_len, model.config.token_dim
     tokens, slope = model.patchify(x), model.patchify(slope)  # (B, L, C)
-    plan = list(reveal_plan(random_orders(keys, L), ar_steps))
+    plan = list(reveal_plan(token_orders(keys, L), ar_steps))
     for k, (visible, predict) in reversed(list(enumerate(plan))):
         context = tokens.detach().requires_grad_(not detach)
         c = model.context(context, visible, labels, predict).flatten(0, 1)  # (N, D)

@@ -7,7 +7,8 @@ one step without guidance, a teacher by its chain with the guidance it was train
     python sample.py --ckpt out/shapes/student.pt --classes 0 1 2 --out grid.png
     python sample.py --ckpt out/shapes/student.pt --gif unmasking.gif           # the picture appear, AR step by AR step
     python sample.py --ckpt out/shapes/teacher.pt --teacher --ar_steps 4 8 16   # a row of pictures and a time for each
-    python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 --out dog.png
+    python sample.py --ckpt out/shapes/student.pt --order outward --gif outward.gif         # any order: one network
+    python sample.py --ckpt student.pt --vae kl16.ckpt --edit photo.jpg --box 64 64 192 192 --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
     python sample.py --bench --size base --ar_steps 8 --batch 4                 # no checkpoint: speed needs no training
     python sample.py --bench --ckpt student.pt --batch 128 --compile --graph    # a GPU: a batch is one CUDA graph
@@ -31,8 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import LATENT_SCALE, load_vae
-from model import (MAR, SIZES, Parser, UserError, at_least, bf16_weights, compile_blocks, graphed, linear, load_mar,
+from data import LATENT_SCALE, load_vae, read_image
+from model import (MAR, ORDERS, SIZES, Parser, UserError, at_least, bf16_weights, compile_blocks, graphed, linear, load_mar,
                    mask_counts, read_checkpoint, run_main, setup)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,6 +178,41 @@ def save_gif(model, classes, names, per_class, path, seed, vae, generate_kwargs)
     # about three seconds in all, whatever K is, and two more to look at the result
     durations = [max(20, 3000 // len(frames))] * (len(frames) - 1) + [2000]
     save_image(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Editing: since any order will do, what is known may be any part of a picture
+
+
+def tokens_of(model, picture, vae=None):
+    """A picture (1, 3, H, W) uint8 on the model's device -> its tokens (1, L, C); of latents the posterior's mean."""
+    x = picture.float() / 127.5 - 1
+    if vae is not None:
+        with torch.no_grad():
+            x = vae.moments(x).chunk(2, dim=1)[0] * LATENT_SCALE
+    return model.patchify(x)
+
+
+def open_edit(model, path, box, vae=None):
+    """What --edit and --box say -> (known for MAR.generate, uint8 (2, 3, H, W): the picture and what stays of it)."""
+    c, redraw = model.config, cells_in(model.config, box)
+    picture = torch.from_numpy(read_image(path, c.img_size))[None]  # cropped as training pictures are
+    hole = redraw.view(1, 1, c.latent_size // c.patch_size, -1)
+    hole = hole.repeat_interleave(c.patch_size * c.vae_stride, 2).repeat_interleave(c.patch_size * c.vae_stride, 3)
+    tokens = tokens_of(model, picture.to(next(model.parameters()).device), vae)
+    return (tokens, redraw), torch.cat([picture, torch.where(hole, 128, picture)])
+
+
+def cells_in(config, box):
+    """box: left, top, right, bottom in pixels -> (L,) bool, true for every token that it touches."""
+    side, cell = config.latent_size // config.patch_size, config.patch_size * config.vae_stride
+    left, top, right, bottom = box
+    if not (0 <= left < right <= config.img_size and 0 <= top < bottom <= config.img_size):
+        raise UserError(f"--box {left} {top} {right} {bottom}: wanted are left < right and top < bottom within "
+                        f"0..{config.img_size}, pixels of the picture once it is cropped to {config.img_size}")
+    inside = torch.zeros(side, side, dtype=torch.bool)
+    inside[top // cell:-(-bottom // cell), left // cell:-(-right // cell)] = True
+    return inside.flatten()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,8 +500,8 @@ def save_panels(runs, out):
 # The command
 
 SAMPLING = {"ckpt", "classes", "teacher", "ar_steps", "head_steps", "guidance", "guidance_schedule", "temperature",
-            "seed", "vae", "device"}
-USES = {"grid": SAMPLING | {"out", "per_class", "batch"}, "gif": SAMPLING | {"gif", "per_class"},
+            "order", "seed", "vae", "device"}
+USES = {"grid": SAMPLING | {"out", "per_class", "batch", "edit", "box"}, "gif": SAMPLING | {"gif", "per_class"},
         "num": SAMPLING | {"num", "out", "batch", "compile", "graph"}, "curves": {"curves", "out"},
         "bench": {"bench", "ckpt", "size", "ar_steps", "teacher_ar_steps", "head_steps", "guidance",
                   "guidance_schedule", "batch", "repeat", "compile", "graph", "device"}}
@@ -490,6 +526,11 @@ def parse():
                    "checkpoint's, for public ones MAR's 2.9, 3.0, 3.2 of B, L, H")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="None: the checkpoint's; public: linear")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="scale of the noise; MAR: 0.95 unguided")
+    p.add_argument("--order", choices=ORDERS, default="random", help="in which tokens are revealed; random is "
+                   "what networks are trained for")
+    p.add_argument("--edit", metavar="PICTURE", help="draw a part of this picture anew, once for each class")
+    p.add_argument("--box", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+                   help="--edit: the part, in pixels of the cropped picture; whole tokens are drawn")
     p.add_argument("--seed", type=int, default=0, help="picture i is that of (seed, i)")
     p.add_argument("--vae", help="kl16.ckpt, for models of latents")
     p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, a process; less if memory is short")
@@ -509,6 +550,10 @@ def parse():
     ignored = [f for f, value in vars(args).items() if value != p.get_default(f) and f not in USES[modes[0]]]
     if ignored:
         raise UserError(f"--{ignored[0]} does nothing in a {modes[0]} job: leave it out")
+    if args.edit and not os.path.isfile(args.edit):
+        raise UserError(f"--edit: no such file: {args.edit}")
+    if bool(args.edit) != bool(args.box):
+        raise UserError("--edit PICTURE and --box LEFT TOP RIGHT BOTTOM belong together: give both")
     if modes[0] != "curves" and bool(args.ckpt) == bool(args.size):
         raise UserError("give --ckpt (a run's student.pt or teacher.pt, or a public MAR checkpoint)"
                         + (" or --size, one of them" if args.bench else ""))
@@ -537,8 +582,8 @@ def fill_in(args, file, config):
     args.teacher_ar_steps = args.teacher_ar_steps or args.ar_steps
     for K in args.ar_steps + args.teacher_ar_steps:
         mask_counts(config.seq_len, K)  # complains when K is above the number of tokens
-    if len(args.ar_steps) > 1 and (args.gif or args.num):
-        raise UserError("several --ar_steps make a grid and a table; --gif and --num take one")
+    if len(args.ar_steps) > 1 and (args.gif or args.num or args.edit):
+        raise UserError("several --ar_steps make a grid and a table; --gif, --num and --edit take one")
     args.head_steps = args.head_steps or made.get("teacher_head_steps", 100)
     args.guidance = made.get("guidance", 1.0) if args.guidance is None else args.guidance
     args.guidance_schedule = args.guidance_schedule or made.get("guidance_schedule", "linear")
@@ -624,9 +669,14 @@ def main():
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
     kwargs = {"ar_steps": args.ar_steps[0], "head_steps": args.head_steps, "guidance": args.guidance,
-              "guidance_schedule": args.guidance_schedule, "temperature": args.temperature}
+              "guidance_schedule": args.guidance_schedule, "temperature": args.temperature, "orders": args.order}
     titles = [names[label] for label in classes]
-    start = time.time()
+    rows, start = [], time.time()
+    if args.edit:
+        kwargs["known"], stays = open_edit(model, args.edit, args.box, vae)
+        rows = [("picture", stays)]
+        args.ar_steps = [min(args.ar_steps[0], int(kwargs["known"][1].sum()))]  # every step reveals a token
+        kwargs["ar_steps"] = args.ar_steps[0]
     if mode == "num":
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.array(classes)[np.arange(args.num) % len(classes)]
@@ -635,7 +685,7 @@ def main():
     elif mode == "gif":
         save_gif(model, classes, titles, args.per_class or 4, out, args.seed, vae, kwargs)
     else:
-        save_grid(draw_grid(model, classes, titles, args, device, vae, kwargs), out)
+        save_grid(rows + draw_grid(model, classes, titles, args, device, vae, kwargs), out)
     if rank == 0:
         print(f"{out}: AR steps {', '.join(map(str, args.ar_steps))}, head steps {args.head_steps}, guidance "
               f"{args.guidance:g}, seed {args.seed}, {time.time() - start:.1f} s")

@@ -47,9 +47,9 @@ import rl
 import sample
 from data import PUBLIC, SHAPES, open_data, train_indices
 from fid import load_or_train_classifier
-from model import (CHAIN, MAR, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, bf16_weights,
+from model import (CHAIN, MAR, ORDERS, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, bf16_weights,
                    compile_blocks, cosine_schedule, diffusion_loss, gaussian, graphed, image_keys, load_mar, log_line,
-                   random_orders, read_checkpoint, reveal_plan, run_main, save_checkpoint, setup, write_json)
+                   read_checkpoint, reveal_plan, run_main, save_checkpoint, setup, token_orders, write_json)
 from sample import COLOURS, GAP, draw, flops_of, read_log, save_grid, ticks, to_uint8, unmasking
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would drown the verdicts
@@ -249,7 +249,7 @@ def test_parameter_counts():
 def test_last_block_computes_only_what_is_asked():
     model = tiny_mar()
     tokens, labels = torch.randn(3, 16, 12), torch.tensor([0, 1, 3])
-    orders = random_orders(image_keys(range(3)), 16)
+    orders = token_orders(image_keys(range(3)), 16)
     visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
     mask = torch.ones(3, 16).scatter(1, visible, 0.0)
     whole = model.condition(tokens, mask, labels)
@@ -268,12 +268,49 @@ def test_masked_tokens_never_leak_into_the_condition():
 
 def test_reveal_plan_covers_every_token_once():
     for seq_len, ar_steps in ((16, 1), (16, 16), (256, 64), (256, 256), (64, 7)):
-        orders = random_orders(image_keys(range(2)), seq_len)
+        orders = token_orders(image_keys(range(2)), seq_len)
         seen = torch.zeros(2, seq_len)
         for visible, predict in reveal_plan(orders, ar_steps):
             assert predict.shape[1] >= 1 and (seen.gather(1, visible) == 1).all()
             seen.scatter_add_(1, predict, torch.ones(predict.shape))
         assert (seen == 1).all()
+
+
+def test_orders_begin_where_they_say():
+    keys = image_keys(range(200))
+    for side in (4, 16):
+        for kind in ORDERS:
+            orders = token_orders(keys, side * side, kind)
+            assert (orders.sort(dim=1).values == torch.arange(side * side)).all()  # each token once
+            shown = orders.flip(1)  # the last is revealed first
+            distance = torch.hypot(shown // side - (side - 1) / 2, shown % side - (side - 1) / 2)
+            sign = {"outward": 1, "inward": -1}.get(kind)
+            if kind == "raster":
+                assert (shown == torch.arange(side * side)).all()
+            elif kind == "random":
+                assert abs(shown[:, 0].float().mean() / (side**2 - 1) - 0.5) < 0.1 and len(shown[:, 0].unique()) > 10
+            else:  # from the centre, or to it; which of the four equally far is drawn by lot
+                assert (sign * distance.diff(dim=1) >= -1e-6).all() and len(shown[:, 0].unique()) == 4
+
+
+def test_what_is_known_stays_and_the_rest_is_drawn_to_it():
+    model, labels, seeds = tiny_mar(), torch.tensor([0, 1, 2]), [7, 7, 8]  # two classes of the same noise and order
+    picture = torch.rand(1, 16, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    redraw = torch.zeros(16, dtype=torch.bool)
+    redraw[[1, 2, 5, 6, 7]] = True
+    for how in (dict(ar_steps=3), dict(ar_steps=5, head_steps=3, guidance=2.0), dict(ar_steps=2, orders="outward")):
+        steps = list(model.unmask(labels, known=(picture, redraw), seeds=seeds, **how))
+        assert len(steps) == how["ar_steps"]
+        assert (steps[0][1] == (~redraw).nonzero()[:, 0]).all()  # the first step sees what is known, nothing else
+        drawn = torch.cat([predict for _, _, predict in steps], 1).sort(dim=1).values
+        assert (drawn == redraw.nonzero()[:, 0]).all()  # all that is asked for, each token once
+        tokens = steps[-1][0]
+        assert torch.equal(tokens[:, ~redraw], picture[:, ~redraw].expand(3, -1, -1))
+        other = model.patchify(model.generate(labels, known=(-picture, redraw), seeds=seeds, **how))
+        # drawn after what is around it and after the class: little in a network of random weights, but not rounding
+        assert (tokens - other)[:, redraw].abs().mean() > 1e-4 and (tokens[0] - tokens[1])[redraw].abs().mean() > 1e-4
+    everything = torch.ones(16, dtype=torch.bool)
+    assert torch.equal(model.generate(labels, 4, known=(picture, everything)), model.generate(labels, 4))
 
 
 def test_noise_is_standard_normal_and_has_no_state():
@@ -340,7 +377,7 @@ def test_chain_with_everything_embedded_once_is_the_plain_chain():
 
 def test_bf16_weights_give_the_bits_of_autocast():
     model, tokens, labels = tiny_mar(), torch.randn(3, 16, 12), torch.tensor([0, -1, 3])
-    orders = random_orders(image_keys(range(3)), 16)
+    orders = token_orders(image_keys(range(3)), 16)
     visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
     plain = model.context(tokens, visible, labels, predict)
     with torch.autocast("cpu", torch.bfloat16):  # stands in for CUDA's
@@ -569,7 +606,7 @@ def test_compiled_blocks_compute_the_same():
         raise Skip("torch.compile needs a C++ compiler on a CPU")
     plain, compiled = tiny_mar().requires_grad_(True), tiny_mar().requires_grad_(True)
     compile_blocks(compiled)
-    labels, order = torch.tensor([0, 1, -1]), random_orders(image_keys(range(3)), 16)
+    labels, order = torch.tensor([0, 1, -1]), token_orders(image_keys(range(3)), 16)
     for V in (5, 9):
         for model in (plain, compiled):
             model.zero_grad()
@@ -618,7 +655,7 @@ def test_start_up_table_counts_parameters_flops_and_activations():
 
     P = round(np.mean([distill.masked_count(SIZES["shapes"], 0, step) for step in range(1000)]))
     labels, keys = torch.arange(32) % 8, image_keys(range(32))
-    order = random_orders(keys, 16)
+    order = token_orders(keys, 16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), plain_products():
         distill.teacher_loss(model, torch.randn(32, 16, 48), labels, keys, order[:, P:], order[:, :P], 2)
     real = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
@@ -872,7 +909,7 @@ def test_accumulation_and_variants_run():
 def test_a_critic_may_go_on_from_the_teachers_trunk():
     """--critic N: what the teacher's pass hands over before its last N blocks leads to the teacher's own context."""
     model, labels = tiny_mar(), torch.tensor([0, 1, 3])
-    tokens, orders = torch.randn(3, 16, 12), random_orders(image_keys(range(3)), 16)
+    tokens, orders = torch.randn(3, 16, 12), token_orders(image_keys(range(3)), 16)
     visible, masked = orders[:, 11:].sort(dim=1).values, orders[:, :11].sort(dim=1).values
     want = model.context(tokens, visible, labels, masked).flatten(0, 1)
     for blocks in ("full", 0, 1, 2):
@@ -1550,6 +1587,26 @@ def test_gif_shows_the_unmasking():
         assert Image.open(folder / "a.gif").n_frames == 6  # the empty picture, then one an AR step
 
 
+def test_edit_keeps_what_is_outside_the_box():
+    from PIL import Image
+    with scratch() as folder:
+        model = tiny_mar(folder)  # 8 px, tokens of 2 x 2
+        picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / "p.png")
+        known, stays = sample.open_edit(model, folder / "p.png", (3, 0, 6, 5))  # touches columns 2..5, rows 0..5
+        hole = np.zeros((8, 8), bool)
+        hole[0:6, 2:6] = True
+        assert torch.equal(stays[0], torch.from_numpy(picture).permute(2, 0, 1))
+        assert (stays[1][:, hole] == 128).all() and torch.equal(stays[1][:, ~hole], stays[0][:, ~hole])
+        drawn = draw(model, [0, 1], ar_steps=3, known=known)
+        assert torch.equal(drawn[:, :, ~hole], stays[:1, :, ~hole].expand(2, -1, -1))
+        assert (drawn[:, :, hole] != stays[0][:, hole]).float().mean() > 0.5
+        sample_main("--ckpt", folder / "student.pt", "--edit", folder / "p.png", "--box", 0, 0, 3, 2, "--classes", 1,
+                    "--out", folder / "e.png")  # two tokens: of the checkpoint's 8 AR steps two are made
+        grid = np.asarray(Image.open(folder / "e.png"))
+        assert grid.shape[0] == GAP + 2 * (96 + GAP)  # the picture's row and the class's
+
+
 def test_grid_shows_every_pixel():
     from PIL import Image
     pictures = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
@@ -1694,6 +1751,12 @@ def test_sample_refuses_bad_input():
             (["--ckpt", folder / "latent.pt", "--out", folder / "x.png"], "--vae"),
             (["--ckpt", student, "--size", "base"], "--size"),
             (["--bench"], "--size"),
+            (["--ckpt", student, "--order", "diagonal"], "--order"),
+            (["--ckpt", student, "--edit", folder / "no.png", "--box", 0, 0, 4, 4], "no such file"),
+            (["--ckpt", student, "--edit", student], "--box"),
+            (["--ckpt", student, "--edit", student, "--box", 4, 0, 4, 4], "0..8"),
+            (["--ckpt", student, "--edit", student, "--box", 0, 0, 4, 4], "broken image"),
+            (["--ckpt", student, "--edit", student, "--box", 0, 0, 4, 4, "--ar_steps", 1, 2], "--edit take one"),
             (["--ckpt", student, "--device", "tpu"], "--device tpu"),
             (["--ckpt", student, "--unknown", 1], "--unknown"),
             (["--ckpt", student, "--graph", "--num", 5, "--out", folder / "x.npz", "--device", "cpu"], "needs a GPU"),
@@ -2177,7 +2240,7 @@ def flat_gradient(model):
 def naive_chain(model, labels, seeds, K):
     """The chain as one graph: what backward_chain must equal."""
     keys, tokens = image_keys(seeds), torch.zeros(len(labels), 16, 12)
-    for visible, predict in reveal_plan(random_orders(keys, 16), K):
+    for visible, predict in reveal_plan(token_orders(keys, 16), K):
         c = model.context(tokens, visible, labels, predict).flatten(0, 1)
         rows = model.one_step(gaussian(keys, START, predict, 12).flatten(0, 1), c).view(len(labels), -1, 12)
         tokens = tokens.scatter(1, predict[:, :, None].expand(-1, -1, 12), rows)
@@ -2893,7 +2956,7 @@ for p in model.parameters():
 before = peak()
 if {kind!r} == 'graph':
     tokens = torch.zeros(4, model.config.seq_len, C)
-    for visible, predict in reveal_plan(random_orders(keys, model.config.seq_len), {K}):
+    for visible, predict in reveal_plan(token_orders(keys, model.config.seq_len), {K}):
         c = model.context(tokens, visible, labels, predict).flatten(0, 1)
         x0 = model.one_step(gaussian(keys, START, predict, C).flatten(0, 1), c)
         tokens = put(tokens, predict, x0.view(4, -1, C))
