@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import LATENT_SCALE, load_vae, read_image
-from model import (MAR, ORDERS, SIZES, Parser, UserError, at_least, bf16_weights, compile_blocks, graphed, linear, load_mar,
-                   mask_counts, read_checkpoint, run_main, setup)
+from model import (MAR, ORDERS, SIZES, Parser, UserError, at_least, bf16_weights, compile_blocks, graphed, linear,
+                   load_mar, mask_counts, read_checkpoint, run_main, setup)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Library: what fid.py, distill.py and rl.py use
