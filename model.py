@@ -410,7 +410,7 @@ def put(x, index, rows):
 def mask_counts(seq_len, ar_steps):
     """How many tokens are masked before each AR step, and 0 at the end: K + 1 ints. The cosine schedule of MaskGIT."""
     if not 1 <= ar_steps <= seq_len:
-        raise UserError(f"ar_steps {ar_steps} must lie in 1..{seq_len}, the number of tokens of a picture")
+        raise UserError(f"ar_steps {ar_steps} must lie in 1..{seq_len}, the number of tokens to draw")
     counts = [seq_len]
     for k in range(1, ar_steps):
         counts.append(max(1, min(counts[-1] - 1, math.floor(seq_len * math.cos(math.pi / 2 * k / ar_steps)))))
@@ -420,7 +420,7 @@ def mask_counts(seq_len, ar_steps):
 def reveal_plan(orders, ar_steps, masked=None):
     """The AR steps as index tensors: yields (visible (B, V), predict (B, P)), each ascending, for k = 0..K-1. masked:
     how many of the tokens are unknown at the beginning, the first of each order; None: all."""
-    counts = mask_counts(masked or orders.shape[1], ar_steps)
+    counts = mask_counts(orders.shape[1] if masked is None else masked, ar_steps)
     for now, after in zip(counts, counts[1:]):
         yield orders[:, now:].sort(dim=1).values, orders[:, after:now].sort(dim=1).values
 

@@ -7,6 +7,7 @@ one step without guidance, a teacher by its chain with the guidance it was train
     python sample.py --ckpt out/shapes/student.pt --classes 0 1 2 --out grid.png
     python sample.py --ckpt out/shapes/student.pt --gif unmasking.gif           # the picture appear, AR step by AR step
     python sample.py --ckpt out/shapes/teacher.pt --teacher --ar_steps 4 8 16   # a row of pictures and a time for each
+    python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 --out dog.png
     python sample.py --ckpt out/shapes/student.pt --order outward --gif outward.gif         # any order: one network
     python sample.py --ckpt student.pt --vae kl16.ckpt --edit photo.jpg --box 64 64 192 192 --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
@@ -155,19 +156,23 @@ def save_grid(rows, path, scale=None):
 # The animation: one frame an AR step
 
 
+def in_pixels(config, cells):
+    """(B, L), a value a token -> (B, 1, H, W), the same a pixel."""
+    side, cell = config.latent_size // config.patch_size, config.patch_size * config.vae_stride  # tokens a side; px
+    return cells.view(-1, 1, side, side).repeat_interleave(cell, 2).repeat_interleave(cell, 3)
+
+
 @torch.no_grad()
 def unmasking(model, labels, seed=0, vae=None, **generate_kwargs):
     """Yields uint8 (B, 3, H, W) before the first and after every AR step; tokens not yet known are grey."""
     c, B = model.config, len(labels)
-    side, cell = c.latent_size // c.patch_size, c.patch_size * c.vae_stride  # tokens a side; px a token
     known = torch.zeros(B, c.seq_len, dtype=torch.bool, device=labels.device)
     yield torch.full((B, 3, c.img_size, c.img_size), 128, dtype=torch.uint8)
     for tokens, _, predict in model.unmask(labels, seeds=image_seeds(seed, 0, B), **generate_kwargs):
         known = known.scatter(1, predict, True)
-        shown = known.view(B, 1, side, side).repeat_interleave(cell, 2).repeat_interleave(cell, 3)  # (B, 1, H, W)
         # the decoder is given zeros for unknown latents, their mean; known cells near them change colour a little
         # until their neighbours are there: that is the decoder, not the model changing its mind
-        yield torch.where(shown, decode(model, model.unpatchify(tokens), vae), 128).cpu()
+        yield torch.where(in_pixels(c, known), decode(model, model.unpatchify(tokens), vae), 128).cpu()
 
 
 def save_gif(model, classes, names, per_class, path, seed, vae, generate_kwargs):
@@ -193,16 +198,6 @@ def tokens_of(model, picture, vae=None):
     return model.patchify(x)
 
 
-def open_edit(model, path, box, vae=None):
-    """What --edit and --box say -> (known for MAR.generate, uint8 (2, 3, H, W): the picture and what stays of it)."""
-    c, redraw = model.config, cells_in(model.config, box)
-    picture = torch.from_numpy(read_image(path, c.img_size))[None]  # cropped as training pictures are
-    hole = redraw.view(1, 1, c.latent_size // c.patch_size, -1)
-    hole = hole.repeat_interleave(c.patch_size * c.vae_stride, 2).repeat_interleave(c.patch_size * c.vae_stride, 3)
-    tokens = tokens_of(model, picture.to(next(model.parameters()).device), vae)
-    return (tokens, redraw), torch.cat([picture, torch.where(hole, 128, picture)])
-
-
 def cells_in(config, box):
     """box: left, top, right, bottom in pixels -> (L,) bool, true for every token that it touches."""
     side, cell = config.latent_size // config.patch_size, config.patch_size * config.vae_stride
@@ -213,6 +208,14 @@ def cells_in(config, box):
     inside = torch.zeros(side, side, dtype=torch.bool)
     inside[top // cell:-(-bottom // cell), left // cell:-(-right // cell)] = True
     return inside.flatten()
+
+
+def open_edit(model, path, box, vae=None):
+    """What --edit and --box say -> (known for MAR.generate, uint8 (2, 3, H, W): the picture and what stays of it)."""
+    redraw = cells_in(model.config, box)
+    picture = torch.from_numpy(read_image(path, model.config.img_size))[None]  # cropped as training pictures are
+    tokens = tokens_of(model, picture.to(next(model.parameters()).device), vae)
+    return (tokens, redraw), torch.cat([picture, torch.where(in_pixels(model.config, redraw), 128, picture)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

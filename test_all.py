@@ -311,6 +311,11 @@ def test_what_is_known_stays_and_the_rest_is_drawn_to_it():
         assert (tokens - other)[:, redraw].abs().mean() > 1e-4 and (tokens[0] - tokens[1])[redraw].abs().mean() > 1e-4
     everything = torch.ones(16, dtype=torch.bool)
     assert torch.equal(model.generate(labels, 4, known=(picture, everything)), model.generate(labels, 4))
+    try:
+        model.generate(labels, 1, known=(picture, ~everything))
+        raise AssertionError("drew what is known")
+    except UserError:
+        pass
 
 
 def test_noise_is_standard_normal_and_has_no_state():
@@ -2900,10 +2905,12 @@ def measure_cuda_memory():
 
 
 PEAK = """
-import sys, torch
+import os, resource, sys
+if os.fork():  # the peak of a process begins with that of the one that started it: only a fork of a small one is clean
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+import torch
 sys.path.insert(0, '.')
-def peak():  # GiB; not getrusage's ru_maxrss, where the parent's peak counts as ours
-    return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 2**20
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB: Linux counts KiB
 """
 
 
