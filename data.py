@@ -32,7 +32,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from model import Parser, UserError, at_least, read_checkpoint, run_main, setup, write_json
+from model import Parser, UserError, at_least, fill_model, read_checkpoint, run_main, setup, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
 
@@ -119,11 +119,21 @@ def split_folder(path, split):
 
 def class_folders(folder):
     """Sorted, so that label k means the same on every machine; for ImageNet's wnids that is the usual label order."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    with reading(folder):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
 
 
 def class_files(folder):
-    return sorted(entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in SUFFIXES)
+    with reading(folder):
+        return sorted(entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in SUFFIXES)
+
+
+@contextlib.contextmanager
+def reading(folder):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def list_images(path, split):
@@ -132,6 +142,8 @@ def list_images(path, split):
     classes, files, labels = class_folders(folder), [], []
     for label, name in enumerate(classes):
         found = class_files(folder / name)
+        if not found:  # a class that is never trained would yet be drawn, and judged
+            raise UserError(f"{folder / name}: no images in it, and each folder there is a class: remove it")
         files += [f"{folder}/{name}/{file}" for file in found]
         labels += [label] * len(found)
     if not files:
@@ -143,16 +155,17 @@ def own_size(path, split):
     """px at which a folder is used unless told otherwise: its first image's below 64, else 256, the public MAR's."""
     folder = split_folder(path, split)
     for name in class_folders(folder):  # the first class alone: listing all of ImageNet takes long on a network disk
-        for file in class_files(folder / name)[:1]:
-            with decoding(folder / name / file), Image.open(folder / name / file) as image:
-                return min(image.size) if min(image.size) < PIXEL_LIMIT else 256
+        for file in class_files(folder / name):
+            with contextlib.suppress(UserError), decoding(folder / name / file), Image.open(folder / name / file) as im:
+                return min(im.size) if min(im.size) < PIXEL_LIMIT else 256  # a broken file's own turn comes later
     raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
 
 
 def is_small(path):
     """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
     try:
-        return own_size(path, "train") < PIXEL_LIMIT
+        built = read_meta(Path(path) / "train")  # a cache by its own path
+        return (built["img_size"] if built else own_size(path, "train")) < PIXEL_LIMIT
     except UserError:  # open_data says what is wrong with the folder
         return False
 
@@ -164,7 +177,8 @@ def decoding(path):
         yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: broken image ({reason}); remove it, or leave such out with --skip_broken") from None
+        raise UserError(f"{path}: broken image ({reason}); remove it (python data.py --data FOLDER --skip_broken "
+                        "leaves such out of the cache it builds)") from None
 
 
 def to_rgb(image):
@@ -214,19 +228,33 @@ def create_array(path, shape, dtype, value=None):
     if path.exists():
         return
     part = path.with_name(f"{path.name}.{os.getpid()}")
-    array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)  # sparse: no space is taken yet
-    if value is not None:
-        array[:] = value
-    with contextlib.suppress(FileExistsError):
-        os.link(part, path)  # unlike a rename, a link does not replace what is there
-    os.unlink(part)
+    try:
+        if value is None:
+            np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)  # sparse: no space is taken yet
+        else:
+            with open(part, "wb") as file:
+                np.save(file, np.full(shape, value, dtype))
+                file.flush()
+                os.fsync(file.fileno())  # before it has its name: after a power cut zeros would pass for labels
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)  # unlike a rename, a link does not replace what is there
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def open_array(path, **how):
+    """np.load of a part of a cache; UserError where it is damaged."""
+    try:
+        return np.load(path, **how)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: the cache is damaged ({error}); delete {path.parent} and build it again") from None
 
 
 def write_rows(path, start, rows):
     """Rows from `start` of an .npy file, on disk on return. Through a memory map a full disk would kill us (SIGBUS)."""
-    rows, offset = np.ascontiguousarray(rows), np.load(path, mmap_mode="r").offset
+    rows = np.ascontiguousarray(rows)
     with writing(path), open(path, "r+b") as file:
-        file.seek(offset + start * rows[0].nbytes)
+        file.seek(open_array(path, mmap_mode="r").offset + start * rows[0].nbytes)
         file.write(rows.data)
         file.flush()
         os.fsync(file.fileno())
@@ -245,7 +273,7 @@ def check_settings(folder, found, wanted):
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(f"{folder}: this cache was made by other settings ({key} {found.get(key)}, wanted {value});"
-                            " delete it or use another folder (--out)")
+                            " delete it, or rename the folder of one of the two")
 
 
 def default_cache(path, img_size, root="out/cache"):
@@ -257,7 +285,7 @@ def read_meta(folder):
     """What cache.json says; {} where none is."""
     try:
         return json.loads((folder / "cache.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/cache.json cannot be read ({error}); delete {folder}") from None
@@ -293,25 +321,28 @@ def prepare_cache(out, settings, shape, dtype):
         if size - on_disk > free:
             raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {size / 1e9:.2f} are needed; make room or "
                             "use another folder (--out)")
+        if (out / "labels.npy").exists() and not data.exists():
+            raise UserError(f"{out}: the cache is damaged, {data.name} is gone; delete the folder and build it again")
         if not meta:
             write_json(out / "cache.json", {**settings, "complete": False})
         create_array(data, (count, *shape), dtype)
         create_array(out / "labels.npy", (count,), np.int64, UNDONE)
 
 
-def build_cache(out, settings, classes, files, labels, encode, shape, dtype, batch, skip_broken=False):
-    """Fill the cache in folder `out`; every rank its own slice of rows. What a stopped run did is kept.
+def build_cache(out, settings, classes, files, labels, encode, shape, dtype, batch, skip_broken=False, alone=False):
+    """Fill the cache in folder `out`; every rank its own slice of rows, or one rank `alone` all of them. What a stopped
+    run did is kept.
 
     encode: uint8 (n,3,S,S) -> array (n, *shape) of `dtype`. labels.npy says which rows are done: a label is written
     after the row's data has reached the disk, so a row that has one is whole, whatever happened since.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone else (0, 1)
     if rank == 0:
         prepare_cache(out, settings, shape, dtype)
     if world > 1:
         dist.barrier()
     data, marks, count = out / f"{settings['kind']}.npy", out / "labels.npy", len(files)
-    done = np.load(marks) != UNDONE
+    done = open_array(marks) != UNDONE
     # neighbours in the file go to one rank, in chunks written at one go: a disk likes that better than single rows
     mine = np.arange(count * rank // world, count * (rank + 1) // world)
     chunks = [mine[i:i + batch] for i in range(0, len(mine), batch)]
@@ -332,7 +363,7 @@ def build_cache(out, settings, classes, files, labels, encode, shape, dtype, bat
                 minutes = (time.time() - start) / len(rows) * left / 60
                 bar.write(f"about {minutes:.1f} minutes; if stopped, the same command goes on from there")
             bar.update(len(rows))
-    state = np.load(marks)
+    state = open_array(marks)
     if not (state == UNDONE).any():  # the last rank to finish sees this: no barrier that would time out on a slow one
         broken = [files[i] for i in np.flatnonzero(state == BROKEN)]
         write_json(out / "cache.json", {**settings, "class_names": classes, "broken": broken, "complete": True})
@@ -386,11 +417,8 @@ def open_cache(folder, name, split, wanted):
     check_settings(folder, meta, wanted)
     if not meta["complete"]:
         raise UserError(f"{folder}: this cache is not finished; the command that began it goes on with it")
-    try:
-        labels = np.load(folder / "labels.npy")
-        array = np.asarray(np.load(folder / f"{meta['kind']}.npy", mmap_mode="r"))  # asarray: plain indexing is faster
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the cache is damaged ({error}); delete it and build it again") from None
+    labels = open_array(folder / "labels.npy")
+    array = np.asarray(open_array(folder / f"{meta['kind']}.npy", mmap_mode="r"))  # asarray: plain indexing is faster
     rows = np.flatnonzero(labels >= 0)  # without the broken images: to a user of Data they do not exist
     if not len(rows):
         raise UserError(f"{folder}: not one of its images could be decoded; delete it")
@@ -398,11 +426,12 @@ def open_cache(folder, name, split, wanted):
     return Data(name, split, meta["class_names"], meta["img_size"], labels[rows], read, meta["kind"] == "images")
 
 
-def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken=False):
+def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken=False, alone=False):
     """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a built cache.
 
     split: "train" or "test". img_size: px, None for the data's own (16 for shapes, that of the first image below 64,
     256 above). A folder of small images is decoded once, into `cache`; large ones need their latents built before.
+    Under torchrun all ranks must call it, since they share that work; or one of them, with `alone`.
     """
     name = str(name)
     if split not in ("train", "test"):
@@ -426,8 +455,8 @@ def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken
         wanted = cache_settings(path, split, img_size, files)
         if not complete:
             build_cache(folder, wanted, classes, files, labels, lambda images: images, (3, img_size, img_size),
-                        np.uint8, batch=1024, skip_broken=skip_broken)
-            if dist.is_initialized():
+                        np.uint8, batch=1024, skip_broken=skip_broken, alone=alone)
+            if dist.is_initialized() and not alone:
                 dist.barrier()  # the other ranks' rows
     elif complete:  # made by whatever VAE; the files are not listed again, on ImageNet that takes minutes
         wanted = {"source": str(split_folder(path, split).resolve()), "img_size": img_size}
@@ -468,11 +497,13 @@ def unpack_cifar10(root):
     if file_hash(archive, "md5") != CIFAR10_MD5:
         raise UserError(f"{archive}: wrong checksum, damaged; delete it and run python data.py --get cifar10")
     part = root / f"cifar-10.{os.getpid()}"  # a folder of one's own, so that ranks can unpack at the same time
-    with writing(root), tarfile.open(archive) as tar:
-        tar.extractall(part, filter="data")  # the filter refuses links and paths that leave the folder
-    with contextlib.suppress(OSError):  # another rank was first
-        os.rename(part / "cifar-10-batches-bin", root / "cifar-10-batches-bin")
-    shutil.rmtree(part)
+    try:
+        with writing(root), tarfile.open(archive) as tar:
+            tar.extractall(part, filter="data")  # the filter refuses links and paths that leave the folder
+        with contextlib.suppress(OSError):  # another rank was first
+            os.rename(part / "cifar-10-batches-bin", root / "cifar-10-batches-bin")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def file_hash(path, kind="sha256"):
@@ -630,19 +661,10 @@ def load_vae(path):
     file = read_checkpoint(path)
     state = file["model"] if isinstance(file.get("model"), dict) else file
     state = {name: value for name, value in state.items() if not name.startswith("loss.")}  # a discriminator, unused
-    with torch.device("meta"):  # shapes only: the weights come from the file, initialising them would take a second
-        vae = KLVAE()
-    wanted = vae.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in state]
-    wrong += [f"{name} is unexpected" for name in state if name not in wanted]
-    wrong += [f"{name} is {list(state[name].shape)}, not {list(wanted[name].shape)}" for name in wanted
-              if name in state and state[name].shape != wanted[name].shape]
-    if wrong:
-        is_mar = any("mask_token" in name for name in state)
-        raise UserError(f"{path} is not the KL-16 VAE{' but a MAR' if is_mar else ''}: {'; '.join(wrong[:3])} "
-                        f"({len(wrong)} differences); python data.py --get kl16 gets it")
-    vae.load_state_dict({name: state[name].float() for name in wanted}, assign=True)
-    return vae.eval().requires_grad_(False)
+    if "quant_conv.weight" not in state:
+        raise UserError(f"{path} is not the KL-16 VAE{' but a MAR' * ('mask_token' in state)}: "
+                        "python data.py --get kl16 gets it")
+    return fill_model(KLVAE, state, path)
 
 
 # ---------------------------------------------------------------------------------------------- downloads
@@ -749,9 +771,12 @@ def get(names, folder="."):
             except UserError:
                 part.unlink()  # going on from damaged bytes would never end well
                 raise
-            os.replace(part, path)  # only now does the name say that the file is whole
+            with writing(path):
+                os.replace(part, path)  # only now does the name say that the file is whole
         sha256 = verify(name, path, note, size, checksum)
-        note.write_text(f"{sha256}  {path.name}\n")
+        if not note.exists():  # else it says the same, and may be read-only
+            with writing(note):
+                note.write_text(f"{sha256}  {path.name}\n")
         print(f"  is there, sha256 {sha256}", flush=True)
 
 

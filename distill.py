@@ -32,8 +32,8 @@ from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
                    bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar,
-                   log_line, mask_counts, on_sigterm, run_main, save_checkpoint, set_lr, setup, start_folder,
-                   stop_if_bad, token_orders, uniform, update_ema, write_json)
+                   log_line, mask_counts, on_sigterm, read_checkpoint, restore, run_main, save_checkpoint, set_lr,
+                   setup, start_folder, stop_if_bad, take, token_orders, uniform, update_ema, write_json)
 from sample import draw_together, matrix_rate, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     p.add_argument("--teacher_steps", type=at_least(0), default=0, help="updates of stage 0; 0 = --teacher is needed")
     p.add_argument("--teacher_batch", type=at_least(1), default=256, help="images an update of stage 0, all ranks")
     p.add_argument("--teacher_lr", type=at_least(0, float), default=1e-4, help="peak learning rate of stage 0")
-    p.add_argument("--teacher_ema", type=at_least(0, float), default=0.9999, help="averaging a step, stage 0")
+    p.add_argument("--teacher_ema", type=at_least(0, float, below=1), default=0.9999, help="averaging a step, stage 0")
     p.add_argument("--draws", type=at_least(1), default=4, help="(t, noise) draws a token in stage 0: the transformer "
                    "runs once for all, so more is cheap where the head is small")
     p.add_argument("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     p.add_argument("--decay", type=at_least(0, float), default=0.4, help="share of each stage, its last, over which "
                    "the learning rate falls to 0 (the critic's stays)")
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="gradient norm limit, each network; 0 = none")
-    p.add_argument("--ema", type=at_least(0, float), default=0.9999, help="averaging of the student a step")
+    p.add_argument("--ema", type=at_least(0, float, below=1), default=0.9999, help="averaging of the student a step")
     p.add_argument("--ar_steps", type=at_least(1), default=64, help="AR steps of the pictures shown and judged")
     p.add_argument("--ar_steps_aware", action="store_true", help="distil on the mask ratios that sampling in "
                    "--ar_steps meets, not on MAR's: for a student that will draw with that K only")
@@ -101,7 +101,7 @@ def parse_args(argv=None):
     p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a Frechet distance")
     p.add_argument("--save_every", type=at_least(1), default=1000, help="updates between checkpoints")
     p.add_argument("--log_every", type=at_least(1), default=20, help="updates between log lines (a host sync each)")
-    p.add_argument("--seed", type=at_least(0), default=0, help="of everything random")
+    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     known, _ = p.parse_known_args(argv)
     name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
@@ -109,6 +109,8 @@ def parse_args(argv=None):
     p.set_defaults(**DEFAULTS.get(name, {}))
     if given:  # a teacher by --teacher: none is trained, whatever the data's default
         p.set_defaults(teacher_steps=0)
+    elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
+        p.set_defaults(teacher=None)
     args = p.parse_args(argv)
     args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
     return args
@@ -155,9 +157,10 @@ def upload(x, device):
 def training_batch(data, model, batch, seed, step, device, rank, world, ar_steps=None):
     """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on device; B = batch / world.
 
-    Everything depends on (seed, step) and the picture's place in the global batch alone. All masked tokens are to be
-    predicted, also where sampling (ar_steps, see masked_count) would reveal some of them: orders are random, so those
-    some are like all, and all is more signal for the same transformer pass.
+    Everything depends on (seed, step) and the picture's place in the global batch alone (but the noise of the VAE's
+    posterior, which is drawn by rank). All masked tokens are to be predicted, also where sampling (ar_steps, see
+    masked_count) would reveal some of them: orders are random, so those some are like all, and all is more signal for
+    the same transformer pass.
     """
     indices, flip = train_indices(len(data), batch, step, seed, rank, world)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + rank)  # the VAE's posterior noise
@@ -168,11 +171,6 @@ def training_batch(data, model, batch, seed, step, device, rank, world, ar_steps
     m = masked_count(model.config, seed, step, ar_steps)
     masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
     return model.patchify(upload(x, device)), upload(labels, device), keys, visible, masked
-
-
-def gather_tokens(tokens, index):
-    """(B, L, C), (B, P) -> (B * P, C)."""
-    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2])).flatten(0, 1)
 
 
 def random_steps(keys, purpose, positions, low, high):
@@ -190,7 +188,7 @@ def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
     """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass."""
     hidden = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop
     c = model.context(tokens, visible, labels.masked_fill(hidden, -1), masked).flatten(0, 1)  # (N, D)
-    x0 = gather_tokens(tokens, masked).repeat(draws, 1)  # (draws * N, C)
+    x0 = take(tokens, masked).flatten(0, 1).repeat(draws, 1)  # (draws * N, C)
     t = torch.cat([random_steps(keys, TEACHER_T + i, masked, 0, 999) for i in range(draws)])
     eps = torch.cat([gaussian(keys, TEACHER_EPS + i, masked, tokens.shape[2]).flatten(0, 1) for i in range(draws)])
     alpha, sigma = alpha_sigma(t)
@@ -308,7 +306,7 @@ def plan(config, args, world, device, stage):
 
 
 def print_plan(config, args, world, device, stage):
-    """The plan as a table of four lines."""
+    """The plan, in three lines."""
     p, batch = plan(config, args, world, device, stage), args.teacher_batch if stage == "teacher" else args.batch
     memory = {kind: p[kind] / 2**30 for kind in ("weights", "gradients", "optimiser", "EMA", "activations")}
     tqdm.write(f"{stage}: {p['parameters'] / 1e6:.1f} M parameters ({p['in the head'] / 1e6:.1f} M in the head), "
@@ -347,10 +345,9 @@ class Watch:
     Pixels are judged by the data's own classifier. Latents are shown (with --vae) and not judged: that is fid.py's.
     """
 
-    def __init__(self, args, data, device, rank, world):
-        self.args, self.rank, self.world = args, rank, world
-        self.vae = load_vae(args.vae).to(device) if args.vae else None
-        self.pixels, self.can_show, self.classifier = data.pixels, data.pixels or self.vae is not None, None
+    def __init__(self, args, data, vae, device, rank, world):
+        self.args, self.vae, self.rank, self.world = args, vae, rank, world
+        self.pixels, self.can_show, self.classifier = data.pixels, data.pixels or vae is not None, None
         if data.pixels and rank == 0:
             self.classifier = load_or_train_classifier(data, args.out, device=device)
             self.reference = feature_statistics(self.classifier, data)
@@ -401,6 +398,11 @@ def check_fit(args, config, data):
     if config.pixels != data.pixels:
         raise UserError(f"the teacher works on {'pixels' if config.pixels else 'latents'}, --data {args.data} holds "
                         "the other: build the latent cache with data.py, or choose another teacher")
+    if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
+        raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of "
+                        f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
+    if args.vae and config.pixels:
+        raise UserError("--vae: these pictures are trained on as pixels, no VAE has a part in it: leave it out")
     if args.critic != "full" and args.critic > config.decoder_depth:
         raise UserError(f"--critic {args.critic}: the decoder has {config.decoder_depth} blocks; full trains all")
     if args.ar_steps > config.seq_len:
@@ -425,8 +427,7 @@ def train_teacher(args, config, data, device, rank, world, resumed):
     start = 0
     if resumed:
         start = resumed["step"]
-        for target, key in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            target.load_state_dict(resumed[key])
+        restore(resumed, args, model=model, ema=ema, optimizer=optimizer)
     model.checkpoint_blocks = args.recompute
     if args.compile:
         compile_blocks(model)
@@ -457,6 +458,7 @@ def train_teacher(args, config, data, device, rank, world, resumed):
         last, told_to_stop = step + 1 == args.teacher_steps, False
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
+            stop_if_bad(bad, args)
             loss = average(total, world).item()  # waits for the device: read the clock after it
             images_per_s = args.teacher_batch * (step + 1 - clock_step) / (time.time() - clock)
             log_line(args, rank, bar, stage="teacher", step=step + 1, loss=loss, grad_norm=norm,
@@ -465,8 +467,9 @@ def train_teacher(args, config, data, device, rank, world, resumed):
         if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
             if rank == 0:
-                save_checkpoint({"stage": "teacher", "step": step + 1, "args": vars(args), "model": model.state_dict(),
-                                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict()},
+                save_checkpoint({"config": asdict(config), "stage": "teacher", "step": step + 1, "args": vars(args),
+                                 "model": model.state_dict(), "ema": ema.state_dict(),
+                                 "optimizer": optimizer.state_dict()},
                                 os.path.join(args.out, "resume.pt"))
         if told_to_stop:
             leave(args, step + 1)
@@ -504,9 +507,8 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
     start = 0
     if resumed:
         start = resumed["step"]
-        for target, key in ((student, "model"), (ema, "ema"), (critic, "critic"), (optimizer, "optimizer"),
-                            (critic_optimizer, "critic_optimizer")):
-            target.load_state_dict(resumed[key])
+        restore(resumed, args, model=student, ema=ema, critic=critic, optimizer=optimizer,
+                critic_optimizer=critic_optimizer)
     student.checkpoint_blocks = critic.checkpoint_blocks = args.recompute
     if device.type == "cuda":
         bf16_weights(teacher)
@@ -532,7 +534,9 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         gradients.zero(), critic_gradients.zero()
         for i, (tokens, labels, keys, visible, masked) in enumerate(zip(*parts)):
             if i == len(parts[0]) - 1:
-                gradients.begin(), critic_gradients.begin()
+                critic_gradients.begin()
+                if student_turn:
+                    gradients.begin()
             g = args.guidance
             if args.guidance_schedule == "linear":  # the scale that sampling has at this share revealed
                 g = 1 + (g - 1) * share_revealed(masked.shape[1], teacher.config.seq_len, ar_steps)
@@ -575,7 +579,9 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
         last, told_to_stop = step + 1 == args.steps, False
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
-            loss = (average(bins, world)[0].sum() / bins[1].sum()).item()  # waits for the device, before the clock
+            stop_if_bad(bad, args)
+            # waits for the device, before the clock; clamp: with --critic_steps no student may have been updated
+            loss = (average(bins, world)[0].sum() / bins[1].sum().clamp(min=1)).item()
             average(critic_bins, world)
             images_per_s = args.batch * (step + 1 - clock_step) / (time.time() - clock)
             log_line(args, rank, bar, stage="student", step=step + 1, loss=loss,
@@ -585,19 +591,20 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
             bins.zero_(), critic_bins.zero_()
             clock, clock_step = time.time(), step + 1
         if (step + 1) % args.eval_every == 0 or last:
-            stop_if_bad(bad, args)
+            stop_if_bad(bad, args)  # waits for the device
+            before = time.time()
             row = watch.look("student", ema, 1, 1.0)
             watch.write(f"grid_{step + 1:06d}.png")
             if row:
                 log_line(args, rank, bar, stage="student", step=step + 1, **row)
-            clock = time.time()
+            clock += time.time() - before  # no part of images/s
         if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
             write_product(args, data, ema, "student", step + 1, rank)
             if rank == 0:
-                save_checkpoint({"stage": "student", "step": step + 1, "args": vars(args),
-                                 "model": student.state_dict(), "ema": ema.state_dict(), "critic": critic.state_dict(),
-                                 "optimizer": optimizer.state_dict(),
+                save_checkpoint({"config": asdict(ema.config), "stage": "student", "step": step + 1,
+                                 "args": vars(args), "model": student.state_dict(), "ema": ema.state_dict(),
+                                 "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
                                  "critic_optimizer": critic_optimizer.state_dict()},
                                 os.path.join(args.out, "resume.pt"))
         if told_to_stop:
@@ -651,15 +658,20 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     data = open_data(args.data)
     teacher = load_mar(args.teacher) if args.teacher else None
+    if teacher and (stage := read_checkpoint(args.teacher).get("stage", "teacher")) != "teacher":
+        raise UserError(f"--teacher {args.teacher} is of stage {stage}, its head knows one time step only: give the "
+                        "teacher.pt it was distilled from")
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, config, data)
-    resumed = check_folder(args, world, "batch", "teacher_batch")
+    vae = load_vae(args.vae).to(device) if args.vae else None
+    divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
+    resumed = check_folder(args, world, ("teacher", "student"), divided)
     start_folder(args, rank, world, resumed)
     for stage, steps in (("teacher", args.teacher_steps), ("student", args.steps)):
         if rank == 0 and steps:
             print_plan(config, args, world, device, stage)
-    watch = Watch(args, data, device, rank, world)
+    watch = Watch(args, data, vae, device, rank, world)
 
     if teacher is None and resumed and resumed["stage"] == "student":
         teacher = load_mar(os.path.join(args.out, "teacher.pt"))

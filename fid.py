@@ -41,8 +41,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices
-from model import (ORDERS, Parser, UserError, at_least, bf16_weights, load_mar, read_checkpoint, run_main,
-                   save_checkpoint, setup, write_json)
+from model import (ORDERS, Parser, UserError, at_least, bf16_weights, fill_model, load_mar, read_checkpoint, replacing,
+                   run_main, save_checkpoint, setup, write_json)
 from sample import check_output, check_vae, draw, fill_in, save_panels
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
@@ -181,26 +181,6 @@ def renamed(state, table):
             name = re.sub(pattern, replacement, name)
         out[name] = value
     return out
-
-
-def fill_model(build, state, path):
-    """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
-    another shape (names after renaming, which are this file's)."""
-    with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
-        model = build()
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    # batch counters mean nothing in eval mode, and files of before 2018 lack them
-    wanted = {name: shape for name, shape in wanted.items() if not name.endswith("num_batches_tracked")}
-    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    wrong = [f"{name} missing" for name in wanted if name not in state]
-    wrong += [f"{name} unexpected" for name in state if name not in wanted]
-    wrong += [f"{name} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
-              if name in state and tuple(state[name].shape) != shape]
-    if wrong:
-        raise UserError(f"{path} is no {type(model).__name__} file that fits: {'; '.join(wrong[:4])}"
-                        f"{' ...' if len(wrong) > 4 else ''} ({len(wrong)} in all)")
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 SAFE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
@@ -446,7 +426,10 @@ def train_classifier(data, seed, device, batch=128):
     test split, or every 20th training image where there is none."""
     indices = np.arange(len(data))
     if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in ("test", "val")):
-        test = open_data(data.name, "test", data.img_size)
+        test = open_data(data.name, "test", data.img_size, alone=True)  # rank 0 trains, the others wait elsewhere
+        if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
+            raise UserError(f"{data.name}: the classes of its test split are not those of train: "
+                            f"{sorted(set(test.class_names) ^ set(data.class_names))[:5]}; make them alike")
         held = np.linspace(0, len(test) - 1, min(len(test), 5000)).astype(int)
     else:
         test, held, indices = data, indices[::20], indices[indices % 20 > 0]
@@ -885,7 +868,10 @@ class WordPiece:
     """bert-base-uncased's tokenizer from its vocab.txt: WordPiece(path)(texts) -> ids (N, 35), mask (N, 35), long."""
 
     def __init__(self, path):
-        words = Path(need_file(path, "imagereward_vocab")).read_text(encoding="utf-8").split("\n")
+        try:
+            words = Path(need_file(path, "imagereward_vocab")).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is no BERT vocabulary: not a text file") from None
         self.ids = {word.rstrip("\r"): i for i, word in enumerate(words) if word.strip()}
         missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in self.ids]
         if missing:
@@ -949,7 +935,7 @@ def prompt_scorer(kind, class_names, template=TEMPLATE, weights=None, vocabulary
         model = load_imagereward(weights).to(device)
         return lambda pixels, labels: model.score(pixels, ids[labels], mask[labels])
     ids = Tokenizer(vocabulary)(prompts).to(device)
-    ids = ids[:, :int((ids > 0).sum(1).max())]  # nothing looks at the padding behind the end: a fifth of the work
+    ids = ids[:, :int(ids.argmax(1).max()) + 1]  # up to the end token, the highest id: a fifth of the work
     model = (load_clip if kind == "clip" else load_pickscore)(weights).to(device)
     with torch.no_grad():
         text = torch.cat([model.encode_text(part) for part in ids.split(64)])  # (classes, E)
@@ -1046,34 +1032,35 @@ def folder_source(path, size=None):
     return Source(str(path), len(files), side, labels, classes if labels is not None else None, read, key)
 
 
-def checkpoint_source(path, ar_steps, args, device):
+def checkpoint_source(path, ar_steps, args, device, vae):
     """Images drawn from a checkpoint when they are asked for: image i is that of (seed, i), with class i % classes, so
     that every stretch is balanced. Nothing is written but what the judges say. ar_steps: None for the checkpoint's."""
-    file, model = read_checkpoint(path), load_mar(path).to(device)
+    file, model = read_checkpoint(path), load_mar(path)
     flags = argparse.Namespace(**{**vars(args), "ckpt": path, "ar_steps": ar_steps and [ar_steps],
                                   "teacher": False, "bench": False, "teacher_ar_steps": None})
     is_teacher = lambda file: file.get("stage", "teacher") == "teacher"
     if not is_teacher(file) and any(is_teacher(read_checkpoint(other)) for other in args.ckpt):
         flags.guidance = flags.head_steps = None  # given for the teacher beside it: a student has its own built in
     fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
-    if device.type == "cuda":
-        bf16_weights(model)
-    vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
     how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
            "guidance_schedule": flags.guidance_schedule, "temperature": flags.temperature, "orders": flags.order,
            "seed": args.seed}
     labels = np.arange(args.num) % model.config.num_classes
-    read = lambda start, stop: draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
+
+    def read(start, stop):
+        if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
+            bf16_weights(model.to(device))
+        return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
     key = [file_key(path), args.vae and file_key(args.vae), how]
     name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
     return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key)
 
 
-def open_source(path, ar_steps, args, device):
-    """A path of the command line -> Source. ar_steps: of a checkpoint."""
+def open_source(path, ar_steps, args, device, vae):
+    """A path of the command line -> Source, checked and not yet read. ar_steps: of a checkpoint."""
     if path in args.ckpt:
-        return checkpoint_source(path, ar_steps, args, device)
+        return checkpoint_source(path, ar_steps, args, device, vae)
     if not os.path.isdir(path) and not path.endswith(".npz"):
         raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
     source = folder_source(path, args.size) if os.path.isdir(path) else npz_source(path)
@@ -1088,17 +1075,24 @@ def open_source(path, ar_steps, args, device):
 SHARD = 256  # images whose results are one file: what a kill can lose, a process
 
 
-@torch.no_grad()
-def collect(source, judges, key, args, rank, world):
-    """What every judge says of every image -> {name: array (N, ...)} on rank 0, None on the others.
-
-    judges: {name: f(uint8 images, labels) -> {name: tensor (n, ...)}}; key: what they were loaded from. Shards go to
-    the ranks in turns; each is a file, written once it is whole and deleted when all are gathered. A run that was
-    stopped finds the files of the same source and judges and goes on.
-    """
+def shard_folder(source, key, args):
+    """Where a stopped run finds what the judges loaded from `key` have said of a source; made if it is not there."""
     made_from = json.dumps([source.key, source.count, key], sort_keys=True)
     folder = Path(args.out) / "shards" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    return folder
+
+
+@torch.no_grad()
+def collect(source, judges, folder, args, rank, world):
+    """What every judge says of every image -> {name: array (N, ...)} on rank 0, None on the others.
+
+    judges: {name: f(uint8 images, labels) -> {name: tensor (n, ...)}}. Shards go to the ranks in turns; each is a file
+    in `folder`, written once it is whole. The caller deletes them when nothing can be lost any more.
+    """
     shards = [(start, min(start + SHARD, source.count)) for start in range(0, source.count, SHARD)]
     bar = tqdm(shards[rank::world], desc=source.name[:40], unit="shard", disable=rank > 0, mininterval=1)
     began, done = time.time(), 0
@@ -1120,10 +1114,11 @@ def collect(source, judges, key, args, rank, world):
         dist.barrier()  # every shard is on disk
     if rank > 0:
         return None
-    files = [np.load(folder / f"{start}.npz") for start, _ in shards]
-    whole = {k: np.concatenate([file[k] for file in files]) for k in files[0].files}
-    shutil.rmtree(folder)
-    return whole
+    said = []
+    for start, _ in shards:
+        with np.load(folder / f"{start}.npz") as file:  # closed at once: so many may not be open together
+            said.append(dict(file))
+    return {k: np.concatenate([part[k] for part in said]) for k in said[0]}
 
 
 def made_of(source, args):
@@ -1133,17 +1128,19 @@ def made_of(source, args):
 
 def save_npz(path, **arrays):
     """An .npz that has its name only once it is whole."""
-    part = f"{path}.{os.getpid()}"
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with replacing(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+# by name too: what numpy 1 has written, numpy 2 finds in another module
+NUMPY_ARRAYS = [np.ndarray, np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64)),
+                *[(np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]]
 
 
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
+    if not {"mu", "sigma"} <= set(arrays):
+        raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}: statistics are mu and sigma")
     mu, sigma = (np.asarray(arrays[k], np.float64) for k in ("mu", "sigma"))
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         raise UserError(f"{path}: mu is {mu.shape}, sigma {sigma.shape}: not statistics of inception's 2048 features")
@@ -1160,15 +1157,14 @@ def open_reference(path, inception, args, rank, world, side):
         source = folder_source(path, side)
     elif str(path).endswith(".npz"):
         arrays = read_npz(path)
-        if not {"mu", "sigma"} <= set(arrays) and "arr_0" not in arrays:
-            raise UserError(f"{path} holds {sorted(arrays)}: a reference has mu and sigma, or images in arr_0")
         source = npz_source(path, arrays) if "arr_0" in arrays else None
-    else:  # torch-fidelity's cache, {"mu", "sigma"} by torch.save
-        arrays, source = read_checkpoint(path), None
-        if not {"mu", "sigma"} <= set(arrays):
-            raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}: a reference has mu and sigma")
+    else:  # torch-fidelity's cache, {"mu", "sigma"} by torch.save: numpy's arrays, which are plain data
+        with torch.serialization.safe_globals(NUMPY_ARRAYS):
+            arrays, source = read_checkpoint(path), None
+    if source is None and not {"fid", "is"} & set(args.metrics):
+        raise UserError(f"{path} holds no images: --metrics {' '.join(args.metrics)} compare with images in --ref")
     out = {"features": None, "text": f"mu, sigma of {path} (their n is not in the file)"}
-    if "mu" in arrays:
+    if source is None or "mu" in arrays:
         out["mu"], out["sigma"] = statistics_in(path, arrays)
         if "n" in arrays:
             out["text"] = f"mu, sigma of {path}, n = {int(arrays['n'])}"
@@ -1180,7 +1176,8 @@ def open_reference(path, inception, args, rank, world, side):
     if str(kept.get("made_from")) == made_from:
         mu, sigma, features = kept["mu"], kept["sigma"], np.asarray(kept["features"])
     else:
-        said = collect(source, {"inception": inception}, args.inception_hash, args, rank, world)
+        folder = shard_folder(source, args.inception_hash, args)
+        said = collect(source, {"inception": inception}, folder, args, rank, world)
         if rank > 0:
             return None
         mu, sigma = mean_and_covariance(said["pool"])
@@ -1190,6 +1187,7 @@ def open_reference(path, inception, args, rank, world, side):
             save_npz(cache, mu=mu, sigma=sigma, features=features, n=source.count, made_from=made_from)
         except UserError as error:  # a folder of data may well be read-only
             print(f"note: {error}; these statistics will be made anew each time", flush=True)
+        shutil.rmtree(folder)
     resize = f", ADM centre crop to {side} px" if os.path.isdir(path) else ""
     images = f"{source.count} images of {path}{resize}"
     if "mu" not in out:
@@ -1215,7 +1213,7 @@ def inception_row(pool, inception, reference, args):
     return row
 
 
-def make_judges(args, source, device, rank, world):
+def make_judges(args, sources, device, rank, world):
     """--judges -> ({name: f(images, labels)}, key, models for the figures)."""
     judges, key, models = {}, {}, {}
     for name in args.judges:
@@ -1242,13 +1240,7 @@ def make_judges(args, source, device, rank, world):
                 return {"features": features, **hits}
             judges[name] = classify_shard
         else:
-            if source.labels is None:
-                raise UserError(f"{source.name} has no labels, and {name} asks an image for its class's prompt: "
-                                "give an .npz with labels, or a folder with one of each class in it")
-            names = class_names(args.class_names, source.class_names)
-            if source.labels.max() >= len(names):
-                raise UserError(f"{source.name} has class {source.labels.max()}, and there are only {len(names)} class "
-                                "names: give --class_names")
+            names = prompt_names(sources, args)
             words = args.vocab if name == "imagereward" else args.bpe
             score = prompt_scorer(name, names, args.prompt, getattr(args, name), words, device)
             key[name] = [file_key(getattr(args, name)), names, args.prompt]
@@ -1259,18 +1251,35 @@ def make_judges(args, source, device, rank, world):
     return judges, key, models
 
 
-def class_names(path=None, own=None):
+def prompt_names(sources, args):
+    """The names of the classes that the labels of all `sources` number: one list, since prompts are read once."""
+    for source in sources:
+        if source.labels is None:
+            raise UserError(f"{source.name} has no labels, and its images are to be compared with their class's prompt:"
+                            " give an .npz with labels, or a folder with one of each class in it")
+        names = class_names(args.class_names, source.class_names)
+        if source.labels.max() >= len(names):
+            raise UserError(f"{source.name} has class {source.labels.max()}, and there are only {len(names)} class "
+                            "names: give --class_names")
+        if names != class_names(args.class_names, sources[0].class_names):
+            raise UserError(f"{source.name} has other classes than {sources[0].name}: judge them in two calls")
+    return names
+
+
+def class_names(path=None, own=None, folder="."):
     """Names for the prompts, in label order: the JSON list at `path` if given, else the source's `own`, else ImageNet's
-    (also when its own are ImageNet's folder names, n01440764 and so on, which no text encoder knows)."""
+    (also when its own are ImageNet's folder names, n01440764 and so on, which no text encoder knows), in `folder`."""
     if path is None and own and not re.fullmatch(r"n\d{8}", own[0]):
         return own
-    path = path or WEIGHTS["names"]
+    path = path or os.path.join(folder, WEIGHTS["names"])
     try:
         names = json.loads(Path(need_file(path, "names")).read_text())
     except ValueError as error:
         raise UserError(f"{path} is no JSON list of class names: {error}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is no JSON list of class names")
+    if own and len(own) != len(names):
+        raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
     return names
 
 
@@ -1301,7 +1310,7 @@ def parse():
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="--ckpt: scale of the noise")
     p.add_argument("--order", choices=ORDERS, default="random", help="--ckpt: in which tokens are revealed")
-    p.add_argument("--seed", type=int, default=0, help="--ckpt: image i is that of (seed, i)")
+    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="--ckpt: image i is that of (seed, i)")
     p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
     p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
     p.add_argument("--classifier", help="classifier: the folder where it is kept; None: out/<data>, as distill.py")
@@ -1322,6 +1331,12 @@ def parse():
     for path in judged + [args.ref] * bool(args.ref):
         if not os.path.exists(path):
             raise UserError(f"no such file or folder: {path}")
+    drawing = ("num", "ar_steps", "head_steps", "guidance", "guidance_schedule", "temperature", "order", "seed", "vae")
+    ignored = [flag for flag in drawing if not args.ckpt and getattr(args, flag) != p.get_default(flag)]
+    if ignored:
+        raise UserError(f"--{ignored[0]} is for images drawn from a --ckpt: leave it out")
+    if "inception" in args.judges and not (args.ref or args.save_stats or "is" in args.metrics):
+        raise UserError(f"--metrics {' '.join(args.metrics)} compare with a reference: give --ref")
     if args.ref and "inception" not in args.judges or args.data and "classifier" not in args.judges:
         raise UserError("--ref is for --judges inception, --data for --judges classifier: name that judge")
     if args.plot and not (args.ckpt and len(set(args.ar_steps)) > 1):
@@ -1331,10 +1346,10 @@ def parse():
     return args, judged
 
 
-def judge_source(source, judges, key, models, reference, args, rank, world):
-    """One row of the table, on rank 0; an empty one elsewhere."""
+def judge_source(source, judges, folder, models, reference, args, rank, world):
+    """One row of the table, on rank 0; an empty one elsewhere. folder: for the shards."""
     began = time.time()
-    said = collect(source, judges, key, args, rank, world)
+    said = collect(source, judges, folder, args, rank, world)
     if rank > 0:
         return {}
     row = {"name": source.name, "n": source.count, "seconds": round(time.time() - began, 1)}
@@ -1389,7 +1404,7 @@ def curves_by_ar_steps(rows, path):
     """Figures of one checkpoint as save_panels draws them: {("", "fd against AR steps"): {K: value}, ...}."""
     curves = {}
     for row in rows:
-        for name in ("fid", "is", "fd", "accuracy", "clip", "pickscore", "imagereward"):
+        for name in ("fid", "is", "kid", "precision", "recall", "fd", "accuracy", "clip", "pickscore", "imagereward"):
             if row.get("ckpt") == path and name in row:
                 curves.setdefault(("", f"{name} against AR steps"), {})[row["ar_steps"]] = row[name]
     return curves
@@ -1402,25 +1417,34 @@ def main():
     if not judged:
         return
     device, rank, world = setup(args.device)
-    if args.plot and rank == 0:
-        check_output(args.plot, [".png"])
-    rows, judges, reference = [], None, None
-    for path, K in [(path, K) for path in judged for K in (args.ar_steps if path in args.ckpt else [None])]:
-        source = open_source(path, K, args, device)
-        if judges is None:
-            judges, key, models = make_judges(args, source, device, rank, world)
-            if args.ref and "inception" in judges:
-                reference = open_reference(args.ref, judges["inception"], args, rank, world, source.side)
-        rows.append(judge_source(source, judges, key, models, reference, args, rank, world))
+    for path, suffix in ((args.plot, ".png"), (args.save_stats, ".npz")):
+        if path and rank == 0:
+            check_output(path, [suffix])
+    vae = load_vae(args.vae).to(device) if args.vae else None
+    wanted = [(path, K) for path in judged for K in (args.ar_steps if path in args.ckpt else [None])]
+    sources = [open_source(path, K, args, device, vae) for path, K in wanted]  # all, before hours go into the first
+    sides = {source.side for source in sources}
+    if args.ref and os.path.isdir(args.ref) and len(sides) > 1:
+        raise UserError(f"--ref is cropped to the size of the samples, and these are of {sorted(sides)} px: judge them "
+                        "in calls of their own, or crop folders by --size")
+    judges, key, models = make_judges(args, sources, device, rank, world)
+    reference = open_reference(args.ref, judges["inception"], args, rank, world, max(sides)) if args.ref else None
+    rows, folders = [], []
+    for path, K in wanted:
+        source = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
+        folders.append(shard_folder(source, key, args))
+        rows.append(judge_source(source, judges, folders[-1], models, reference, args, rank, world))
         if K:
             rows[-1] |= {"ckpt": path, "ar_steps": K}
-        del source  # a checkpoint's network: the next one needs its memory
-    if rank == 0:
-        print("\n".join(lines := conventions(args, reference, models)))
-        print_table(rows)
-        write_json(Path(args.out) / "results.json", {"rows": rows, "conventions": lines})
-    if rank == 0 and args.plot:
+    if rank > 0:
+        return
+    print("\n".join(lines := conventions(args, reference, models)))
+    print_table(rows)
+    write_json(Path(args.out) / "results.json", {"rows": rows, "conventions": lines})
+    if args.plot:
         save_panels([(path, curves_by_ar_steps(rows, path)) for path in args.ckpt], args.plot)
+    for folder in folders:  # only now: a call that was stopped in its last row must not draw the first again
+        shutil.rmtree(folder, ignore_errors=True)  # the same source may have been named twice
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def _bits(keys, purpose, positions, channels):
 
 
 def uniform(keys, purpose, positions, channels=1):
-    """Uniform numbers in (0, 1), one for each (picture, position, channel): -> (B, P, channels) float32."""
+    """Uniform numbers in (0, 1], one for each (picture, position, channel): -> (B, P, channels) float32."""
     return (((_bits(keys, purpose, positions, channels) >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
 
 
@@ -451,7 +451,7 @@ class MAR(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """MAR's initialisation: Xavier for matrices, normal(.02) for embeddings, zero for whatever ends a residual."""
+        """MAR's initialisation: Xavier for matrices, normal(.02) for embeddings, zero for the ends of the head's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -693,14 +693,15 @@ def graphed(model, batch, **generate_kwargs):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: the public ones and ours
-# Ours is {"config", "stage", "model", "ema", "args", "step", "train"}: `train` holds what only a resume needs.
+# Ours: {"config", "stage", "step", "args", "ema", "class_names"}, what drawing needs; resume.pt has "model", optimisers
+# and whatever else its stage goes on from beside the first five.
 
 
 def config_of_public(state, args, overrides, path):
     """MARConfig of a public state dict: sizes off the shapes; the number of heads is in no shape, so off the name."""
     depth = {kind: len({key.split(".")[1] for key in state if key.startswith(kind)})
              for kind in ("encoder_blocks", "decoder_blocks")}
-    width, token_dim = state["z_proj.weight"].shape
+    width = len(state["z_proj.weight"])
     known = [size for size in (SIZES["base"], SIZES["large"], SIZES["huge"]) if size.width == width]
     found = {"width": width, "encoder_depth": depth["encoder_blocks"], "decoder_depth": depth["decoder_blocks"],
              "num_classes": state["class_emb.weight"].shape[0],
@@ -728,8 +729,8 @@ def load_mar(path, ema=True, **config_overrides):
     file = read_checkpoint(path)
     key = "model_ema" if "model_ema" in file and ema else "ema" if "ema" in file and ema else "model"
     state = file.get(key)
-    if not isinstance(state, dict) or not ("config" in file or "z_proj.weight" in state and
-                                           "encoder_pos_embed_learned" in state):
+    if not isinstance(state, dict) or not ("config" in file or "encoder_pos_embed_learned" in state and
+                                           "diffloss.net.input_proj.weight" in state):
         raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
     if "config" in file:
         unknown = set(file["config"]) - {f.name for f in fields(MARConfig)}
@@ -739,16 +740,25 @@ def load_mar(path, ema=True, **config_overrides):
     else:
         config = config_of_public(state, file.get("args"), config_overrides, path)
     state = {name.replace("diffloss.net.", "head_net."): value for name, value in state.items()}
-    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-        model = MAR(config)
+    return fill_model(lambda: MAR(config), state, path)
+
+
+def fill_model(build, state, path):
+    """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
+    another shape (names as they are in our code)."""
+    with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
+        model = build()
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    wrong = ([f"{name} missing" for name in wanted if name not in state]
-             + [f"{name} unexpected" for name in state if name not in wanted]
-             + [f"{name} is {tuple(state[name].shape)}, not {wanted[name]}" for name in wanted
-                if name in state and tuple(state[name].shape) != wanted[name]])
+    # batch counters mean nothing in eval mode, and files of before 2018 lack them
+    wanted = {name: shape for name, shape in wanted.items() if not name.endswith("num_batches_tracked")}
+    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    wrong = [f"{name} missing" for name in wanted if name not in state]
+    wrong += [f"{name} unexpected" for name in state if name not in wanted]
+    wrong += [f"{name} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
+              if name in state and tuple(state[name].shape) != shape]
     if wrong:
-        raise UserError(f"{path} does not fit: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''} "
-                        f"({len(wrong)} in all)")
+        raise UserError(f"{path} is no {type(model).__name__} file that fits: {'; '.join(wrong[:4])}"
+                        f"{' ...' if len(wrong) > 4 else ''} ({len(wrong)} in all)")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -764,7 +774,7 @@ def read_checkpoint(path):
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen kinds for a bad file; all mean the same to the user
         raise UserError(f"{path} cannot be read as a checkpoint (truncated, or not a torch file): "
-                        f"{str(error).splitlines()[0][:120]}") from None
+                        f"{(str(error) or type(error).__name__).splitlines()[0][:120]}") from None
     if not isinstance(file, dict):
         raise UserError(f"{path} holds no checkpoint but a {type(file).__name__}")
     return file
@@ -786,8 +796,9 @@ def replacing(path, mode="w"):
             os.remove(temporary)
         if not isinstance(error, (OSError, RuntimeError)):  # torch turns a full disk into a RuntimeError
             raise
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]} (disk full or no permission?); "
-                        "the previous file is untouched") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason} (disk full or no permission?); the previous file is "
+                        "untouched") from None
 
 
 def save_checkpoint(file, path):
@@ -840,15 +851,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def at_least(low, kind=int):
-    """An argparse type: a finite number of `kind` not below `low`."""
+def at_least(low, kind=int, below=math.inf):
+    """An argparse type: a finite number of `kind` not below `low`, and below `below`."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if kind is int else ' number'}") from None
-        if not low <= value < math.inf:  # false for NaN too
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+        if not low <= value < below:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}"
+                                             + (f" and below {below}" if below < math.inf else ""))
         return value
     return parse
 
@@ -877,11 +889,15 @@ def setup(device="auto"):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        if not index.isdecimal() or int(index) >= count:
+            raise UserError(f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0; torchrun takes "
+                            "at most as many processes")
+        device = f"cuda:{index}"
         torch.cuda.set_device(device)
         # float32 products (head, VAE, reward networks) by TF32: 10 bits of mantissa where bf16 has 7, at about eight
         # times the rate. Else the head, a quarter of the arithmetic, would take most of a step. Inception opts out.
@@ -896,7 +912,7 @@ def setup(device="auto"):
         # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", rank=rank, world_size=world,
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=world,
                                 store=dist.PrefixStore(f"life {life}", store))
     return torch.device(device), rank, world
 
@@ -971,10 +987,11 @@ class Gradients:
         return norm
 
 
-def check_folder(args, world, *divided):
+def check_folder(args, world, stages, divided, same=()):
     """Refuse to write over another run, and to divide what cannot be divided. -> the checkpoint to resume, or None.
 
-    divided: flags that count images an update: each must split evenly over processes and micro-batches.
+    stages: those that the program can go on with. divided: flags that count images an update, each must split evenly
+    over processes and micro-batches. same: flags that a resumed run must have as it began.
     """
     path = os.path.join(args.out, "resume.pt")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
@@ -987,7 +1004,32 @@ def check_folder(args, world, *divided):
         if vars(args)[name] % (world * args.accumulate):
             raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
                             f"{world} x {args.accumulate}")
-    return read_checkpoint(path) if args.resume else None
+    if not args.resume:
+        return None
+    resumed = read_checkpoint(path)
+    if resumed.get("stage") not in stages:
+        raise UserError(f"--resume: {path} was written by another program (stage {resumed.get('stage')}, not "
+                        f"{' or '.join(stages)}): give --out of a run of this one")
+    was = resumed["args"]
+    changed = [name for name, value in vars(args).items() if name != "resume" and was.get(name, value) != value]
+    for name in changed:
+        if name in same:
+            raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
+                            "that, or start another run with another --out")
+    if changed and int(os.environ.get("RANK", 0)) == 0:
+        print("resumed with other flags:", ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
+                                                     for name in changed), flush=True)
+    return resumed
+
+
+def restore(resumed, args, **targets):
+    """Load what resume.pt holds under the names of `targets` into these networks and optimisers."""
+    try:
+        for name, target in targets.items():
+            target.load_state_dict(resumed[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{args.out}/resume.pt does not fit these flags ({name}: {str(error).splitlines()[0][:80]}): "
+                        "give those that the run began with, or another --out") from None
 
 
 def start_folder(args, rank, world, resumed):

@@ -21,6 +21,7 @@ tokens that follow. Here
 """
 import copy
 import io
+import math
 import os
 import sys
 import time
@@ -38,8 +39,8 @@ from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge,
 from fid import class_names as read_class_names
 from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, bf16_weights,
                    check_folder, compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts,
-                   on_sigterm, put, read_checkpoint, reveal_plan, run_main, save_checkpoint, set_lr, setup,
-                   start_folder, stop_if_bad, take, token_orders, update_ema, write_json)
+                   on_sigterm, put, read_checkpoint, restore, reveal_plan, run_main, save_checkpoint, set_lr,
+                   setup, start_folder, stop_if_bad, take, token_orders, update_ema, write_json)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -102,14 +103,14 @@ def parse_args(argv=None):
     p.add_argument("--decay", type=at_least(0, float), default=0.5, help="share of the run, its last, over which the "
                    "learning rate falls to 0")
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="gradient norm limit; 0 = none")
-    p.add_argument("--ema", type=at_least(0, float), default=0.99, help="averaging of the student a step")
+    p.add_argument("--ema", type=at_least(0, float, below=1), default=0.99, help="averaging of the student a step")
     p.add_argument("--eval_every", type=at_least(1), default=200, help="updates between grids and figures")
     p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a row of figures")
     p.add_argument("--max_fd_rise", type=at_least(0, float), default=0.2, help="share by which FD may lie above the "
                    "start's in best.pt")
     p.add_argument("--save_every", type=at_least(1), default=100, help="updates between checkpoints")
     p.add_argument("--log_every", type=at_least(1), default=5, help="updates between log lines")
-    p.add_argument("--seed", type=at_least(0), default=0, help="of everything random")
+    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     # argparse takes "-jpeg" for a flag; with a space in front it is a value, and `parse_rewards` strips it
     argv = [f" {a}" if a.startswith("-jpeg") else a for a in (argv if argv is not None else sys.argv[1:])]
@@ -118,7 +119,8 @@ def parse_args(argv=None):
     p.set_defaults(**DEFAULTS.get(name, {}))
     args = p.parse_args(argv)
     if args.kl is None:
-        args.kl = KL.get(args.reward[0], KL_ELSE) if len(args.reward) == 1 else KL_ELSE
+        names = list(parse_rewards(args.reward))
+        args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE
     args.ckpt = args.ckpt or os.path.join("out", os.path.basename(os.path.normpath(args.data)), "student.pt")
     args.out = args.out or os.path.join(os.path.dirname(args.ckpt), "rl")
     return args
@@ -178,19 +180,23 @@ def parse_rewards(words):
         name, _, weight = word.strip().partition(":")
         if name not in REWARDS:
             raise UserError(f"unknown reward {name}: there are {', '.join(REWARDS)}")
+        if name in weights:
+            raise UserError(f"reward {name} is named twice: once, with the sum of the weights, does the same")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
-            raise UserError(f"reward {word}: the weight {weight} is no number; write {name}:0.5") from None
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
+            raise UserError(f"reward {word}: the weight {weight} is no number; write {name}:0.5")
     return weights
 
 
-def build_rewards(args, config, data, names, device):
+def build_rewards(args, config, data, names, device, rank):
     """-> functions {name: f} of all rewards trained on or watched, weights {name: float} of those trained on.
 
-    Each is tried on two pictures, so that a wrong one ends here and not after the first episode.
+    Each is tried on two pictures, so that a wrong one ends here and not after the first episode. Rank 0 alone watches.
     """
-    weights, watched = parse_rewards(args.reward), parse_rewards(args.watch)
+    weights, watched = parse_rewards(args.reward), parse_rewards(args.watch) if rank == 0 else {}
     functions = {name: REWARDS[name](args, data, names, device) for name in {**weights, **watched}}
     for name, f in functions.items():
         images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
@@ -309,15 +315,15 @@ def backward_chain(model, x, slope, labels, keys, ar_steps, detach=False, before
 class Watch:
     """The judge of a run: draws pictures of a network on all ranks, gives its row of the table, writes the grid."""
 
-    def __init__(self, args, config, data, functions, weights, vae, device, rank, world):
+    def __init__(self, args, config, data, functions, weights, vae, statistics, device, rank, world):
         self.args, self.vae, self.device, self.rank, self.world = args, vae, device, rank, world
         self.functions, self.weights, self.classifier, self.inception = functions, weights, None, None
         if data and rank == 0:  # seed 1: FD and accuracy come from a network that no reward has seen
             self.classifier = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", 1, device)
             self.reference = feature_statistics(self.classifier, data)
-        elif args.ref and rank == 0:
+        elif statistics and rank == 0:
             self.inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
-            self.reference = statistics_in(args.ref, read_npz(args.ref))
+            self.reference = statistics
         self.labels = torch.arange(-(-args.eval_images // world) * world) % config.num_classes  # ranks: equal shares
         self.shown = torch.arange(-(-min(2 * config.num_classes, 20) // world) * world) % config.num_classes
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
@@ -338,11 +344,13 @@ class Watch:
         return self.rows.get(name, {})
 
     def is_best(self, row):
-        """The most reward yet, at a distance to the data not too far above the start's: what costs more was hacked."""
-        if not row:  # not rank 0
+        """The most reward yet, at a distance to the data not too far above the start's: what costs more was hacked.
+        Where no distance is measured, nothing is best."""
+        distance = "fd" if "fd" in row else "fid"
+        if distance not in row:  # or not rank 0
             return False
         before, best = self.rows["before"], self.rows.get("best", self.rows["before"])
-        near = all(row[key] <= (1 + self.args.max_fd_rise) * before[key] for key in ("fd", "fid") if key in row)
+        near = row[distance] <= (1 + self.args.max_fd_rise) * before[distance]
         return near and row["reward"] > best["reward"]
 
     def figures(self, images):
@@ -442,8 +450,7 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
     start, seconds = 0, {}
     if resumed:
         start, seconds, watch.rows = (resumed[key] for key in ("step", "seconds", "rows"))
-        for target, key in ((student, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            target.load_state_dict(resumed[key])
+        restore(resumed, args, model=student, ema=ema, optimizer=optimizer)
     watch.look("before", reference, judged=not resumed)
     if not resumed:
         watch.write("grid_000000.png")
@@ -503,6 +510,7 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
         last, told_to_stop = step + 1 == args.steps, False
         if (step + 1) % args.log_every == 0 or last:
             told_to_stop = any_rank(stop.is_set(), device, world)
+            stop_if_bad(bad, args)
             reward, std, kl, agreement, norm = average(sums, world) / (step + 1 - since)
             log_line(args, rank, bar, stage="rl", step=step + 1, reward=reward, reward_std=std, kl=kl,
                      agreement=agreement, grad_norm=norm, reward_calls=calls * (step + 1), **memory(device),
@@ -514,7 +522,9 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
             row = watch.look("after", ema, step=step + 1, seconds=sum(clock.seconds.values()),
                              reward_calls=calls * (step + 1))
             if row:
-                log_line(args, rank, bar, stage="rl", **row)
+                # its own name: the loop's reward is of the episodes as they are trained on, not of the average's
+                log_line(args, rank, bar, stage="rl", eval_reward=row["reward"],
+                         **{name: value for name, value in row.items() if name != "reward"})
             if watch.is_best(row):
                 watch.rows["best"] = row
                 write_product(args, ema, "best", class_names, step + 1, rank)
@@ -523,8 +533,9 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
             stop_if_bad(bad, args)
             write_product(args, ema, "student", class_names, step + 1, rank)
             if rank == 0:
-                save_checkpoint({"stage": "rl", "step": step + 1, "args": vars(args), "model": student.state_dict(),
-                                 "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                save_checkpoint({"config": asdict(ema.config), "stage": "rl", "step": step + 1, "args": vars(args),
+                                 "model": student.state_dict(), "ema": ema.state_dict(),
+                                 "optimizer": optimizer.state_dict(),
                                  "rows": watch.rows, "seconds": clock.seconds}, os.path.join(args.out, "resume.pt"))
         if told_to_stop:
             leave(args, step + 1)
@@ -542,9 +553,9 @@ def open_student(args, device):
     student = load_mar(args.ckpt).to(device)
     args.ar_steps = args.ar_steps or file["args"]["ar_steps"]
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
-    names = read_class_names(args.class_names) if args.class_names else file["class_names"]
-    if len(names) != student.config.num_classes:
-        raise UserError(f"{args.class_names} names {len(names)} classes, the student has {student.config.num_classes}")
+    names = file["class_names"]
+    if args.class_names or {"clip", "pickscore", "imagereward"} & parse_rewards(args.reward + args.watch).keys():
+        names = read_class_names(args.class_names, names, args.folder)  # words, which those of folders need not be
     return student, names
 
 
@@ -554,8 +565,12 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
-    parse_rewards(args.reward + args.watch)  # what costs nothing is checked first
-    resumed = check_folder(args, world, "batch")
+    resumed = check_folder(args, world, ["rl"], ["batch"], ["reward", "watch"])
+    if config.pixels and args.ref:
+        raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
+    statistics = statistics_in(args.ref, read_npz(args.ref)) if args.ref else None
+    if rank == 0 and not (config.pixels or args.ref):
+        tqdm.write("FID is watched with --ref only: without it there is a student.pt, and no best.pt")
     if config.pixels:
         data = open_data(args.data, img_size=config.img_size)
         if data.num_classes != config.num_classes:
@@ -565,8 +580,8 @@ def main(argv=None):
         vae = load_vae(need_file(args.vae, "kl16")).to(device)
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
-    functions, weights = build_rewards(args, config, data, names, device)
-    watch = Watch(args, config, data, functions, weights, vae, device, rank, world)
+    functions, weights = build_rewards(args, config, data, names, device, rank)
+    watch = Watch(args, config, data, functions, weights, vae, statistics, device, rank, world)
     if rank == 0 and world > 1:
         dist.barrier()
     start_folder(args, rank, world, resumed)

@@ -520,7 +520,8 @@ def parse():
     p.add_argument("--num", type=at_least(1), help="draw this many pictures, all classes alike often, into an .npz")
     p.add_argument("--bench", action="store_true", help="time teacher and student on this machine")
     p.add_argument("--curves", nargs="+", metavar="LOG", help="draw the curves of these log.jsonl files")
-    p.add_argument("--classes", nargs="+", help="class numbers or names; None: all, or 4 if there are more than 16")
+    p.add_argument("--classes", nargs="+", help="class numbers or names; None: all; of more than 16 a "
+                   "grid or animation shows 4")
     p.add_argument("--per_class", type=at_least(1), help="pictures of each class; None: 4, with several --ar_steps 1")
     p.add_argument("--teacher", action="store_true", help="insist on the full chain: a student's checkpoint is refused")
     p.add_argument("--ar_steps", type=at_least(1), nargs="+", metavar="K",
@@ -535,7 +536,7 @@ def parse():
     p.add_argument("--edit", metavar="PICTURE", help="draw a part of this picture anew, once for each class")
     p.add_argument("--box", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
                    help="--edit: the part, in pixels of the cropped picture; whole tokens are drawn")
-    p.add_argument("--seed", type=int, default=0, help="picture i is that of (seed, i)")
+    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="picture i is that of (seed, i)")
     p.add_argument("--vae", help="kl16.ckpt, for models of latents")
     p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, a process; less if memory is short")
     p.add_argument("--compile", action="store_true", help="--num, --bench: torch.compile the blocks, which takes a "
@@ -669,7 +670,9 @@ def main():
     if mode == "bench":
         return bench(model, args, device)
     names = file.get("class_names") or [f"class {i}" for i in range(model.config.num_classes)]
-    classes = find_classes(args.classes, names, model.config.num_classes)
+    count = model.config.num_classes
+    # nobody looks at 1,000 rows; but what is to be judged must be of all classes
+    classes = list(range(count)) if mode == "num" and not args.classes else find_classes(args.classes, names, count)
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
     kwargs = {"ar_steps": args.ar_steps[0], "head_steps": args.head_steps, "guidance": args.guidance,

@@ -154,7 +154,7 @@ def tiny_mar(folder=None, stage="student", **changes):
         p.copy_(torch.randn_like(p) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 10))
     if folder:
         save_checkpoint({"config": asdict(config), "stage": stage, "step": 0, "ema": model.state_dict(),
-                         "class_names": list(SHAPES)[:config.num_classes],
+                         "class_names": [*SHAPES, *map(str, range(8, 99))][:config.num_classes],
                          "args": {"ar_steps": 8, "guidance": 2.0, "guidance_schedule": "constant",
                                   "teacher_head_steps": 10}}, folder / f"{stage}.pt")
     return model
@@ -563,6 +563,82 @@ def test_gsim_is_the_gradient_of_the_score_divergence():
         assert ((part - exact).abs() > 0.1 * exact.abs()).all(), (part, exact)  # either alone is another gradient
 
 
+def test_gsim_gradient_is_the_derivative_of_the_loss_down_to_x0():
+    """Finite differences in x0, through x_t = alpha x0 + sigma eps and two networks that are no Gaussians."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 6, 6, dtype=torch.float64) / 2
+    eps_q, eps_p = (lambda x: (x @ A).tanh()), (lambda x: (x @ B).sin())
+    t = torch.tensor([20, 150, 500, 800, 973])
+    x0, eps, way = torch.randn(3, 5, 6, dtype=torch.float64)
+    alpha, sigma = (z.double() for z in alpha_sigma(t))
+
+    def loss(x0):
+        scores = (lambda x: -eps_q(x) / sigma), (lambda x: -eps_p(x) / sigma)
+        return distill.gsim_loss(alpha * x0 + sigma * eps, eps, alpha, sigma, *scores)
+
+    v, said = distill.gsim_gradient(x0, t, eps, eps_q, eps_p)
+    close(said, loss(x0), 1e-6)
+    close((v * way).sum(1), (loss(x0 + 1e-6 * way) - loss(x0 - 1e-6 * way)) / 2e-6, 1e-4)  # row by row
+
+
+def test_vsd_gradient_is_its_formula():
+    """The difference of the two x0 estimates, over the teacher's mean distance from the student's sample."""
+    torch.manual_seed(0)
+    (A, B), t = torch.randn(2, 6, 6), torch.tensor([20, 400, 973])
+    x0, eps = torch.randn(2, 3, 6)
+    alpha, sigma = alpha_sigma(t)
+    x_t = alpha * x0 + sigma * eps
+    x0_q, x0_p = (x_t - sigma * (x_t @ A)) / alpha, (x_t - sigma * (x_t @ B)) / alpha
+    v, size = distill.vsd_gradient(x0, t, eps, lambda x: x @ A, lambda x: x @ B)
+    close(v, (x0_q - x0_p) / ((x0 - x0_p).abs().mean(1, keepdim=True) + 1e-3), 1e-4)
+    close(size, (x0_q - x0_p).norm(dim=1), 1e-4)
+
+
+def test_average_of_weights_and_levels_of_the_losses():
+    """update_ema keeps `decay` of the old. Time steps are uniform over a range with both its ends, and the student's
+    are T_MIN..T_MAX, the critic's and the teacher's all 1,000."""
+    ema, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    ema.weight.data.fill_(1.0), model.weight.data.fill_(2.0)
+    model_file.update_ema(ema, model, 0.9)
+    assert abs(ema.weight.item() - 1.1) < 1e-6 and model.weight.item() == 2.0
+    steps = distill.random_steps(image_keys(range(5000)), distill.STUDENT_T, torch.arange(8).expand(5000, -1), 3, 12)
+    counts = torch.bincount(steps, minlength=14)[3:13]
+    assert counts.sum() == 40000 and (counts - 4000).abs().max() < 5 * 4000**0.5, counts
+
+    seen = {}
+    def noted(name, position):
+        real = getattr(distill, name)
+        return mock.patch.object(distill, name, lambda *a: (seen.setdefault(name, []).append(a[position]), real(*a))[1])
+
+    with scratch() as folder, noted("gsim_gradient", 1), noted("critic_loss", 2), noted("diffusion_loss", 3):
+        blind_distill(folder, "--teacher_batch", 64, "--batch", 64)
+    for name, low, high in (("gsim_gradient", 20, 973), ("critic_loss", 0, 999), ("diffusion_loss", 0, 999)):
+        t = torch.cat(seen[name])
+        assert low <= t.min() < low + 15 and high - 15 < t.max() <= high and len(t) > 1500, (name, t.min(), t.max())
+
+
+def test_distillation_brings_the_student_to_the_data():
+    """One step of a teacher of 200 updates is a blur; 80 updates by either loss must take much of that away.
+    Measured on the tokens themselves: Frechet distance of their Gaussian to the data's."""
+    def distance(folder, name, **how):
+        model = load_mar(folder / name)
+        tokens = model.patchify(model.generate(labels, 4, **how)).flatten(0, 1)
+        return fid.frechet_distance(*fid.mean_and_covariance(tokens), *real)
+
+    shapes, labels = open_data("shapes"), torch.arange(512) % 8
+    model = MAR(SIZES["shapes"])
+    real = fid.mean_and_covariance(model.patchify(shapes.batch(np.arange(2048), np.zeros(2048, bool))[0]).flatten(0, 1))
+    with scratch() as folder:
+        blind_distill(folder, "--teacher_steps", 200, "--teacher_batch", 32, "--steps", 0, "--save_every", 999)
+        start, said = distance(folder, "teacher.pt", guidance=2.0, guidance_schedule="constant"), []
+        for loss in ("gsim", "vsd"):
+            blind_distill(folder / loss, "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 80,
+                          "--batch", 16, "--save_every", 999, "--loss", loss)
+            said.append(distance(folder / loss, "student.pt"))
+    assert max(said) < 0.65 * start, (start, said)
+    return f"one step of the teacher {start:.2f}, students by gsim and vsd {said[0]:.2f}, {said[1]:.2f}"
+
+
 def test_pseudo_huber_and_its_derivative():
     y = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
     d, d_prime = distill.pseudo_huber(y)
@@ -777,15 +853,17 @@ def one_and_twenty_steps_of_everything(folder, out):
                                    "--out", f"{folder}/{out}/{stage}_{n}"]
             distill.main(flags("teacher") + ["--size", "shapes", "--teacher_steps", n, "--teacher_batch", "8",
                                              "--steps", "0"])
-            distill.main(flags("student") + ["--teacher", f"{folder}/teacher.pt", "--steps", n, "--lr", "1e-4",
-                                             "--critic_lr", "1e-4"])
+            student = ["--teacher", f"{folder}/teacher.pt", "--steps", n, "--lr", "1e-4", "--critic_lr", "1e-4"]
+            distill.main(flags("student") + student)
+            distill.main(flags("turns") + student + ["--critic_steps", "2", "--accumulate", "2"])
             rl.main(flags("rl") + ["--ckpt", f"{folder}/student.pt", "--reward", "red", "--watch", "--steps", n,
                                    "--pairs", "4", "--chunk", "64"])
 
 
 def test_one_two_and_four_processes_train_alike():
     """The same batch on 1, 2 and 4 processes: gradients of a step, and parameters after 20, agree to 1e-6 (relative,
-    float32), of the teacher, of the student and the critic, and of rl's student.
+    float32), of the teacher, of the student and the critic (also where the student takes every other turn and the batch
+    comes in two parts), and of rl's student.
 
     What is left is rounding, which training magnifies: about twofold every 3 steps at the student's rates of shapes
     (5e-4, beta_1 = 0), so with those it is 3e-6 to 9e-6 after 20 steps (README). Much of it sits in the bias of
@@ -798,7 +876,8 @@ def test_one_two_and_four_processes_train_alike():
         worst = {}
         for world in (2, 4):
             ranks(world, one_and_twenty_steps_of_everything, folder, world)
-            for stage, networks in {"teacher": ("model",), "student": ("model", "critic"), "rl": ("model",)}.items():
+            for stage, networks in {"teacher": ("model",), "student": ("model", "critic"), "turns": ("model",),
+                                    "rl": ("model",)}.items():
                 one, many = ([read_checkpoint(folder / f"{w}" / f"{stage}_{n}" / "resume.pt") for n in (1, 20)]
                              for w in (1, world))
                 for network in networks:
@@ -904,7 +983,8 @@ def test_accumulation_and_variants_run():
         for name, state in results.items():
             moved = sum((results["plain"][key] - start[key]).square().sum() for key in start) ** 0.5
             other = sum((results["plain"][key] - state[key]).square().sum() for key in start) ** 0.5 / moved
-            assert other < 0.01 if name in ("plain", "accumulate") else other > 0.015, (name, other)
+            if name != "plain":
+                assert other < 0.01 if name == "accumulate" else other > 0.015, (name, other)
         critic = weights(folder / "tail", "resume.pt", "critic")
         moved = {".".join(key.split(".")[:2]) for key in start if not torch.equal(start[key], critic[key])}
         assert "decoder_blocks.2" in moved and all(
@@ -948,9 +1028,41 @@ def test_distill_refuses_bad_input():
         refuses(run(*shapes, "--t_init", 999), "t_init")
         refuses(run(*shapes, "--batch", 10, "--accumulate", 4), "multiple")
         refuses(run(*shapes, "--resume"), "not there")
-        refuses(run("distill.py", "--data", folder / "empty", "--device", "cpu", "--teacher_steps", 1), "train")
+        refuses(run("distill.py", "--data", folder / "empty", "--device", "cpu", "--teacher_steps", 1),
+                "no folder 'train'")
+        make_folder(folder / "thirty", size=(30, 30))
+        refuses(run("distill.py", "--data", folder / "thirty", "--device", "cpu"), "30 px", "tokens of 4 px")
+        tiny_mar(folder, "student", img_size=16, patch_size=4, num_classes=8)
+        refuses(run(*given, folder / "student.pt"), "stage student", "teacher.pt")
+        (folder / "nothing.pt").write_bytes(b"")
+        refuses(run(*given, folder / "nothing.pt"), "truncated")
+        refuses(run(*shapes, "--vae", folder / "nothing.pt"), "leave it out")
+        refuses(run(*shapes, "--ema", 1.5), "--ema", "below 1")
+        refuses(run(*shapes, "--seed", 5_000_000_000), "--seed")
         refuses(run(*shapes[:-1], folder / "file" / "out"), "cannot write")
         assert not (folder / "out").exists()  # nothing half-written
+    parsed = distill.parse_args(["--data", "photos", "--teacher_steps", "5"])  # one is trained, so none is read
+    assert parsed.teacher is None and distill.parse_args(["--data", "photos"]).teacher
+
+
+def test_resume_with_other_flags_goes_on_or_says_why_not():
+    """What does not fit ends in one line. What fits and differs is told, and holds."""
+    with scratch() as folder:
+        blind_distill(folder / "run", "--critic", 1)
+        resume = lambda *flags: blind_distill(folder / "run", "--resume", *flags)
+        refused(lambda: resume("--critic", 2), "does not fit", "critic_optimizer")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            with mock.patch.object(distill, "Watch", Blind):
+                distill.main([*map(str, TINY[1:]), "--out", str(folder / "run"), "--critic", "1", "--resume",
+                              "--steps", "8", "--lr", "1e-5"])
+        assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
+        assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
+        assert load_mar(folder / "run/resume.pt").config == SIZES["shapes"]  # a checkpoint like others: can be drawn
+        blind_distill(folder / "teacher", "--steps", 0)
+        refused(lambda: blind_distill(folder / "teacher", "--resume", "--teacher_steps", 0, "--teacher",
+                                      folder / "teacher/teacher.pt"), "does not fit")  # it is stage 0's
+        write_student(folder)
+        assert "another program (stage student" in rl_error(folder, "--resume", "--out", folder / "run")
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_well():
@@ -961,18 +1073,23 @@ def test_sigterm_writes_a_checkpoint_and_ends_well():
         process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE,
                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
         while not (folder / "log.jsonl").exists():
+            assert process.poll() is None, "ended before its first step"
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "SIGTERM" in out, out
-        assert read_checkpoint(folder / "resume.pt")["step"] == int(re.search(r"step (\d+)", out)[1])
+        stopped = read_checkpoint(folder / "resume.pt")["step"]
+        assert stopped == int(re.search(r"step (\d+)", out)[1])
+        for name, more in ((folder, ["--resume"]), (folder / "whole", [])):  # four steps on; or all without a stop
+            blind_distill(name, "--save_every", 100000, "--teacher_steps", stopped + 4, "--steps", 0, *more)
+        assert apart(weights(folder, "resume.pt", "model"), weights(folder / "whole", "resume.pt", "model")) == 0
 
 
-def test_non_finite_loss_stops_and_keeps_the_last_checkpoint():
+def test_a_learning_rate_that_blows_up_stops_before_the_next_log_line():
     with scratch() as folder:
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
-        hot = ("--teacher_lr", "1e30", "--clip", 0, "--save_every", 2)
-        refuses(run(*TINY, "--out", folder, *hot), "not finite at step")
+        refuses(run(*TINY, "--out", folder, "--teacher_lr", "1e30", "--clip", 0), "not finite at step")
+        assert not (folder / "log.jsonl").exists() and not (folder / "teacher.pt").exists()
 
 
 def blind_distill(out, *flags):
@@ -1201,10 +1318,12 @@ def test_profile_of_a_step():
 
     def seconds(f, n=6):
         f()
-        start = time.perf_counter()
+        times = []
         for _ in range(n):
+            start = time.process_time()
             f()
-        return (time.perf_counter() - start) / n
+            times.append(time.process_time() - start)
+        return statistics.median(times)
 
     batch = lambda: distill.training_batch(shapes, model, args.batch, 0, 3, torch.device("cpu"), 0, 1)
     tokens, labels, keys, visible, masked = batch()
@@ -1379,18 +1498,39 @@ def test_bad_image_folders_are_refused():
         (tmp / "empty/train/ant").mkdir(parents=True)
         refused(lambda: data.open_data(tmp / "empty"), "no images")
         folder = make_folder(tmp / "bugs")
+        (folder / "train/.checkpoints").mkdir()  # hidden: no class
+        (folder / "train/wasp").mkdir()
+        refused(lambda: data.open_data(folder, cache=cache), "train/wasp", "no images")
+        (folder / "train/wasp").rmdir()
         refused(lambda: data.open_data(folder, split="test", cache=cache), "test")
         refused(lambda: data.open_data(folder, img_size=256, cache=cache), "python data.py", "--img_size 256")
-        (folder / "train/ant/1.png").write_bytes((folder / "train/ant/1.png").read_bytes()[:90])
-        refused(lambda: data.open_data(folder, cache=cache), "1.png", "broken", "--skip_broken")
+        (folder / "train/ant/0.png").write_bytes(b"")  # the very first, whose size stands for all
+        refused(lambda: data.open_data(folder, cache=cache), "0.png", "broken", "--skip_broken")
         kept = data.open_data(folder, cache=cache, skip_broken=True)
-        assert len(kept) == 5 and kept.labels.tolist() == [0, 0, 1, 1, 1]
+        assert len(kept) == 5 and kept.labels.tolist() == [0, 0, 1, 1, 1] and kept.img_size == 8
         assert torch.equal(kept.images([1])[0], torch.from_numpy(data.read_image(folder / "train/ant/2.png", 8).copy()))
+        assert data.is_small(folder) and data.is_small(cache / "bugs-8")  # a cache by its own path
         (folder / "train/bee/0.png").unlink()
         refused(lambda: data.open_data(folder, cache=cache), "other settings", "count 6, wanted 5")
         refused(lambda: data.open_data(cache / "bugs-8", img_size=16), "img_size 8, wanted 16")
-        (cache / "bugs-8/train/images.npy").write_bytes(b"short")
-        refused(lambda: data.open_data(cache / "bugs-8"), "damaged")
+        for content in (b"short", b""):
+            (cache / "bugs-8/train/images.npy").write_bytes(content)
+            refused(lambda: data.open_data(cache / "bugs-8"), "damaged")
+
+
+def test_a_damaged_cache_is_not_believed():
+    """A file that a stopped build left, and something has cut or removed since: zeros would pass for pictures."""
+    with scratch() as tmp:
+        folder = make_folder(tmp / "bugs")
+        for name, content in (("images.npy", None), ("images.npy", b""), ("labels.npy", b""), ("labels.npy", b"cut")):
+            built = data.open_data(folder, cache=tmp / "cache")
+            assert len(built) == 6
+            here = tmp / "cache/bugs-8/train"
+            meta = json.loads((here / "cache.json").read_text())
+            (here / "cache.json").write_text(json.dumps({**meta, "complete": False}))
+            (here / name).unlink() if content is None else (here / name).write_bytes(content)
+            refused(lambda: data.open_data(folder, cache=tmp / "cache"), "damaged")
+            shutil.rmtree(here)
 
 
 def test_cifar10_binary_files():
@@ -1428,7 +1568,7 @@ def test_other_files_are_no_vae():
         refused(lambda: data.load_vae(tmp / "half.ckpt"), "half.ckpt")
         state = torch.load(vae_file(), weights_only=True)["model"]
         torch.save({name: value for name, value in state.items() if name != "quant_conv.bias"}, tmp / "part.ckpt")
-        refused(lambda: data.load_vae(tmp / "part.ckpt"), "quant_conv.bias is missing")
+        refused(lambda: data.load_vae(tmp / "part.ckpt"), "part.ckpt is no KLVAE file", "quant_conv.bias missing")
         torch.save({**state, "loss.discriminator.weight": torch.zeros(1)}, tmp / "trained.ckpt")  # plain, and a loss
         data.load_vae(tmp / "trained.ckpt")
 
@@ -1464,9 +1604,11 @@ def test_latent_cache_by_command():
         done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command))
         assert done.returncode == 0, done.stderr[-2000:]
         built = np.load(tmp / "lat/train/moments.npy")
-        image = torch.from_numpy(data.read_image(folder / "train/bee/2.png", 64)).float()[None] / 127.5 - 1
-        want = data.load_vae(vae_file()).moments(torch.cat([image, image.flip(-1)])).numpy()
-        assert np.abs(built[5] - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
+        vae, files = data.load_vae(vae_file()), data.list_images(folder, "train")[1]
+        for row, file in zip(built, files, strict=True):
+            image = torch.from_numpy(data.read_image(file, 64)).float()[None] / 127.5 - 1
+            want = vae.moments(torch.cat([image, image.flip(-1)])).numpy()
+            assert np.abs(row - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
         assert len(data.open_data(tmp / "lat")) == 6 and data.open_data(tmp / "lat").img_size == 64
         command[command.index("64")] = "128"
         refused(lambda: data.main([str(word) for word in command[1:]]), "img_size 64, wanted 128")
@@ -1565,7 +1707,7 @@ def test_picture_does_not_depend_on_the_batch():
 
 def test_two_processes_write_the_same_npz():
     with scratch() as folder:
-        tiny_mar(folder)
+        tiny_mar(folder, num_classes=20)  # more than a grid shows: all of them are drawn
         common = ["sample.py", "--ckpt", folder / "student.pt", "--num", "51", "--device", "cpu"]
         result = torchrun(2, "--", *common, "--batch", "8", "--out", folder / "two.npz")
         assert result.returncode == 0, result.stderr[-2000:]
@@ -1575,7 +1717,7 @@ def test_two_processes_write_the_same_npz():
         # rounding to bytes may turn a difference of 1e-7 into one level
         difference = np.abs(one["arr_0"].astype(int) - two["arr_0"])
         assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
-        assert (one["labels"] == np.arange(51) % 4).all() and (two["labels"] == one["labels"]).all()
+        assert (one["labels"] == np.arange(51) % 20).all() and (two["labels"] == one["labels"]).all()
         assert sorted(p.name for p in folder.iterdir()) == ["one.npz", "student.pt", "two.npz"]  # nothing left behind
 
 
@@ -1691,8 +1833,6 @@ def test_flops_are_those_of_the_formula():
 
 
 def test_bench_prints_what_was_timed():
-    import contextlib
-    import io
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         sample_main("--bench", "--size", "shapes", "--ar_steps", 4, 2, "--teacher_ar_steps", 2, "--head_steps", 20,
@@ -1700,11 +1840,10 @@ def test_bench_prints_what_was_timed():
     rows = [line.split() for line in text.getvalue().splitlines() if line.startswith(("student", "teacher"))]
     assert [row[:4] for row in rows] == [[who, b, K, h] for b in "12" for who, K, h in
                                          (("student", "4", "1"), ("student", "2", "1"), ("teacher", "2", "20"))]
-    assert all(float(row[5]) > 0 for row in rows) and float(rows[2][7].rstrip("x")) > 1  # 20 steps cost more than one
+    assert all(float(row[5]) > 0 for row in rows) and rows[2][7].endswith("x")  # the ratio, to the student of that K
 
 
 def test_curves():
-    from PIL import Image
     with scratch() as folder:
         for run_name, offset in (("a", 0), ("b", 1)):
             (folder / run_name).mkdir()
@@ -2080,7 +2219,7 @@ def test_fid_command_on_npz_folder_and_statistics():
         judged("a.npz", "--ref", "folder", "--metrics", "kid")  # not from the statistics kept, which are of 30
         assert np.load("folder.inception.npz")["n"] == 31
         judged("b.npz", "--save_stats", "stats.npz", "--metrics", "is")
-        torch.save({k: torch.from_numpy(np.load("stats.npz")[k]) for k in ("mu", "sigma")}, "stats.pt")
+        torch.save({k: np.load("stats.npz")[k] for k in ("mu", "sigma")}, "stats.pt")  # arrays, as torch-fidelity
         for file in ("stats.npz", "stats.pt"):  # ADM's and MAR's form, torch-fidelity's
             row = judged("a.npz", "--ref", file)[0]
             close(row["fid"], ab["fid"], 1e-9)
@@ -2112,6 +2251,15 @@ def test_fid_judges_a_checkpoint_and_goes_on_after_a_stop():
         assert seen == [0, 256, 512, 512], seen  # only the shard that was lost is drawn again
         close(np.load("stats.npz")["mu"], want, 0)
         assert not list(Path("out/fid/shards").iterdir())
+        # a call of several rows keeps the first until all are there
+        several = ("--ckpt", "student.pt", "--num", 300, "--ar_steps", 2, 3, "--metrics", "is")
+        seen.clear()
+        with mock.patch.object(fid, "draw", stop_at_the_third):
+            try:
+                judged(*several)
+            except KeyboardInterrupt:
+                pass
+            assert [row["ar_steps"] for row in judged(*several)] == [2, 3] and seen == [0, 256, 0, 0, 256], seen
 
 
 def test_fid_draws_quality_against_ar_steps():
@@ -2160,6 +2308,9 @@ def test_fid_refuses_what_would_give_a_wrong_number():
             if picture:
                 picture.save(f"{name}/b.png")
         Path("cut/b.png").write_bytes(Path("cut/b.png").read_bytes()[:300])
+        np.savez("marked.npz", arr_0=good, labels=np.zeros(20, np.int64))
+        Path("names.json").write_text('["ant"]')
+        tiny_mar(Path("."))
         for argv, words in {("one.npz",): ["1 image"], ("single",): ["1 image"], ("empty",): ["no images"],
                             ("none.npz",): ["no arr_0", "images"], ("float.npz",): ["float64", "uint8"],
                             ("grey.npz",): ["(20, 16, 16)"], ("text.npz",): ["text.npz"], ("cut.npz",): ["cut.npz"],
@@ -2171,8 +2322,17 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                             ("good.npz", "--judges", "classifier"): ["--data"],
                             ("good.npz", "--ref", "good.npz", "--judges", "clip"): ["inception"],
                             ("one.npz", "good.npz", "--save_stats", "s.npz"): ["one set"],
-                            ("good.npz", "--num", "1"): ["at least 2"]}.items():
+                            ("good.npz", "--num", "1"): ["at least 2"],
+                            ("marked.npz", "good.npz", "--judges", "clip", "--class_names", "names.json"):
+                                ["good.npz has no labels"],
+                            ("good.npz", "none.npz"): ["none.npz"],  # before good.npz is judged
+                            ("--ckpt", "student.pt", "--ar_steps", "2", "99"): ["ar_steps 99"],
+                            ("good.npz", "--guidance", "2"): ["--guidance", "--ckpt"],
+                            ("good.npz", "--metrics", "kid"): ["--ref"],
+                            ("good.npz", "--save_stats", "names.json/x.npz"): ["cannot write"],
+                            ("good.npz", "--out", "names.json"): ["names.json", "cannot write"]}.items():
             refused(lambda: judged(*argv), *words)
+        assert not Path("out/fid/results.json").exists()
         refuses(run("fid.py", Path("one.npz").resolve()), "1 image")  # and so it looks from outside: one line, code 2
 
 
@@ -2278,8 +2438,8 @@ def test_chain_gradient_is_exact_and_detach_is_not():
     rl.backward_chain(model, x, slope, labels, image_keys(seeds), K, detach=True)
     cosine = torch.nn.functional.cosine_similarity(flat_gradient(model), ours, dim=0).item()
     error = ((flat_gradient(model) - ours).norm() / ours.norm()).item()
-    print(f"  --detach, K = {K}, random weights: {error:.0%} of the gradient is missing, cosine {cosine:.3f}")
     assert error > 0.05 and cosine > 0.3
+    return f"--detach, K = {K}, random weights: {error:.0%} of the gradient is missing, cosine {cosine:.3f}"
 
 
 def test_retrace_finds_the_chain_in_its_picture():
@@ -2331,6 +2491,28 @@ def test_chain_memory_is_that_of_one_step():
     for detach in (True, False):
         assert most[8, detach] < 1.1 * most[4, detach] and most[16, detach] < 1.1 * most[4, detach], most
     assert most[8, "graph"] > 1.7 * most[4, "graph"] and most[16, "graph"] > 5 * most[16, False], most
+
+
+def test_rl_pushes_back_the_slope_of_its_loss_and_clamps_what_is_scored():
+    """L = -mean <v, x> + kl |x - x_ref|^2 / (2 s^2 dims): for a reward that is flat, v = 0, what is pushed into the
+    chain is autograd's derivative of the second part. And nothing is earned outside the range that a screen can show.
+    """
+    pushed, scored, off = [], [], torch.randn(8, 3, 8, 8)
+
+    def flat(images, labels):
+        scored.append((images.min(), images.max()))
+        return 0 * images.mean((1, 2, 3))
+
+    with (scratch() as folder, mock.patch.object(rl, "backward_chain", lambda *args: pushed.append(args)),
+          mock.patch.object(rl, "retrace", lambda reference, x, *_: x + off),
+          mock.patch.dict(rl.REWARDS, flat=lambda *_: flat)):
+        write_student(folder)
+        run_rl(folder, "--reward", "flat", "--noise_std", 5, "--kl", 0.3, "--steps", 1)
+    _, x, slope, *_ = pushed[0]
+    leaf = x.clone().requires_grad_()
+    kl = (leaf - (x + off)).flatten(1).square().sum(1) / (2 * rl.S_KL**2)  # nats an image, widths of S_KL
+    close(slope, torch.autograd.grad((0.3 * kl / x[0].numel()).mean(), leaf)[0], 1e-5)
+    assert min(low for low, _ in scored) == 0 and max(high for _, high in scored) == 1, "noise of 5 goes far beyond"
 
 
 def test_pull_back_is_the_chain_rule_of_the_decoder():
@@ -2396,6 +2578,8 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
         assert lines[0]["kl"] == 0 and lines[-2]["kl"] > 0  # the first picture is the reference's own
         run_rl(folder, "--ckpt", str(folder / "rl" / "best.pt"), "--steps", "1")
         assert "already holds a run" in rl_error(folder)
+        assert "has --reward" in rl_error(folder, "--resume", "--reward", "jpeg")
+        assert lines[-1]["eval_reward"] == rows["after"]["reward"] and "reward" not in lines[-1]
         (folder / "strict").mkdir()
         (folder / "strict" / "best.pt").write_text("left over")
         run_rl(folder, "--steps", "2", "--lr", "3e-3", "--max_fd_rise", "0", "--kl", "0",
@@ -2508,6 +2692,24 @@ def test_rl_every_reward_runs_with_both_estimators():
         assert all(abs(again[name] - row[name]) < 1e-6 for name in ("clip", "pickscore", "jpeg", "fd", "diversity"))
 
 
+def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
+    """A student of ImageNet has classes n01440764 and so on; prompts must be of the names that --get names brings."""
+    need_shared()
+    asked = []
+    with scratch() as folder, mock.patch.object(rl, "prompt_scorer", lambda kind, names, *_: asked.append(names) or (
+            lambda images, labels: images.mean((1, 2, 3)))):
+        path = write_student(folder)
+        save_checkpoint({**read_checkpoint(path), "class_names": [f"n{i:08}" for i in range(8)]}, path)
+        run_rl(folder, "--steps", "1", "--out", folder / "red")  # no words are needed: none are asked for
+        assert "--get names" in rl_error(folder, "--reward", "clip", "--folder", folder)
+        (folder / PUBLIC["names"][1]).parent.mkdir(parents=True)
+        (folder / PUBLIC["names"][1]).write_text(json.dumps(["tench", "goldfish"]))
+        assert "names 2 classes, here are 8" in rl_error(folder, "--reward", "clip", "--folder", folder)
+        (folder / PUBLIC["names"][1]).write_text(json.dumps(SHAPES))
+        run_rl(folder, "--reward", "clip", "--folder", folder, "--steps", "1")
+    assert asked == [SHAPES]
+
+
 def test_rl_red_and_jpeg_mean_what_they_say():
     rewards = {name: rl.REWARDS[name](None, None, None, "cpu") for name in ("red", "jpeg", "-jpeg")}
     images, labels = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
@@ -2559,6 +2761,8 @@ def test_rl_of_latents_scores_decoded_pictures():
                 run_rl(folder, *flags, "--perturb", perturb, "--out", folder / f"{perturb}_reinforce", "--ref", "a.npz")
             rows = json.loads((folder / "pixel_reinforce" / "results.json").read_text())
             assert rows["before"]["fid"] > 0 and set(rows["before"]) < set(rows["after"])
+            run_rl(folder, *flags, "--reward", "red:100", "--lr", "1e-2", "--out", folder / "blind")
+            assert not (folder / "blind/best.pt").exists()  # no --ref, no distance: nothing says what is best
             close(moments["pixel"], moments["latent"], 1e-4)
             assert moments["latent"].abs().max() > 0
             assert "clip" in rl_error(folder, *flags, "--reward", "classifier", "--out", folder / "other")
@@ -2581,7 +2785,10 @@ def test_rl_refuses_bad_input_in_one_line():
         assert "--pairs" in error("--pairs", 0) and "--ar_steps" in error("--ar_steps", 0)
         assert "16" in error("--ar_steps", 17) and "--noise_std" in error("--noise_std", 0)
         assert "distill" in error("--ckpt", folder / "teacher.pt") and "distill" in error("--ckpt", folder / "none.pt")
-        assert "classes" in error("--data", "cifar10") or "cifar10" in error("--data", "cifar10")
+        make_folder(folder / "bugs")
+        assert "bugs has 2 classes, the student 8" in error("--data", folder / "bugs")
+        assert "leave it out" in error("--ref", folder / "student.pt") and "twice" in error("--reward", "red", "red:2")
+        assert "no number" in error("--reward", "red:nan")
         assert "resume.pt" in error("--resume", "--out", folder / "new") and not (folder / "new").exists()
         assert "{class}" in error("--reward", "clip", "--prompt", "a picture")
         for name, bad in (("nan", lambda images, labels: images.mean((1, 2, 3)) * float("nan")),
@@ -3150,15 +3357,19 @@ def main():
         if not (name.startswith("test_") and (named or not words) or name.startswith("measure_") and named):
             continue
         start, said = time.time(), io.StringIO()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran in this process may have taken it over
+        model_file.on_sigterm.cache_clear()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # shown if the test fails
                 figures = test()
             passed, verdict = passed + 1, f"ok{f': {figures}' if figures else ''}"
         except Skip as reason:
             skipped, verdict = skipped + 1, f"skipped: {reason}"
-        except Exception:
+        except (Exception, SystemExit):  # a program under test that leaves must not end the suite
             failed, verdict = failed + 1, f"FAILED\n{said.getvalue()[-3000:]}\n{traceback.format_exc()}"
         print(f"{name} {verdict} ({time.time() - start:.1f} s)", flush=True)
+    if words and not passed + failed + skipped:
+        raise UserError(f"no test has one of {' '.join(words)} in its name")
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     sys.exit(failed > 0)
 
