@@ -11,6 +11,7 @@ judged; and the judges' public weights, which are fetched only when asked for:
     python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
     python fid.py --ckpt out/shapes/teacher.pt out/shapes/student.pt --data shapes --judges classifier --num 2048 \
         --ar_steps 4 8 16 --plot fd_vs_k.png                   # quality against K, the number of AR steps
+    python fid.py --ckpt teacher.pt --guidance 1 2 3 4 ...     # and against guidance
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 
 The same call again goes on where a stopped one was. Figures with their conventions go to OUT/results.json.
@@ -1032,15 +1033,14 @@ def folder_source(path, size=None):
     return Source(str(path), len(files), side, labels, classes if labels is not None else None, read, key)
 
 
-def checkpoint_source(path, ar_steps, args, device, vae):
+def checkpoint_source(path, given, args, device, vae):
     """Images drawn from a checkpoint when they are asked for: image i is that of (seed, i), with class i % classes, so
-    that every stretch is balanced. Nothing is written but what the judges say. ar_steps: None for the checkpoint's."""
+    that every stretch is balanced. Nothing is written but what the judges say. given: this row's flags, or None for
+    what the checkpoint was made for."""
     file, model = read_checkpoint(path), load_mar(path)
-    flags = argparse.Namespace(**{**vars(args), "ckpt": path, "ar_steps": ar_steps and [ar_steps],
-                                  "teacher": False, "bench": False, "teacher_ar_steps": None})
-    is_teacher = lambda file: file.get("stage", "teacher") == "teacher"
-    if not is_teacher(file) and any(is_teacher(read_checkpoint(other)) for other in args.ckpt):
-        flags.guidance = flags.head_steps = None  # given for the teacher beside it: a student has its own built in
+    K = given["ar_steps"]
+    flags = argparse.Namespace(**{**vars(args), **given, "ckpt": path, "ar_steps": K and [K], "teacher": False,
+                                  "bench": False, "teacher_ar_steps": None})
     fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
     check_vae(model, vae)
     how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
@@ -1057,10 +1057,10 @@ def checkpoint_source(path, ar_steps, args, device, vae):
     return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key)
 
 
-def open_source(path, ar_steps, args, device, vae):
-    """A path of the command line -> Source, checked and not yet read. ar_steps: of a checkpoint."""
+def open_source(path, given, args, device, vae):
+    """A path of the command line -> Source, checked and not yet read. given: this row's flags for a checkpoint."""
     if path in args.ckpt:
-        return checkpoint_source(path, ar_steps, args, device, vae)
+        return checkpoint_source(path, given, args, device, vae)
     if not os.path.isdir(path) and not path.endswith(".npz"):
         raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
     source = folder_source(path, args.size) if os.path.isdir(path) else npz_source(path)
@@ -1304,9 +1304,11 @@ def parse():
     p.add_argument("--num", type=at_least(2), default=50000, help="--ckpt: images to draw, all classes alike often")
     p.add_argument("--ar_steps", type=at_least(1), nargs="+", default=[None], metavar="K",
                    help="--ckpt: AR steps, several: a row each; None: the checkpoint's")
-    p.add_argument("--plot", help="draw each figure against --ar_steps, a curve a checkpoint, into this .png")
+    p.add_argument("--plot", help="draw each figure against --ar_steps, or --guidance, whichever has several values, a "
+                   "curve a checkpoint, into this .png")
     p.add_argument("--head_steps", type=at_least(1), help="--ckpt: denoising steps; None: the checkpoint's")
-    p.add_argument("--guidance", type=at_least(0, float), help="--ckpt: 1 = none; None: the checkpoint's")
+    p.add_argument("--guidance", type=at_least(0, float), nargs="+", default=[None], metavar="G",
+                   help="--ckpt: 1 = none, several: a row each; None: the checkpoint's")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
     p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="--ckpt: scale of the noise")
     p.add_argument("--order", choices=ORDERS, default="random", help="--ckpt: in which tokens are revealed")
@@ -1339,11 +1341,29 @@ def parse():
         raise UserError(f"--metrics {' '.join(args.metrics)} compare with a reference: give --ref")
     if args.ref and "inception" not in args.judges or args.data and "classifier" not in args.judges:
         raise UserError("--ref is for --judges inception, --data for --judges classifier: name that judge")
-    if args.plot and not (args.ckpt and len(set(args.ar_steps)) > 1):
-        raise UserError("--plot draws figures against AR steps: give --ckpt and several --ar_steps")
-    if args.save_stats and (len(judged) * len(args.ar_steps) != 1 or "inception" not in args.judges):
+    if args.plot and not (args.ckpt and len(swept(args)) == 1):
+        raise UserError("--plot draws figures against AR steps or guidance: give --ckpt and several of one of them")
+    if args.save_stats and (len(judged) > 1 or swept(args) or "inception" not in args.judges):
         raise UserError("--save_stats keeps inception's statistics of one set of samples: give one, and that judge")
     return args, judged
+
+
+def swept(args):
+    """The flags that were given several values."""
+    return [flag for flag in ("ar_steps", "guidance") if len(set(getattr(args, flag))) > 1]
+
+
+def rows_wanted(args, judged):
+    """The rows of the table: yields (path, {flag: value}), of a checkpoint for each of --ar_steps and --guidance.
+
+    Where there are teachers and students, --guidance and --head_steps are for the teachers: a student has its own.
+    """
+    teachers = [path for path in args.ckpt if read_checkpoint(path).get("stage", "teacher") == "teacher"]
+    for path in judged:
+        beside = bool(teachers) and path not in teachers
+        for K in args.ar_steps if path in args.ckpt else [None]:
+            for g in [None] if beside or path not in args.ckpt else args.guidance:
+                yield path, {"ar_steps": K, "guidance": g, "head_steps": None if beside else args.head_steps}
 
 
 def judge_source(source, judges, folder, models, reference, args, rank, world):
@@ -1400,13 +1420,13 @@ def print_table(rows):
         print("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}", flush=True)
 
 
-def curves_by_ar_steps(rows, path):
-    """Figures of one checkpoint as save_panels draws them: {("", "fd against AR steps"): {K: value}, ...}."""
+def curves_against(flag, rows, path):
+    """Figures of one checkpoint as save_panels draws them: {("", "fd against ar_steps"): {K: value}, ...}."""
     curves = {}
     for row in rows:
         for name in ("fid", "is", "kid", "precision", "recall", "fd", "accuracy", "clip", "pickscore", "imagereward"):
-            if row.get("ckpt") == path and name in row:
-                curves.setdefault(("", f"{name} against AR steps"), {})[row["ar_steps"]] = row[name]
+            if row.get("ckpt") == path and name in row and flag in row:
+                curves.setdefault(("", f"{name} against {flag}"), {})[row[flag]] = row[name]
     return curves
 
 
@@ -1421,8 +1441,8 @@ def main():
         if path and rank == 0:
             check_output(path, [suffix])
     vae = load_vae(args.vae).to(device) if args.vae else None
-    wanted = [(path, K) for path in judged for K in (args.ar_steps if path in args.ckpt else [None])]
-    sources = [open_source(path, K, args, device, vae) for path, K in wanted]  # all, before hours go into the first
+    wanted = list(rows_wanted(args, judged))
+    sources = [open_source(path, given, args, device, vae) for path, given in wanted]  # all, before hours go into one
     sides = {source.side for source in sources}
     if args.ref and os.path.isdir(args.ref) and len(sides) > 1:
         raise UserError(f"--ref is cropped to the size of the samples, and these are of {sorted(sides)} px: judge them "
@@ -1430,19 +1450,19 @@ def main():
     judges, key, models = make_judges(args, sources, device, rank, world)
     reference = open_reference(args.ref, judges["inception"], args, rank, world, max(sides)) if args.ref else None
     rows, folders = [], []
-    for path, K in wanted:
+    for path, given in wanted:
         source = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
         folders.append(shard_folder(source, key, args))
         rows.append(judge_source(source, judges, folders[-1], models, reference, args, rank, world))
-        if K:
-            rows[-1] |= {"ckpt": path, "ar_steps": K}
+        rows[-1] |= {"ckpt": path} if path in args.ckpt else {}
+        rows[-1] |= {flag: given[flag] for flag in swept(args) if given[flag] is not None}
     if rank > 0:
         return
     print("\n".join(lines := conventions(args, reference, models)))
     print_table(rows)
     write_json(Path(args.out) / "results.json", {"rows": rows, "conventions": lines})
     if args.plot:
-        save_panels([(path, curves_by_ar_steps(rows, path)) for path in args.ckpt], args.plot)
+        save_panels([(path, curves_against(*swept(args), rows, path)) for path in args.ckpt], args.plot)
     for folder in folders:  # only now: a call that was stopped in its last row must not draw the first again
         shutil.rmtree(folder, ignore_errors=True)  # the same source may have been named twice
 

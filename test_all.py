@@ -855,7 +855,9 @@ def one_and_twenty_steps_of_everything(folder, out):
                                              "--steps", "0"])
             student = ["--teacher", f"{folder}/teacher.pt", "--steps", n, "--lr", "1e-4", "--critic_lr", "1e-4"]
             distill.main(flags("student") + student)
-            distill.main(flags("turns") + student + ["--critic_steps", "2", "--accumulate", "2"])
+            # 16 pictures, so that none is alone: products of a few rows round otherwise, and the student's first
+            # gradient is a difference of scores a thousand times its size
+            distill.main(flags("turns") + student + ["--critic_steps", "2", "--accumulate", "2", "--batch", "16"])
             rl.main(flags("rl") + ["--ckpt", f"{folder}/student.pt", "--reward", "red", "--watch", "--steps", n,
                                    "--pairs", "4", "--chunk", "64"])
 
@@ -2274,6 +2276,10 @@ def test_fid_draws_quality_against_ar_steps():
         tiny_mar(Path("."), "teacher", img_size=16, patch_size=4, num_classes=8)
         rows = judged("--ckpt", "teacher.pt", "student.pt", *flags, "--ar_steps", 2, "--guidance", 3, "--head_steps", 5)
         assert "head_steps 5, guidance 3.0" in rows[0]["name"] and "head_steps 1, guidance 1.0" in rows[1]["name"]
+        rows = judged("--ckpt", "teacher.pt", "student.pt", *flags, "--ar_steps", 2, "--guidance", 1, 3, "--head_steps",
+                      5, "--plot", "g.png")  # against guidance: a row each for the teacher, one for the student
+        assert [row.get("guidance") for row in rows] == [1, 3, None] and rows[0]["fd"] != rows[1]["fd"]
+        assert Image.open("g.png").width == 840
 
 
 def test_two_processes_judge_as_one():
