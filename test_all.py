@@ -972,14 +972,14 @@ def test_gradients_are_those_of_torchs_ddp():
 
 def test_accumulation_and_variants_run():
     with scratch() as folder:
-        distill_tiny(folder / "t", "--steps", 1, "--eval_images", 8)
-        teacher = ("--teacher", folder / "t" / "teacher.pt", "--teacher_steps", 0, "--steps", 2, "--eval_images", 8)
+        blind_distill(folder / "t", "--steps", 1)
+        teacher = ("--teacher", folder / "t" / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
                             "head": ("--critic", 0), "tail": ("--critic", 1),
                             "linear": ("--guidance_schedule", "linear"), "turns": ("--critic_steps", 2),
                             "plain_g1": ("--guidance", 1)}.items():
-            distill_tiny(folder / name, *teacher, *flags)
+            blind_distill(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
         start = weights(folder / "t", "teacher.pt")
         for name, state in results.items():
@@ -1007,6 +1007,9 @@ def test_a_critic_may_go_on_from_the_teachers_trunk():
 
 
 def test_distill_refuses_bad_input():
+    def refuse(argv, *words):
+        refused(lambda: distill.main([str(word) for word in argv[1:]]), *words)
+
     with scratch() as folder:
         tiny_mar(folder, "teacher")
         (folder / "cut.pt").write_bytes((folder / "teacher.pt").read_bytes()[:9999])
@@ -1014,34 +1017,34 @@ def test_distill_refuses_bad_input():
         (folder / "file").write_text("")
         shapes = ("distill.py", "--data", "shapes", "--device", "cpu", "--out", folder / "out")
         given = (*shapes, "--teacher")
-        refuses(run(*given, folder / "nothing.pt"), "no such file")
-        refuses(run(*given, folder / "cut.pt"), "truncated")
-        refuses(run(*given, folder / "teacher.pt"), "side 8", "16")
-        refuses(run(*shapes, "--teacher", folder / "teacher.pt", "--teacher_steps", 5), "not both")
-        refuses(run(*shapes, "--teacher_steps", 0), "no teacher")
-        refuses(run(*shapes, "--ar_steps", 17), "16 tokens")
-        refuses(run(*shapes, "--critic", 4), "3 blocks")
-        refuses(run(*shapes, "--critic", "head"), "--critic", "not an int")
-        refuses(run(*shapes, "--ar_steps", 0), "--ar_steps", "at least 1")
-        refuses(run(*shapes, "--steps", -1), "--steps", "at least 0")
-        refuses(run(*shapes, "--lr", "nan"), "--lr")
-        refuses(run(*shapes, "--size", "medium"), "--size")
-        refuses(run(*shapes, "--no_such_flag"), "--no_such_flag")
-        refuses(run(*shapes, "--t_init", 999), "t_init")
-        refuses(run(*shapes, "--batch", 10, "--accumulate", 4), "multiple")
-        refuses(run(*shapes, "--resume"), "not there")
-        refuses(run("distill.py", "--data", folder / "empty", "--device", "cpu", "--teacher_steps", 1),
-                "no folder 'train'")
+        refuses(run(*given, folder / "nothing.pt"), "no such file")  # as a user sees it: one line, exit code 2
+        refuse((*given, folder / "cut.pt"), "truncated")
+        refuse((*given, folder / "teacher.pt"), "side 8", "16")
+        refuse((*shapes, "--teacher", folder / "teacher.pt", "--teacher_steps", 5), "not both")
+        refuse((*shapes, "--teacher_steps", 0), "no teacher")
+        refuse((*shapes, "--ar_steps", 17), "16 tokens")
+        refuse((*shapes, "--critic", 4), "3 blocks")
+        refuse((*shapes, "--critic", "head"), "--critic", "not an int")
+        refuse((*shapes, "--ar_steps", 0), "--ar_steps", "at least 1")
+        refuse((*shapes, "--steps", -1), "--steps", "at least 0")
+        refuse((*shapes, "--lr", "nan"), "--lr")
+        refuse((*shapes, "--size", "medium"), "--size")
+        refuse((*shapes, "--no_such_flag"), "--no_such_flag")
+        refuse((*shapes, "--t_init", 999), "t_init")
+        refuse((*shapes, "--batch", 10, "--accumulate", 4), "multiple")
+        refuse((*shapes, "--resume"), "not there")
+        refuse(("distill.py", "--data", folder / "empty", "--device", "cpu", "--teacher_steps", 1), "no folder 'train'")
         make_folder(folder / "thirty", size=(30, 30))
-        refuses(run("distill.py", "--data", folder / "thirty", "--device", "cpu"), "30 px", "tokens of 4 px")
+        with mock.patch.object(data, "default_cache", lambda *_: folder / "cache"):
+            refused(lambda: distill.main(["--data", str(folder / "thirty"), "--device", "cpu"]), "30 px", "of 4 px")
         tiny_mar(folder, "student", img_size=16, patch_size=4, num_classes=8)
-        refuses(run(*given, folder / "student.pt"), "stage student", "teacher.pt")
+        refuse((*given, folder / "student.pt"), "stage student", "teacher.pt")
         (folder / "nothing.pt").write_bytes(b"")
-        refuses(run(*given, folder / "nothing.pt"), "truncated")
-        refuses(run(*shapes, "--vae", folder / "nothing.pt"), "leave it out")
-        refuses(run(*shapes, "--ema", 1.5), "--ema", "below 1")
-        refuses(run(*shapes, "--seed", 5_000_000_000), "--seed")
-        refuses(run(*shapes[:-1], folder / "file" / "out"), "cannot write")
+        refuse((*given, folder / "nothing.pt"), "truncated")
+        refuse((*shapes, "--vae", folder / "nothing.pt"), "leave it out")
+        refuse((*shapes, "--ema", 1.5), "--ema", "below 1")
+        refuse((*shapes, "--seed", 5_000_000_000), "--seed")
+        refuse((*shapes[:-1], folder / "file" / "out"), "cannot write")
         assert not (folder / "out").exists()  # nothing half-written
     parsed = distill.parse_args(["--data", "photos", "--teacher_steps", "5"])  # one is trained, so none is read
     assert parsed.teacher is None and distill.parse_args(["--data", "photos"]).teacher
@@ -2792,7 +2795,8 @@ def test_rl_refuses_bad_input_in_one_line():
         assert "16" in error("--ar_steps", 17) and "--noise_std" in error("--noise_std", 0)
         assert "distill" in error("--ckpt", folder / "teacher.pt") and "distill" in error("--ckpt", folder / "none.pt")
         make_folder(folder / "bugs")
-        assert "bugs has 2 classes, the student 8" in error("--data", folder / "bugs")
+        with mock.patch.object(data, "default_cache", lambda *_: folder / "cache"):
+            assert "bugs has 2 classes, the student 8" in error("--data", folder / "bugs")
         assert "leave it out" in error("--ref", folder / "student.pt") and "twice" in error("--reward", "red", "red:2")
         assert "no number" in error("--reward", "red:nan")
         assert "resume.pt" in error("--resume", "--out", folder / "new") and not (folder / "new").exists()
