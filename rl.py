@@ -522,7 +522,7 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
             row = watch.look("after", ema, step=step + 1, seconds=sum(clock.seconds.values()),
                              reward_calls=calls * (step + 1))
             if row:
-                # its own name: the loop's reward is of the episodes as they are trained on, not of the average's
+                # not "reward": that is of the episodes trained on, this of the averaged weights' pictures
                 log_line(args, rank, bar, stage="rl", eval_reward=row["reward"],
                          **{name: value for name, value in row.items() if name != "reward"})
             if watch.is_best(row):
@@ -553,8 +553,8 @@ def open_student(args, device):
     student = load_mar(args.ckpt).to(device)
     args.ar_steps = args.ar_steps or file["args"]["ar_steps"]
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
-    names = file["class_names"]
-    if args.class_names or {"clip", "pickscore", "imagereward"} & parse_rewards(args.reward + args.watch).keys():
+    names, wanted = file["class_names"], {**parse_rewards(args.reward), **parse_rewards(args.watch)}
+    if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
         names = read_class_names(args.class_names, names, args.folder)  # words, which those of folders need not be
     return student, names
 

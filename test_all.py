@@ -2715,7 +2715,7 @@ def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
         (folder / PUBLIC["names"][1]).write_text(json.dumps(["tench", "goldfish"]))
         assert "names 2 classes, here are 8" in rl_error(folder, "--reward", "clip", "--folder", folder)
         (folder / PUBLIC["names"][1]).write_text(json.dumps(SHAPES))
-        run_rl(folder, "--reward", "clip", "--folder", folder, "--steps", "1")
+        run_rl(folder, "--reward", "clip", "--watch", "clip", "--folder", folder, "--steps", "1")  # trained and watched
     assert asked == [SHAPES]
 
 
