@@ -337,13 +337,13 @@ def flops_of(model, generate_kwargs):
 
 
 @torch.no_grad()
-def matrix_rate(device):
+def matrix_rate(device, rounds=5):
     """FLOP/s of a large matrix product here, at the transformer's precision: what MFU is a share of."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, bias = torch.ones(size, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
     work = lambda: linear(a, a, bias)
     # a limit is the best that is seen, not the median: a moment of other work would make shares of more than 100 %
-    return 2 * size**3 / min(seconds_of(work, device) for _ in range(20))
+    return 2 * size**3 / min(seconds_of(work, device) for _ in range(rounds))
 
 
 def copy_rate(device):
@@ -355,7 +355,7 @@ def copy_rate(device):
 
 def bench(model, args, device):
     """Time teacher and student, which differ in head steps and guidance alone, so one network serves as both."""
-    rate, bandwidth = matrix_rate(device), copy_rate(device)
+    rate, bandwidth = matrix_rate(device, rounds=50), copy_rate(device)
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     heads = sum(p.numel() for p in model.head_net.parameters())
