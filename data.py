@@ -16,6 +16,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import tarfile
 import time
@@ -100,6 +101,30 @@ def draw_shapes(index, img_size=16):
             fine = inside(kind, x[rows], y[rows]).float()[:, None]
             cover[rows] = F.avg_pool2d(fine, SUB)                                        # (n,1,S,S)
     return (ground + cover * (colour - ground)).round().byte()                           # (N,3,S,S)
+
+
+# ---------------------------------------------------------------------------------------------- words for classes
+
+IMAGENET_NAMES = Path(__file__).parent / "assets" / "imagenet_class_names.json"  # 1,000, in label order
+
+
+def read_class_names(path=None, own=None):
+    """Words for classes, in label order: the JSON list at `path` if given, else a data set's `own` names, else
+    ImageNet's (also when its own are ImageNet's folders, n01440764 and so on, which no text encoder knows)."""
+    if path is None and own and not re.fullmatch(r"n\d{8}", own[0]):
+        return own
+    path = path or IMAGENET_NAMES
+    try:
+        names = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}; --class_names takes a JSON list of names") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON list of class names: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is no JSON list of class names")
+    if own and len(own) != len(names):
+        raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
+    return names
 
 
 # ---------------------------------------------------------------------------------------------- image files
@@ -706,8 +731,6 @@ PUBLIC = {
                     "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
     "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
                           "pretrained_models/imagereward/vocab.txt", None, "sha256:"),
-    "names": ("https://raw.githubusercontent.com/anishathalye/imagenet-simple-labels/master/"
-              "imagenet-simple-labels.json", "pretrained_models/imagenet_class_names.json", None, "sha256:"),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "data/cifar-10-binary.tar.gz",
                 170_052_171, f"md5:{CIFAR10_MD5}"),
 }

@@ -41,7 +41,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_image, train_indices
+from data import (PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_class_names, read_image,
+                  train_indices)
 from model import (ORDERS, Parser, UserError, at_least, bf16_weights, fill_model, load_mar, read_checkpoint, replacing,
                    run_main, save_checkpoint, setup, write_json)
 from sample import check_output, check_vae, draw, fill_in, save_panels
@@ -1257,29 +1258,12 @@ def prompt_names(sources, args):
         if source.labels is None:
             raise UserError(f"{source.name} has no labels, and its images are to be compared with their class's prompt:"
                             " give an .npz with labels, or a folder with one of each class in it")
-        names = class_names(args.class_names, source.class_names)
+        names = read_class_names(args.class_names, source.class_names)
         if source.labels.max() >= len(names):
             raise UserError(f"{source.name} has class {source.labels.max()}, and there are only {len(names)} class "
                             "names: give --class_names")
-        if names != class_names(args.class_names, sources[0].class_names):
+        if names != read_class_names(args.class_names, sources[0].class_names):
             raise UserError(f"{source.name} has other classes than {sources[0].name}: judge them in two calls")
-    return names
-
-
-def class_names(path=None, own=None, folder="."):
-    """Names for the prompts, in label order: the JSON list at `path` if given, else the source's `own`, else ImageNet's
-    (also when its own are ImageNet's folder names, n01440764 and so on, which no text encoder knows), in `folder`."""
-    if path is None and own and not re.fullmatch(r"n\d{8}", own[0]):
-        return own
-    path = path or os.path.join(folder, WEIGHTS["names"])
-    try:
-        names = json.loads(Path(need_file(path, "names")).read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON list of class names: {error}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is no JSON list of class names")
-    if own and len(own) != len(names):
-        raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
     return names
 
 

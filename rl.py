@@ -33,10 +33,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import LATENT_SCALE, PUBLIC, is_small, load_vae, open_data, train_indices
+from data import LATENT_SCALE, PUBLIC, is_small, load_vae, open_data, read_class_names, train_indices
 from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from fid import class_names as read_class_names
 from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, bf16_weights,
                    check_folder, compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts,
                    on_sigterm, put, read_checkpoint, restore, reveal_plan, run_main, save_checkpoint, set_lr,
@@ -69,7 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--ref", default=None, help="for students of latents: .npz with mu, sigma of Inception features, to "
                    "watch FID by")
     p.add_argument("--class_names", default=None, help="json list of names for the prompts (default the checkpoint's; "
-                   f"ImageNet's: {PUBLIC['names'][1]}, by data.py --get names)")
+                   "ImageNet's for ImageNet's folders)")
     p.add_argument("--prompt", default=TEMPLATE, help="text that CLIP, PickScore, ImageReward compare a picture with")
     p.add_argument("--reward", nargs="+", default=["pickscore"], metavar="NAME[:WEIGHT]",
                    help=f"what to raise, several are added up: {' '.join(REWARDS)}")
@@ -555,7 +554,7 @@ def open_student(args, device):
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names, wanted = file["class_names"], {**parse_rewards(args.reward), **parse_rewards(args.watch)}
     if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
-        names = read_class_names(args.class_names, names, args.folder)  # words, which those of folders need not be
+        names = read_class_names(args.class_names, names)  # words, which those of folders need not be
     return student, names
 
 

@@ -7,7 +7,7 @@ one step without guidance, a teacher by its chain with the guidance it was train
     python sample.py --ckpt out/shapes/student.pt --classes 0 1 2 --out grid.png
     python sample.py --ckpt out/shapes/student.pt --gif unmasking.gif           # the picture appear, AR step by AR step
     python sample.py --ckpt out/shapes/teacher.pt --teacher --ar_steps 4 8 16   # a row of pictures and a time for each
-    python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 --out dog.png
+    python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 pug --out dogs.png
     python sample.py --ckpt out/shapes/student.pt --order outward --gif outward.gif         # any order: one network
     python sample.py --ckpt student.pt --vae kl16.ckpt --edit photo.jpg --box 64 64 192 192 --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import LATENT_SCALE, load_vae, read_image
+from data import LATENT_SCALE, load_vae, read_class_names, read_image
 from model import (MAR, ORDERS, SIZES, Parser, UserError, at_least, bf16_weights, compile_blocks, graphed, linear,
                    load_mar, mask_counts, read_checkpoint, run_main, setup)
 
@@ -669,8 +669,10 @@ def main():
         compile_blocks(model)
     if mode == "bench":
         return bench(model, args, device)
-    names = file.get("class_names") or [f"class {i}" for i in range(model.config.num_classes)]
     count = model.config.num_classes
+    names = file.get("class_names") or [f"class {i}" for i in range(count)]
+    if count == 1000:  # public files have no names, students those of ImageNet's folders; words tell a reader more
+        names = read_class_names(own=file.get("class_names"))
     # nobody looks at 1,000 rows; but what is to be judged must be of all classes
     classes = list(range(count)) if mode == "num" and not args.classes else find_classes(args.classes, names, count)
     vae = load_vae(args.vae).to(device) if args.vae else None

@@ -2714,7 +2714,7 @@ def test_rl_every_reward_runs_with_both_estimators():
 
 
 def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
-    """A student of ImageNet has classes n01440764 and so on; prompts must be of the names that --get names brings."""
+    """A student of ImageNet has classes n01440764 and so on; prompts must be of the names in assets/."""
     need_shared()
     asked = []
     with scratch() as folder, mock.patch.object(rl, "prompt_scorer", lambda kind, names, *_: asked.append(names) or (
@@ -2722,13 +2722,19 @@ def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
         path = write_student(folder)
         save_checkpoint({**read_checkpoint(path), "class_names": [f"n{i:08}" for i in range(8)]}, path)
         run_rl(folder, "--steps", "1", "--out", folder / "red")  # no words are needed: none are asked for
-        assert "--get names" in rl_error(folder, "--reward", "clip", "--folder", folder)
-        (folder / PUBLIC["names"][1]).parent.mkdir(parents=True)
-        (folder / PUBLIC["names"][1]).write_text(json.dumps(["tench", "goldfish"]))
-        assert "names 2 classes, here are 8" in rl_error(folder, "--reward", "clip", "--folder", folder)
-        (folder / PUBLIC["names"][1]).write_text(json.dumps(SHAPES))
-        run_rl(folder, "--reward", "clip", "--watch", "clip", "--folder", folder, "--steps", "1")  # trained and watched
-    assert asked == [SHAPES]
+        assert "names 1000 classes, here are 8" in rl_error(folder, "--reward", "clip")
+        (folder / "words.json").write_text(json.dumps(SHAPES))
+        run_rl(folder, "--reward", "clip", "--watch", "clip", "--class_names", folder / "words.json", "--steps", "1")
+    assert asked == [SHAPES]  # once, though trained and watched
+
+
+def test_imagenets_classes_have_words():
+    names = data.read_class_names(own=[f"n{i:08}" for i in range(1000)])
+    assert len(set(names)) == 1000 and (names[0], names[207]) == ("tench", "Golden Retriever")
+    assert data.read_class_names(own=["cat", "dog"]) == ["cat", "dog"]
+    assert sample.find_classes(["tench", "207"], names, 1000) == [0, 207]
+    if (SHARED / "data" / "imagenet_class_names.json").is_file():
+        assert names == json.loads((SHARED / "data" / "imagenet_class_names.json").read_text())
 
 
 def test_rl_red_and_jpeg_mean_what_they_say():
