@@ -32,15 +32,15 @@ from data import PUBLIC, is_small, load_vae, open_data, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
                    bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar,
-                   log_line, mask_counts, on_sigterm, read_checkpoint, restore, run_main, save_checkpoint, set_lr,
-                   setup, start_folder, stop_if_bad, take, token_orders, uniform, update_ema, write_json)
+                   log_line, mask_counts, on_sigterm, peak_memory, read_checkpoint, restore, run_main, save_checkpoint,
+                   set_lr, setup, start_folder, stop_if_bad, take, token_orders, uniform, update_ema, write_json)
 from sample import draw_together, matrix_rate, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
 TEACHER_T, TEACHER_EPS, DROP, NOISE, CRITIC_T, CRITIC_EPS, STUDENT_T, STUDENT_EPS = (TRAIN + 64 * i for i in range(8))
 T_MIN, T_MAX = 20, 973  # levels of the student's loss: sigma .04 to 24.7, SiD's and DMD2's range on MAR's schedule
 
-# What `--data` changes; an explicit flag always wins. Figures for shapes: README, "How the defaults were chosen".
+# What `--data` changes; an explicit flag always wins. Figures for shapes: README, "What was tried".
 DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
@@ -462,7 +462,7 @@ def train_teacher(args, config, data, device, rank, world, resumed):
             loss = average(total, world).item()  # waits for the device: read the clock after it
             images_per_s = args.teacher_batch * (step + 1 - clock_step) / (time.time() - clock)
             log_line(args, rank, bar, stage="teacher", step=step + 1, loss=loss, grad_norm=norm,
-                     images_per_s=images_per_s, mfu=images_per_s * flops / rate)
+                     images_per_s=images_per_s, mfu=images_per_s * flops / rate, **peak_memory(device))
             clock, clock_step = time.time(), step + 1
         if (step + 1) % args.save_every == 0 or last or told_to_stop:
             stop_if_bad(bad, args)
@@ -586,7 +586,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
             images_per_s = args.batch * (step + 1 - clock_step) / (time.time() - clock)
             log_line(args, rank, bar, stage="student", step=step + 1, loss=loss,
                      critic_loss=critic_bins[0].sum() / critic_bins[1].sum(), grad_norm=norm, critic_norm=critic_norm,
-                     images_per_s=images_per_s, mfu=images_per_s * flops / rate,
+                     images_per_s=images_per_s, mfu=images_per_s * flops / rate, **peak_memory(device),
                      loss_by_t=bins[0] / bins[1].clamp(min=1), critic_by_t=critic_bins[0] / critic_bins[1].clamp(min=1))
             bins.zero_(), critic_bins.zero_()
             clock, clock_step = time.time(), step + 1

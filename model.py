@@ -1072,6 +1072,11 @@ def log_line(args, rank, bar, **values):
                          if k in values})
 
 
+def peak_memory(device):
+    """{"peak_gb"}: most GiB that this process has had on its GPU, for logs; {} on a CPU, where nobody counts."""
+    return {"peak_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
 NEVER = 1 << 60  # a step that is not reached
 
 

@@ -38,8 +38,8 @@ from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, bf16_weights,
                    check_folder, compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts,
-                   on_sigterm, put, read_checkpoint, restore, reveal_plan, run_main, save_checkpoint, set_lr,
-                   setup, start_folder, stop_if_bad, take, token_orders, update_ema, write_json)
+                   on_sigterm, peak_memory, put, read_checkpoint, restore, reveal_plan, run_main, save_checkpoint,
+                   set_lr, setup, start_folder, stop_if_bad, take, token_orders, update_ema, write_json)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -47,7 +47,7 @@ S_KL = 0.1  # width of the Gaussian around a picture that the KL is stated for, 
 KL = {"classifier": 0.1, "red": 0.05}  # --kl of a single reward, others KL_ELSE; figures in README. Every pixel has to
 KL_ELSE = 0.2  # move for red; at 0.01 all pictures became red squares
 
-# What `--data` changes; an explicit flag always wins. Figures: README, "How the defaults were chosen".
+# What `--data` changes; an explicit flag always wins. Figures: README, "What was tried".
 DEFAULTS = {
     "shapes": dict(reward=["classifier"], watch=["judge", "jpeg", "red"], steps=120, batch=16, pairs=64, lr=1e-4,
                    ema=0.97, warmup=0, eval_every=40, save_every=40, log_every=10, chunk=2048),
@@ -408,11 +408,6 @@ class Stopwatch:
 # The loop
 
 
-def memory(device):
-    """{"peak_gb"} of this process on CUDA; on a CPU nobody counts."""
-    return {"peak_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
-
-
 def write_product(args, model, name, class_names, step, rank):
     """student.pt or best.pt: what sample.py and fid.py read. Weights and sizes; no optimiser."""
     if rank == 0:
@@ -512,7 +507,7 @@ def train(args, student, reference, decode, score, watch, class_names, device, r
             stop_if_bad(bad, args)
             reward, std, kl, agreement, norm = average(sums, world) / (step + 1 - since)
             log_line(args, rank, bar, stage="rl", step=step + 1, reward=reward, reward_std=std, kl=kl,
-                     agreement=agreement, grad_norm=norm, reward_calls=calls * (step + 1), **memory(device),
+                     agreement=agreement, grad_norm=norm, reward_calls=calls * (step + 1), **peak_memory(device),
                      **clock.seconds)
             since = step + 1
             sums.zero_()

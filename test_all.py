@@ -3139,6 +3139,33 @@ def measure_cuda_memory():
     return "\n" + "\n".join(said) + "\n"
 
 
+def measure_on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
+    """Distillation of random latents at ImageNet's size, as a user starts it: images/s, MFU and peak memory against
+    what is told before; then `sample.py --bench`, one picture and 128. SIZES="base large huge" in front for others."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Skip("no GPU: none of the figures that it prints has been taken")
+    sizes = os.environ.get("SIZES", " ".join(sizes)).split()
+    for size in sizes:
+        with scratch() as folder:
+            latents = random_latents(folder / "latents")
+            teacher = random_checkpoint(folder / "teacher.pt", SIZES[size], "teacher")
+            for flags in ([], ["--compile"], ["--recompute"], ["--compile", "--recompute"]):
+                argv = ["--data", latents, "--teacher", teacher, "--batch", images, "--steps", updates, "--log_every",
+                        updates // 3, "--save_every", 10 * updates, "--device", device, *flags, "--out", folder / "out"]
+                result = run("distill.py", *argv, timeout=3000)
+                assert result.returncode == 0, result.stderr[-2000:]
+                told = float(re.findall("together ([0-9.]+)", result.stdout)[-1])
+                last = json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])  # warm, and all compiled
+                print(f"{size}, {images} images an update{''.join(f', {flag}' for flag in flags)}: "
+                      f"{last['images_per_s']:.1f} images/s, MFU {last['mfu']:.1%}, peak {last.get('peak_gb', 0):.1f} "
+                      f"GiB (told {told:.1f})", flush=True)
+                shutil.rmtree(folder / "out")
+        for flags in ([], ["--compile"], ["--graph"], ["--compile", "--graph"]) if device == "cuda" else ([],):
+            result = run("sample.py", "--bench", "--size", size, "--ar_steps", 64, "--teacher_ar_steps", 4, "--batch",
+                         4 * images, "--repeat", 10, "--device", device, *flags, timeout=3000)
+            print(result.stdout if result.returncode == 0 else f"{flags}: {result.stderr[-2000:]}", flush=True)
+
+
 PEAK = """
 import os, resource, sys
 if os.fork():  # the peak of a process begins with that of the one that started it: only a fork of a small one is clean
