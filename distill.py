@@ -681,7 +681,7 @@ def main(argv=None):
         teacher.config = replace(teacher.config, t_init=args.t_init)
     teacher = teacher.to(device)
 
-    watch.look("teacher_100", teacher, args.teacher_head_steps, args.guidance)
+    watch.look(f"teacher_{args.teacher_head_steps}", teacher, args.teacher_head_steps, args.guidance)
     watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
     watch.write("grid_000000.png")
     distil(args, data, teacher, device, rank, world, watch, resumed)
