@@ -899,7 +899,7 @@ def setup(device="auto"):
             raise UserError(f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0; torchrun takes "
                             "at most as many processes")
         device = f"cuda:{index}"
-        # every step masks another number of tokens: blocks of fixed size would leave gaps of many GB between them
+        # every step masks another number of tokens, and blocks of fixed size leave gaps between them (not measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         torch.cuda.set_device(device)
         # float32 products (head, VAE, reward networks) by TF32: 10 bits of mantissa where bf16 has 7, at about eight
