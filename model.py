@@ -915,8 +915,8 @@ def setup(device="auto"):
         # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
-        # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead rank
-        # is torchrun's to notice
+        # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead
+        # rank is torchrun's to notice
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=world,
                                 store=dist.PrefixStore(f"life {life}", store), timeout=timedelta(hours=2))
     return torch.device(device), rank, world
