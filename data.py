@@ -10,6 +10,7 @@ Images below 64 px are used as pixels. Larger ones become KL-16 latents, compute
     torchrun --nproc_per_node=8 data.py --data PATH --vae pretrained_models/vae/kl16.ckpt         # all GPUs
 Killed at any moment, the same command goes on where it stopped. Nothing is downloaded unless --get names it.
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -18,22 +19,26 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from model import Parser, UserError, at_least, fill_model, read_checkpoint, run_main, setup, write_json
+from model import UserError, fill_model, read_checkpoint, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
 
@@ -803,6 +808,101 @@ def get(names, folder="."):
         print(f"  is there, sha256 {sha256}", flush=True)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# How a command starts: flags, errors, processes. Here, for data.py is the lowest file that is one.
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and whose help shows defaults."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def check_numbers(args, one="", share=""):
+    """Refuse numbers that cannot be meant: negative ones and NaN; of flags named in `one` 0; in `share` 1 and more."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            low, high = int(name in one.split()), 1 if name in share.split() else 2**31
+            if isinstance(number, (int, float)) and not low <= number < high:  # false for NaN too
+                raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
+
+
+def run_main(main):
+    """main() as a command: what a user can mend becomes one line on stderr and exit code 2."""
+    code = 0
+    try:
+        if sys.version_info < (3, 11) or tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 1):
+            raise UserError(f"Python 3.11 and Pillow 10.1 are the least that works, here are {sys.version.split()[0]} "
+                            f"and {PIL.__version__}: upgrade")
+        main()
+    except UserError as error:
+        code = f"error: {error}"
+    except KeyboardInterrupt:  # where no `Run` saves first (distill.py): nothing is left half-written
+        code = 130
+    except BrokenPipeError:  # the reader of our output left, as `| head` does: what was to be done was not done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:  # it knows its file and its reason: disk full, no permission, not there
+        code = f"error: {error.filename or 'file system'}: {error.strerror or error}; what was written before is kept"
+    except SystemExit as end:  # --help, a stopped run
+        code = end.code or 0
+    if isinstance(code, str):
+        print(" ".join(code.split()), file=sys.stderr)
+        code = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # gloo's threads (PyTorch 2.13) now and then abort a process that takes itself apart in order
+    sys.exit(code)
+
+
+def rank_and_world():
+    """torchrun's numbers of this process and of all; (0, 1) without it, or where they are set to nothing."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def setup(device="auto"):
+    """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs."""
+    rank, world = rank_and_world()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu")
+        index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        if not index.isdecimal() or int(index) >= count:
+            raise UserError(f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0; torchrun takes "
+                            "at most as many processes")
+        device = f"cuda:{index}"
+        # every step masks another number of tokens, and blocks of fixed size leave gaps between them (not measured)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
+        torch.cuda.set_device(device)
+        # float32 products (head, VAE, reward networks) by TF32: 10 bits of mantissa where bf16 has 7, at about eight
+        # times the rate. Else the head, a quarter of the arithmetic, would take most of a step. Inception opts out.
+        torch.set_float32_matmul_precision("high")
+    elif device == "cpu":
+        torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
+    else:
+        raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
+    if world > 1 and not dist.is_initialized():
+        store = next(rendezvous("env://"))[0]
+        # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
+        # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
+        # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead
+        # rank is torchrun's to notice
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(f"life {life}", store), timeout=timedelta(hours=2))
+    return torch.device(device), rank, world
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -826,18 +926,19 @@ def build_latents(args, device):
 
 def main(argv=None):
     """Download what --get names, or build the cache of --data; UserError before anything long."""
-    parser = Parser(description="Build the cache of an image folder, or download public files.")
+    parser = Parser("Build the cache of an image folder, or download public files.")
     parser.add_argument("--data", help="image folder with train/<class>/*")
     parser.add_argument("--vae", help="KL-16 VAE file (--get kl16); needed from 64 px on")
-    parser.add_argument("--img_size", type=at_least(1), help="px a side; default 256, or what small images have")
+    parser.add_argument("--img_size", type=int, help="px a side; default 256, or what small images have")
     parser.add_argument("--split", choices=["train", "test"], default="train", help="test reads PATH/test or PATH/val")
     parser.add_argument("--out", help="folder of a latent cache; default out/cache/<name>-<size>-latents")
-    parser.add_argument("--batch", type=at_least(1), default=64, help="images encoded at once; less if memory is short")
+    parser.add_argument("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     parser.add_argument("--skip_broken", action="store_true", help="name and leave out images that cannot be decoded")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
     parser.add_argument("--get", nargs="+", default=[], metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
     parser.add_argument("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = parser.parse_args(argv)
+    check_numbers(args, one="img_size batch")
     if not args.get and not args.data:
         raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
     get(args.get, args.folder)

@@ -16,24 +16,27 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
 """
 import copy
+import functools
 import json
 import math
 import os
+import signal
+import threading
 import time
 from dataclasses import asdict, replace
 from statistics import NormalDist
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import PUBLIC, is_small, load_vae, open_data, train_indices
+from data import PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, run_main, setup, train_indices
 from fid import feature_statistics, judge, load_or_train_classifier
-from model import (MAR, NEVER, SIZES, TRAIN, Gradients, Parser, UserError, alpha_sigma, any_rank, at_least, average,
-                   bf16_weights, check_folder, compile_blocks, diffusion_loss, gaussian, image_keys, leave, load_mar,
-                   log_line, mask_counts, on_sigterm, peak_memory, read_checkpoint, restore, run_main, save_checkpoint,
-                   set_lr, setup, start_folder, stop_if_bad, take, token_orders, uniform, update_ema, write_json)
+from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
+                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, save_checkpoint, take, token_orders,
+                   uniform, write_json)
 from sample import draw_together, matrix_rate, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
@@ -55,7 +58,7 @@ DEFAULTS = {
 
 def parse_args(argv=None):
     """Flags, in the order: files, data and model, teacher, distillation, optimiser, watching, system."""
-    p = Parser(description="Train a MAR teacher where there is none, and distil it to one step.")
+    p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
     p.add_argument("--data", default="data/imagenet", help="shapes, cifar10, an image folder with train/<class>/*, "
                    "or a cache built by data.py")
     p.add_argument("--out", default=None, help="folder of the run (default out/<name of the data>)")
@@ -63,45 +66,45 @@ def parse_args(argv=None):
     p.add_argument("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     p.add_argument("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     p.add_argument("--teacher", default=PUBLIC["mar_base"][1], help="teacher checkpoint; its size is read off the file")
-    p.add_argument("--teacher_steps", type=at_least(0), default=0, help="updates of stage 0; 0 = --teacher is needed")
-    p.add_argument("--teacher_batch", type=at_least(1), default=256, help="images an update of stage 0, all ranks")
-    p.add_argument("--teacher_lr", type=at_least(0, float), default=1e-4, help="peak learning rate of stage 0")
-    p.add_argument("--teacher_ema", type=at_least(0, float, below=1), default=0.9999, help="averaging a step, stage 0")
-    p.add_argument("--draws", type=at_least(1), default=4, help="(t, noise) draws a token in stage 0: the transformer "
+    p.add_argument("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
+    p.add_argument("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks")
+    p.add_argument("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
+    p.add_argument("--teacher_ema", type=float, default=0.9999, help="averaging a step, stage 0")
+    p.add_argument("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0: the transformer "
                    "runs once for all, so more is cheap where the head is small")
     p.add_argument("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
     p.add_argument("--critic", type=critic_blocks, default="full", help="what of the critic is trained: full, or N, "
                    "the decoder's last N blocks and the head; it shares the rest with the teacher, which saves up to 3 "
                    "of 8 passes a step, and memory")
-    p.add_argument("--guidance", type=at_least(0, float), default=2.9, help="scale baked into the student; 1 = none")
+    p.add_argument("--guidance", type=float, default=2.9, help="scale baked into the student; 1 = none")
     p.add_argument("--guidance_schedule", default="constant", choices=["constant", "linear"],
                    help="linear: the scale grows with the share revealed, as MAR samples")
-    p.add_argument("--t_init", type=at_least(1), default=None, help="time step the student starts from (default: "
+    p.add_argument("--t_init", type=int, default=None, help="time step the student starts from (default: "
                    "the size's, 755 for ImageNet); higher: noisier start, larger eps errors")
-    p.add_argument("--critic_steps", type=at_least(1), default=1, help="critic updates a student update")
-    p.add_argument("--steps", type=at_least(0), default=150000, help="updates of the critic in stage 1")
-    p.add_argument("--batch", type=at_least(1), default=256, help="images an update of stage 1, all ranks together")
-    p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: more if memory ends")
+    p.add_argument("--critic_steps", type=int, default=1, help="critic updates a student update")
+    p.add_argument("--steps", type=int, default=150000, help="updates of the critic in stage 1")
+    p.add_argument("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
     p.add_argument("--recompute", action="store_true", help="recompute the transformers' blocks in backward: less "
                    "memory, a third more time")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks of transformer and head: the first "
                    "updates take minutes, the others less time; on a CPU hardly worth it")
-    p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="student's learning rate")
-    p.add_argument("--critic_lr", type=at_least(0, float), default=1e-5, help="critic's learning rate")
-    p.add_argument("--warmup", type=at_least(0), default=100, help="updates of linear warm-up, both stages")
-    p.add_argument("--decay", type=at_least(0, float), default=0.4, help="share of each stage, its last, over which "
+    p.add_argument("--lr", type=float, default=1e-5, help="student's learning rate")
+    p.add_argument("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
+    p.add_argument("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
+    p.add_argument("--decay", type=float, default=0.4, help="share of each stage, its last, over which "
                    "the learning rate falls to 0 (the critic's stays)")
-    p.add_argument("--clip", type=at_least(0, float), default=1.0, help="gradient norm limit, each network; 0 = none")
-    p.add_argument("--ema", type=at_least(0, float, below=1), default=0.9999, help="averaging of the student a step")
-    p.add_argument("--ar_steps", type=at_least(1), default=64, help="AR steps of the pictures shown and judged")
+    p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, each network; 0 = none")
+    p.add_argument("--ema", type=float, default=0.9999, help="averaging of the student a step")
+    p.add_argument("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
     p.add_argument("--ar_steps_aware", action="store_true", help="distil on the mask ratios that sampling in "
                    "--ar_steps meets, not on MAR's: for a student that will draw with that K only")
-    p.add_argument("--teacher_head_steps", type=at_least(2), default=100, help="chain length of the teacher shown")
-    p.add_argument("--eval_every", type=at_least(1), default=5000, help="updates between grids and figures")
-    p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a Frechet distance")
-    p.add_argument("--save_every", type=at_least(1), default=1000, help="updates between checkpoints")
-    p.add_argument("--log_every", type=at_least(1), default=20, help="updates between log lines (a host sync each)")
-    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="of everything random")
+    p.add_argument("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
+    p.add_argument("--eval_every", type=int, default=5000, help="updates between grids and figures")
+    p.add_argument("--eval_images", type=int, default=2048, help="images a Frechet distance")
+    p.add_argument("--save_every", type=int, default=1000, help="updates between checkpoints")
+    p.add_argument("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     known, _ = p.parse_known_args(argv)
     name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
@@ -112,13 +115,14 @@ def parse_args(argv=None):
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
         p.set_defaults(teacher=None)
     args = p.parse_args(argv)
+    check_numbers(args, one="teacher_batch draws t_init critic_steps batch accumulate ar_steps teacher_head_steps eval_every eval_images save_every log_every", share="teacher_ema ema")
     args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
     return args
 
 
 def critic_blocks(text):
     """The argparse type of --critic: "full" or an int from 0."""
-    return text if text == "full" else at_least(0)(text)
+    return text if text == "full" else int(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,6 +689,218 @@ def main(argv=None):
     watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
     watch.write("grid_000000.png")
     distil(args, data, teacher, device, rank, world, watch, resumed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What training needs, here and in rl.py: averages, learning rates, the run's folder, data parallelism
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, all parameters in one call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def set_lr(optimizer, peak, step, total, warmup, decay):
+    """Linear warm-up, constant, linear to 0 over the last share `decay`."""
+    lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Gradients:
+    """Data parallelism by hand: gradients live in a few flat buffers, averaged over the ranks while backward runs.
+
+    Each parameter's .grad is a view into a bucket. Autograd adds into the views; when the last gradient of a bucket has
+    arrived, its all-reduce starts, beside the backward of the layers below. One object a network, one cycle a step:
+
+        gradients.zero()
+        with nothing: loss_1.backward() ... loss_{m-1}.backward()     # micro-steps: no communication
+        gradients.begin(); loss_m.backward()                          # the last micro-step communicates
+        norm = gradients.finish(clip=1.0)                             # wait, average, clip; then optimizer.step()
+
+    Buckets start in one fixed order on every rank, so ranks cannot cross over; a parameter that got no gradient keeps
+    zeros and its bucket is sent by finish(). Clipping costs a handful of kernels, no host sync.
+    """
+
+    def __init__(self, model, bucket_bytes=25 << 20):  # 25 MB: big enough for bandwidth, small enough to overlap
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        params = [p for p in model.parameters() if p.requires_grad][::-1]  # gradients arrive from the last layer down
+        if self.world > 1:
+            for p in model.parameters():  # every rank starts from rank 0's weights
+                dist.broadcast(p.data, 0)
+        groups, size = [[]], 0
+        for p in params:
+            if size + 4 * p.numel() > bucket_bytes and groups[-1]:
+                groups.append([])
+                size = 0
+            groups[-1].append(p)
+            size += 4 * p.numel()
+        self.flats, self.sizes, self.waiting, self.works = [], [len(g) for g in groups], None, []
+        self.views = []  # all .grad
+        for b, group in enumerate(groups):
+            flat = torch.zeros(sum(p.numel() for p in group), device=group[0].device)
+            for p, piece in zip(group, flat.split([p.numel() for p in group])):
+                p.grad = piece.view_as(p)
+                self.views.append(p.grad)
+                if self.world > 1:
+                    p.register_post_accumulate_grad_hook(lambda _, b=b: self._arrived(b))
+            self.flats.append(flat)
+
+    def zero(self):
+        torch._foreach_zero_(self.flats)
+
+    def begin(self):
+        """From now on count arrivals: the next backward is the last of this step."""
+        self.waiting, self.works = list(self.sizes), []
+
+    def _arrived(self, b):
+        if self.waiting is None:
+            return  # an earlier micro-step
+        self.waiting[b] -= 1
+        while len(self.works) < len(self.flats) and self.waiting[len(self.works)] == 0:
+            self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
+
+    def finish(self, clip):
+        """Average over ranks and clip to the global norm `clip` (0: measure only). -> the norm before clipping, a
+        0-d tensor on the device."""
+        if self.world > 1:
+            while len(self.works) < len(self.flats):  # buckets with unused parameters
+                self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
+            for work in self.works:
+                work.wait()
+            torch._foreach_div_(self.flats, self.world)
+        self.waiting = None
+        # of the views: a CPU adds up one long buffer in float32, which is 3e-4 off at 2.4 M numbers
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.views)))
+        if clip > 0:
+            torch._foreach_mul_(self.flats, (clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def check_folder(args, world, stages, divided, same=()):
+    """Refuse to write over another run, and to divide what cannot be divided. -> the checkpoint to resume, or None.
+
+    stages: those that the program can go on with. divided: flags that count images an update, each must split evenly
+    over processes and micro-batches. same: flags that a resumed run must have as it began.
+    """
+    path = os.path.join(args.out, "resume.pt")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
+        args.resume = True  # torchrun --max-restarts started us again after a rank died
+    if args.resume and not os.path.exists(path):
+        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
+    if not args.resume and os.path.exists(path):
+        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+    for name in divided:
+        if vars(args)[name] % (world * args.accumulate):
+            raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
+                            f"{world} x {args.accumulate}")
+    if not args.resume:
+        return None
+    resumed = read_checkpoint(path)
+    if resumed.get("stage") not in stages:
+        raise UserError(f"--resume: {path} was written by another program (stage {resumed.get('stage')}, not "
+                        f"{' or '.join(stages)}): give --out of a run of this one")
+    was = resumed["args"]
+    changed = [name for name, value in vars(args).items() if name != "resume" and was.get(name, value) != value]
+    for name in changed:
+        if name in same:
+            raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
+                            "that, or start another run with another --out")
+    if changed and rank_and_world()[0] == 0:
+        print("resumed with other flags:", ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
+                                                     for name in changed), flush=True)
+    return resumed
+
+
+def restore(resumed, args, **targets):
+    """Load what resume.pt holds under the names of `targets` into these networks and optimisers."""
+    try:
+        for name, target in targets.items():
+            target.load_state_dict(resumed[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{args.out}/resume.pt does not fit these flags ({name}: {str(error).splitlines()[0][:80]}): "
+                        "give those that the run began with, or another --out") from None
+
+
+def start_folder(args, rank, world, resumed):
+    """Make the run's folder with config.json; drop log lines of steps that are going to be done again."""
+    log = os.path.join(args.out, "log.jsonl")
+
+    def is_done(line):  # without a checkpoint nothing is: the run was killed before the first
+        if resumed is None or line["stage"] != resumed["stage"]:
+            return resumed is not None and line["stage"] == "teacher"
+        return line["step"] <= resumed["step"]
+
+    try:
+        if rank == 0:
+            os.makedirs(args.out, exist_ok=True)
+            write_json(os.path.join(args.out, "config.json"), vars(args))
+            if os.path.exists(log):
+                with open(log) as f:  # a line without its end was cut off by a kill
+                    lines = [line for line in f if line.endswith("\n") and is_done(json.loads(line))]
+                with replacing(log) as f:
+                    f.writelines(lines)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    if world > 1:
+        dist.barrier()  # nobody writes into the folder before it is there
+
+
+def log_line(args, rank, bar, **values):
+    """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
+    values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
+    if rank == 0:
+        try:
+            with open(os.path.join(args.out, "log.jsonl"), "a") as f:
+                f.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.out}/log.jsonl: {error.strerror}; the last checkpoint is kept, "
+                            "--resume goes on from it") from None
+        bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "reward", "kl", "fd", "fid", "grad_norm")
+                         if k in values})
+
+
+def peak_memory(device):
+    """{"peak_gb"}: most GiB that this process has had on its GPU, for logs; {} on a CPU, where nobody counts."""
+    return {"peak_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
+NEVER = 1 << 60  # a step that is not reached
+
+
+def stop_if_bad(bad, args):
+    """bad: 0-d int64, the first step with a gradient that was not finite (NEVER if none). Checked before any save."""
+    if bad < NEVER:
+        raise UserError(f"the gradient was not finite at step {int(bad)}: the last good checkpoint in {args.out} is "
+                        "kept; lower the learning rate (or mend the reward), or go on with --resume and another --seed")
+
+
+@functools.lru_cache(maxsize=None)  # one a process: what comes while a stage ends must reach the next one
+def on_sigterm():
+    """-> a threading.Event that SIGTERM sets, instead of ending the process at once."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
+
+
+def leave(args, step):
+    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
+    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
+    raise SystemExit(0)
+
+
+def average(tensor, world):
+    """Mean of a tensor over the ranks, for logs; in place, returned."""
+    if world > 1:
+        dist.all_reduce(tensor)
+        tensor /= world
+    return tensor
+
+
+def any_rank(flag, device, world):
+    """Whether `flag` is true on any rank: what one decides, all do. A host sync; call it where there is one anyway."""
+    return bool(average(torch.tensor(float(flag), device=device), world) > 0)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SUFFIXES, file_hash, get, load_vae, open_data, read_class_names, read_image,
-                  train_indices)
-from model import (ORDERS, Parser, UserError, at_least, bf16_weights, fill_model, load_mar, read_checkpoint, replacing,
-                   run_main, save_checkpoint, setup, write_json)
+from data import (PUBLIC, SUFFIXES, Parser, check_numbers, file_hash, get, load_vae, open_data, read_class_names,
+                  read_image, run_main, setup, train_indices)
+from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, save_checkpoint,
+                   write_json)
 from sample import check_output, check_vae, draw, fill_in, save_panels
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
@@ -183,33 +183,6 @@ def renamed(state, table):
             name = re.sub(pattern, replacement, name)
         out[name] = value
     return out
-
-
-SAFE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers. Every length is
-    checked against the file's before it is used. UserError when anything does not add up."""
-    try:
-        data = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))  # copy on write: the file itself is never touched
-        size = int.from_bytes(bytes(data[:8].tolist()), "little")
-        header = json.loads(bytes(data[8:8 + min(size, 100 << 20)].numpy()))
-        body, out = data[8 + size:], {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            kind, shape = SAFE_TYPES[entry["dtype"]], tuple(entry["shape"])
-            if not 0 <= start <= stop <= len(body) or math.prod(shape) * kind.itemsize != stop - start:
-                raise ValueError(f"{name} lies outside the file or is not of its shape")
-            out[name] = body[start:stop].clone().view(kind).reshape(shape)  # clone: offsets need not be aligned
-        return out
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no whole safetensors file: {str(error)[:100]}") from None
 
 
 def need_file(path, name):
@@ -685,8 +658,8 @@ def load_pickscore(folder):
         vision, text = config["vision_config"], config["text_config"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} is no CLIP configuration: {error}") from None
-    state = (read_safetensors(folder / "model.safetensors") if (folder / "model.safetensors").exists() else
-             read_checkpoint(need_file(folder / "pytorch_model.bin", "pickscore")))
+    state = read_checkpoint(folder / "model.safetensors" if (folder / "model.safetensors").exists() else
+                            need_file(folder / "pytorch_model.bin", "pickscore"))
     state = renamed({k: v for k, v in state.items() if not k.endswith("position_ids")}, HF_NAMES)
     for name in [name for name in state if ".self_attn.q_proj." in name]:  # three matrices there, one here
         parts = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
@@ -1273,7 +1246,7 @@ def prompt_names(sources, args):
 
 def parse():
     """The flags -> (args, what is to be judged), contradictions refused."""
-    p = Parser(description=__doc__.partition("\n")[0])
+    p = Parser("The judges of samples.")
     p.add_argument("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
     p.add_argument("--judges", nargs="+", choices=["inception", "clip", "pickscore", "imagereward", "classifier"],
@@ -1284,19 +1257,19 @@ def parse():
     p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     p.add_argument("--is_order", choices=["torch-fidelity", "adm"], default="torch-fidelity",
                    help="inception score: shuffled by seed 2020, or the splits as the images come")
-    p.add_argument("--size", type=at_least(1), help="px: crop images of judged folders as ADM does; None: as they are")
-    p.add_argument("--num", type=at_least(2), default=50000, help="--ckpt: images to draw, all classes alike often")
-    p.add_argument("--ar_steps", type=at_least(1), nargs="+", default=[None], metavar="K",
+    p.add_argument("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
+    p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, all classes alike often")
+    p.add_argument("--ar_steps", type=int, nargs="+", default=[None], metavar="K",
                    help="--ckpt: AR steps, several: a row each; None: the checkpoint's")
     p.add_argument("--plot", help="draw each figure against --ar_steps, or --guidance, whichever has several values, a "
                    "curve a checkpoint, into this .png")
-    p.add_argument("--head_steps", type=at_least(1), help="--ckpt: denoising steps; None: the checkpoint's")
-    p.add_argument("--guidance", type=at_least(0, float), nargs="+", default=[None], metavar="G",
+    p.add_argument("--head_steps", type=int, help="--ckpt: denoising steps; None: the checkpoint's")
+    p.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="G",
                    help="--ckpt: 1 = none, several: a row each; None: the checkpoint's")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
-    p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="--ckpt: scale of the noise")
+    p.add_argument("--temperature", type=float, default=1.0, help="--ckpt: scale of the noise")
     p.add_argument("--order", choices=ORDERS, default="random", help="--ckpt: in which tokens are revealed")
-    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="--ckpt: image i is that of (seed, i)")
+    p.add_argument("--seed", type=int, default=0, help="--ckpt: image i is that of (seed, i)")
     p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
     p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
     p.add_argument("--classifier", help="classifier: the folder where it is kept; None: out/<data>, as distill.py")
@@ -1307,10 +1280,11 @@ def parse():
     p.add_argument("--vocab", default=WEIGHTS["imagereward_vocab"], help="imagereward: BERT's vocab.txt")
     p.add_argument("--bpe", default=WEIGHTS["bpe"], help="clip, pickscore: CLIP's merge table")
     p.add_argument("--out", default="out/fid", help="folder of results.json and, while it runs, of the shards")
-    p.add_argument("--batch", type=at_least(1), default=64, help="images at once, a process; less if memory is short")
+    p.add_argument("--batch", type=int, default=64, help="images at once, a process; less if memory is short")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--get", nargs="+", default=[], metavar="NAME", help="download first: see data.py --get")
     args = p.parse_args()
+    check_numbers(args, one="size num ar_steps head_steps batch")
     judged = args.samples + args.ckpt
     if not judged and not args.get:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")

@@ -23,20 +23,19 @@ import functools
 import json
 import math
 import os
-import signal
-import sys
-import threading
 import zipfile
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
+
+
+class UserError(Exception):
+    """Bad input. The message says in one line what is wrong and what to do; programs end with exit code 2."""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes
@@ -94,64 +93,6 @@ SIZES = {
                              heads=4, encoder_depth=4, decoder_depth=4, buffer_size=8, head_depth=3, head_width=192,
                              dropout=0.0, mask_ratio_min=0.1, t_init=625),
 }
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Noise as a function. Every random number that shapes a picture is a hash of (seed, index of the picture, purpose,
-# token, channel) and not a draw from a generator's state. So a picture does not depend on the batch it is drawn in, on
-# the rank that draws it or on the device, a resumed run needs no saved generator, and a CUDA graph keeps no state.
-
-ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR step k uses CHAIN + 1000 * k + j
-TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)
-
-
-def _hash(x):
-    """splitmix64's finaliser (Steele et al. 2014) on int64 tensors: (...) -> (...). Wrap-around is what is wanted."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # >> keeps the sign in torch: the mask makes it logical
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def image_keys(seeds, device="cpu"):
-    """Seeds of pictures, (B,) ints or (B, 2) pairs (seed, index) -> (B,) int64 keys for `uniform` and `gaussian`."""
-    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
-    if seeds.dim() == 1:
-        seeds = torch.stack([torch.zeros_like(seeds), seeds], 1)  # a bare int i is the pair (0, i)
-    return _hash(_hash(seeds[:, 0] + 0x51ED270B) + seeds[:, 1])
-
-
-def _bits(keys, purpose, positions, channels):
-    """(B,) keys, (B, P) positions -> (B, P, channels) int64 hashes."""
-    keys = _hash(keys ^ _hash(torch.tensor(purpose + 1)).item())[:, None, None]
-    channel = torch.arange(channels, device=keys.device)
-    return _hash(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
-
-
-def uniform(keys, purpose, positions, channels=1):
-    """Uniform numbers in (0, 1], one for each (picture, position, channel): -> (B, P, channels) float32."""
-    return (((_bits(keys, purpose, positions, channels) >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
-
-
-def gaussian(keys, purpose, positions, channels):
-    """Standard normal numbers by Box-Muller, one for each (picture, position, channel): -> (B, P, channels) float32."""
-    bits = _bits(keys, purpose, positions, channels)
-    u1 = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24  # the two halves of one hash are the two uniforms,
-    u2 = (bits & 0xFFFFFF).float() * 2.0**-24  # 24 bits each: all that float32 holds; tails reach 5.9
-    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
-
-
-ORDERS = "random", "raster", "outward", "inward"
-
-
-def token_orders(keys, seq_len, kind="random"):
-    """An order of the tokens for each picture: (B,) keys -> (B, L) long. The first m are masked when m are, so it is
-    the last that a picture begins with. kind: "random", as MAR is trained; by rows, from the centre or from the border
-    for the sampler, tokens equally far from the centre in random order."""
-    side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
-    row, column = place // side, place % side
-    from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
-    rank = {"random": torch.zeros_like(place), "raster": place, "outward": from_centre, "inward": -from_centre}[kind]
-    return (uniform(keys, ORDER, place.expand(len(keys), -1))[:, :, 0] - rank).argsort(dim=1, stable=True)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Diffusion: the part of the public 1,079 lines that MAR executes
@@ -645,51 +586,61 @@ class MAR(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling on CUDA: less traffic, fewer launches
+# Noise as a function. Every random number that shapes a picture is a hash of (seed, index of the picture, purpose,
+# token, channel) and not a draw from a generator's state. So a picture does not depend on the batch it is drawn in, on
+# the rank that draws it or on the device, a resumed run needs no saved generator, and a CUDA graph keeps no state.
+
+ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR step k uses CHAIN + 1000 * k + j
+TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)
 
 
-def bf16_weights(model):
-    """Store in bf16, in place, what bf16 autocast casts to it anyway: the transformer's matrices. -> the model.
-
-    For networks that are neither trained nor saved any more. The same bits come out: autocast rounds these weights
-    (those of frozen networks at every call, its cache holds trained ones only). At batch 1 that casting moves 8 bytes
-    a weight and the product itself 2. Embeddings, norms and the head stay float32.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("head_net."):
-            module.weight.data, module.bias.data = module.weight.data.bfloat16(), module.bias.data.bfloat16()
-    return model
+def _hash(x):
+    """splitmix64's finaliser (Steele et al. 2014) on int64 tensors: (...) -> (...). Wrap-around is what is wanted."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # >> keeps the sign in torch: the mask makes it logical
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def graphed(model, batch, **generate_kwargs):
-    """`generate` of `batch` pictures as one CUDA graph -> function of labels (B,), seeds (B, 2), B <= batch.
+def image_keys(seeds, device="cpu"):
+    """Seeds of pictures, (B,) ints or (B, 2) pairs (seed, index) -> (B,) int64 keys for `uniform` and `gaussian`."""
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+    if seeds.dim() == 1:
+        seeds = torch.stack([torch.zeros_like(seeds), seeds], 1)  # a bare int i is the pair (0, i)
+    return _hash(_hash(seeds[:, 0] + 0x51ED270B) + seeds[:, 1])
 
-    All K steps are recorded once; a replay is one launch, where Python otherwise feeds a waiting GPU thousands. That
-    is possible since a picture is a function of labels and seeds alone: no generator has a state, no shape and no
-    branch depends on a value, nothing is copied from or to the host. A smaller batch is padded, and costs as much.
-    The graph reads the weights where they lie: keep the model, change it in place only, bf16_weights comes before.
-    """
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        raise UserError(f"a CUDA graph needs a GPU, and the model is on the {device.type}: leave --graph out")
-    static_labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    static_seeds = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-    side = torch.cuda.Stream()  # warm-up on a stream of its own, as PyTorch's notes on CUDA graphs ask: the schedule's
-    side.wait_stream(torch.cuda.current_stream())  # tables reach the GPU, libraries choose kernels and workspaces
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, nccl's, may ask the GPU things
-        latents = model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
 
-    def replay(labels, seeds):
-        static_labels[:len(labels)].copy_(labels)
-        static_seeds[:len(labels)].copy_(seeds)
-        graph.replay()
-        return latents[:len(labels)].clone()  # the next replay writes over the graph's own
-    return replay
+def _bits(keys, purpose, positions, channels):
+    """(B,) keys, (B, P) positions -> (B, P, channels) int64 hashes."""
+    keys = _hash(keys ^ _hash(torch.tensor(purpose + 1)).item())[:, None, None]
+    channel = torch.arange(channels, device=keys.device)
+    return _hash(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
+
+
+def uniform(keys, purpose, positions, channels=1):
+    """Uniform numbers in (0, 1], one for each (picture, position, channel): -> (B, P, channels) float32."""
+    return (((_bits(keys, purpose, positions, channels) >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+
+
+def gaussian(keys, purpose, positions, channels):
+    """Standard normal numbers by Box-Muller, one for each (picture, position, channel): -> (B, P, channels) float32."""
+    bits = _bits(keys, purpose, positions, channels)
+    u1 = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24  # the two halves of one hash are the two uniforms,
+    u2 = (bits & 0xFFFFFF).float() * 2.0**-24  # 24 bits each: all that float32 holds; tails reach 5.9
+    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
+
+
+ORDERS = "random", "raster", "outward", "inward"
+
+
+def token_orders(keys, seq_len, kind="random"):
+    """An order of the tokens for each picture: (B,) keys -> (B, L) long. The first m are masked when m are, so it is
+    the last that a picture begins with. kind: "random", as MAR is trained; by rows, from the centre or from the border
+    for the sampler, tokens equally far from the centre in random order."""
+    side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
+    row, column = place // side, place % side
+    from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
+    rank = {"random": torch.zeros_like(place), "raster": place, "outward": from_centre, "inward": -from_centre}[kind]
+    return (uniform(keys, ORDER, place.expand(len(keys), -1))[:, :, 0] - rank).argsort(dim=1, stable=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -764,10 +715,37 @@ def fill_model(build, state, path):
     return model.eval().requires_grad_(False)
 
 
+SAFE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers. Every length is
+    checked against the file's before it is used. UserError when anything does not add up."""
+    try:
+        data = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))  # copy on write: the file itself is never touched
+        size = int.from_bytes(bytes(data[:8].tolist()), "little")
+        header = json.loads(bytes(data[8:8 + min(size, 100 << 20)].numpy()))
+        body, out = data[8 + size:], {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, stop = entry["data_offsets"]
+            kind, shape = SAFE_TYPES[entry["dtype"]], tuple(entry["shape"])
+            if not 0 <= start <= stop <= len(body) or math.prod(shape) * kind.itemsize != stop - start:
+                raise ValueError(f"{name} lies outside the file or is not of its shape")
+            out[name] = body[start:stop].clone().view(kind).reshape(shape)  # clone: offsets need not be aligned
+        return out
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no whole safetensors file: {str(error)[:100]}") from None
+
+
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running any code it may hold. UserError when that cannot be had."""
     if not os.path.isfile(path):
-        raise UserError(f"no such file: {path}")
+        raise UserError(f"{'that is a folder' if os.path.isdir(path) else 'no such file'}: {path}")
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
     try:
         # the public files carry their command line as an argparse.Namespace: plain data, allowed by name
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -813,10 +791,52 @@ def write_json(path, content):
         json.dump(content, f, indent=1)
 
 
-@torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, all parameters in one call."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling on CUDA: less traffic, fewer launches
+
+
+def bf16_weights(model):
+    """Store in bf16, in place, what bf16 autocast casts to it anyway: the transformer's matrices. -> the model.
+
+    For networks that are neither trained nor saved any more. The same bits come out: autocast rounds these weights
+    (those of frozen networks at every call, its cache holds trained ones only). At batch 1 that casting moves 8 bytes
+    a weight and the product itself 2. Embeddings, norms and the head stay float32.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("head_net."):
+            module.weight.data, module.bias.data = module.weight.data.bfloat16(), module.bias.data.bfloat16()
+    return model
+
+
+def graphed(model, batch, **generate_kwargs):
+    """`generate` of `batch` pictures as one CUDA graph -> function of labels (B,), seeds (B, 2), B <= batch.
+
+    All K steps are recorded once; a replay is one launch, where Python otherwise feeds a waiting GPU thousands. That
+    is possible since a picture is a function of labels and seeds alone: no generator has a state, no shape and no
+    branch depends on a value, nothing is copied from or to the host. A smaller batch is padded, and costs as much.
+    The graph reads the weights where they lie: keep the model, change it in place only, bf16_weights comes before.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise UserError(f"a CUDA graph needs a GPU, and the model is on the {device.type}: leave --graph out")
+    static_labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    static_seeds = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+    side = torch.cuda.Stream()  # warm-up on a stream of its own, as PyTorch's notes on CUDA graphs ask: the schedule's
+    side.wait_stream(torch.cuda.current_stream())  # tables reach the GPU, libraries choose kernels and workspaces
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, nccl's, may ask the GPU things
+        latents = model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
+
+    def replay(labels, seeds):
+        static_labels[:len(labels)].copy_(labels)
+        static_seeds[:len(labels)].copy_(seeds)
+        graph.replay()
+        return latents[:len(labels)].clone()  # the next replay writes over the graph's own
+    return replay
 
 
 def compile_blocks(*models):
@@ -825,293 +845,3 @@ def compile_blocks(*models):
     for model in models:
         for block in [*model.encoder_blocks, *model.decoder_blocks, *model.head_net.res_blocks]:
             block.compile(dynamic=True)
-
-
-def set_lr(optimizer, peak, step, total, warmup, decay):
-    """Linear warm-up, constant, linear to 0 over the last share `decay`."""
-    lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Plumbing: errors, flags, processes, and the data parallelism
-
-
-class UserError(Exception):
-    """Bad input. The message says in one line what is wrong and what to do; programs end with exit code 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and whose help shows defaults."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def at_least(low, kind=int, below=math.inf):
-    """An argparse type: a finite number of `kind` not below `low`, and below `below`."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if kind is int else ' number'}") from None
-        if not low <= value < below:  # false for NaN too
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}"
-                                             + (f" and below {below}" if below < math.inf else ""))
-        return value
-    return parse
-
-
-def run_main(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2."""
-    code = 0
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except SystemExit as end:  # --help, SIGTERM
-        code = end.code or 0
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)  # gloo's threads (PyTorch 2.13) now and then abort a process that takes itself apart in order
-    sys.exit(code)
-
-
-def setup(device="auto"):
-    """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu")
-        index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-        if not index.isdecimal() or int(index) >= count:
-            raise UserError(f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0; torchrun takes "
-                            "at most as many processes")
-        device = f"cuda:{index}"
-        # every step masks another number of tokens, and blocks of fixed size leave gaps between them (not measured)
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
-        torch.cuda.set_device(device)
-        # float32 products (head, VAE, reward networks) by TF32: 10 bits of mantissa where bf16 has 7, at about eight
-        # times the rate. Else the head, a quarter of the arithmetic, would take most of a step. Inception opts out.
-        torch.set_float32_matmul_precision("high")
-    elif device == "cpu":
-        torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
-    else:
-        raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
-    if world > 1 and not dist.is_initialized():
-        store = next(rendezvous("env://"))[0]
-        # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
-        # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
-        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
-        # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead
-        # rank is torchrun's to notice
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(f"life {life}", store), timeout=timedelta(hours=2))
-    return torch.device(device), rank, world
-
-
-class Gradients:
-    """Data parallelism by hand: gradients live in a few flat buffers, averaged over the ranks while backward runs.
-
-    Each parameter's .grad is a view into a bucket. Autograd adds into the views; when the last gradient of a bucket has
-    arrived, its all-reduce starts, beside the backward of the layers below. One object a network, one cycle a step:
-
-        gradients.zero()
-        with nothing: loss_1.backward() ... loss_{m-1}.backward()     # micro-steps: no communication
-        gradients.begin(); loss_m.backward()                          # the last micro-step communicates
-        norm = gradients.finish(clip=1.0)                             # wait, average, clip; then optimizer.step()
-
-    Buckets start in one fixed order on every rank, so ranks cannot cross over; a parameter that got no gradient keeps
-    zeros and its bucket is sent by finish(). Clipping costs a handful of kernels, no host sync.
-    """
-
-    def __init__(self, model, bucket_bytes=25 << 20):  # 25 MB: big enough for bandwidth, small enough to overlap
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        params = [p for p in model.parameters() if p.requires_grad][::-1]  # gradients arrive from the last layer down
-        if self.world > 1:
-            for p in model.parameters():  # every rank starts from rank 0's weights
-                dist.broadcast(p.data, 0)
-        groups, size = [[]], 0
-        for p in params:
-            if size + 4 * p.numel() > bucket_bytes and groups[-1]:
-                groups.append([])
-                size = 0
-            groups[-1].append(p)
-            size += 4 * p.numel()
-        self.flats, self.sizes, self.waiting, self.works = [], [len(g) for g in groups], None, []
-        self.views = []  # all .grad
-        for b, group in enumerate(groups):
-            flat = torch.zeros(sum(p.numel() for p in group), device=group[0].device)
-            for p, piece in zip(group, flat.split([p.numel() for p in group])):
-                p.grad = piece.view_as(p)
-                self.views.append(p.grad)
-                if self.world > 1:
-                    p.register_post_accumulate_grad_hook(lambda _, b=b: self._arrived(b))
-            self.flats.append(flat)
-
-    def zero(self):
-        torch._foreach_zero_(self.flats)
-
-    def begin(self):
-        """From now on count arrivals: the next backward is the last of this step."""
-        self.waiting, self.works = list(self.sizes), []
-
-    def _arrived(self, b):
-        if self.waiting is None:
-            return  # an earlier micro-step
-        self.waiting[b] -= 1
-        while len(self.works) < len(self.flats) and self.waiting[len(self.works)] == 0:
-            self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
-
-    def finish(self, clip):
-        """Average over ranks and clip to the global norm `clip` (0: measure only). -> the norm before clipping, a
-        0-d tensor on the device."""
-        if self.world > 1:
-            while len(self.works) < len(self.flats):  # buckets with unused parameters
-                self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
-            for work in self.works:
-                work.wait()
-            torch._foreach_div_(self.flats, self.world)
-        self.waiting = None
-        # of the views: a CPU adds up one long buffer in float32, which is 3e-4 off at 2.4 M numbers
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.views)))
-        if clip > 0:
-            torch._foreach_mul_(self.flats, (clip / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-
-def check_folder(args, world, stages, divided, same=()):
-    """Refuse to write over another run, and to divide what cannot be divided. -> the checkpoint to resume, or None.
-
-    stages: those that the program can go on with. divided: flags that count images an update, each must split evenly
-    over processes and micro-batches. same: flags that a resumed run must have as it began.
-    """
-    path = os.path.join(args.out, "resume.pt")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
-        args.resume = True  # torchrun --max-restarts started us again after a rank died
-    if args.resume and not os.path.exists(path):
-        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
-    if not args.resume and os.path.exists(path):
-        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
-    for name in divided:
-        if vars(args)[name] % (world * args.accumulate):
-            raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
-                            f"{world} x {args.accumulate}")
-    if not args.resume:
-        return None
-    resumed = read_checkpoint(path)
-    if resumed.get("stage") not in stages:
-        raise UserError(f"--resume: {path} was written by another program (stage {resumed.get('stage')}, not "
-                        f"{' or '.join(stages)}): give --out of a run of this one")
-    was = resumed["args"]
-    changed = [name for name, value in vars(args).items() if name != "resume" and was.get(name, value) != value]
-    for name in changed:
-        if name in same:
-            raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
-                            "that, or start another run with another --out")
-    if changed and int(os.environ.get("RANK", 0)) == 0:
-        print("resumed with other flags:", ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
-                                                     for name in changed), flush=True)
-    return resumed
-
-
-def restore(resumed, args, **targets):
-    """Load what resume.pt holds under the names of `targets` into these networks and optimisers."""
-    try:
-        for name, target in targets.items():
-            target.load_state_dict(resumed[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{args.out}/resume.pt does not fit these flags ({name}: {str(error).splitlines()[0][:80]}): "
-                        "give those that the run began with, or another --out") from None
-
-
-def start_folder(args, rank, world, resumed):
-    """Make the run's folder with config.json; drop log lines of steps that are going to be done again."""
-    log = os.path.join(args.out, "log.jsonl")
-
-    def is_done(line):  # without a checkpoint nothing is: the run was killed before the first
-        if resumed is None or line["stage"] != resumed["stage"]:
-            return resumed is not None and line["stage"] == "teacher"
-        return line["step"] <= resumed["step"]
-
-    try:
-        if rank == 0:
-            os.makedirs(args.out, exist_ok=True)
-            write_json(os.path.join(args.out, "config.json"), vars(args))
-            if os.path.exists(log):
-                with open(log) as f:  # a line without its end was cut off by a kill
-                    lines = [line for line in f if line.endswith("\n") and is_done(json.loads(line))]
-                with replacing(log) as f:
-                    f.writelines(lines)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
-    if world > 1:
-        dist.barrier()  # nobody writes into the folder before it is there
-
-
-def log_line(args, rank, bar, **values):
-    """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
-    values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
-    if rank == 0:
-        try:
-            with open(os.path.join(args.out, "log.jsonl"), "a") as f:
-                f.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.out}/log.jsonl: {error.strerror}; the last checkpoint is kept, "
-                            "--resume goes on from it") from None
-        bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "reward", "kl", "fd", "fid", "grad_norm")
-                         if k in values})
-
-
-def peak_memory(device):
-    """{"peak_gb"}: most GiB that this process has had on its GPU, for logs; {} on a CPU, where nobody counts."""
-    return {"peak_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
-
-
-NEVER = 1 << 60  # a step that is not reached
-
-
-def stop_if_bad(bad, args):
-    """bad: 0-d int64, the first step with a gradient that was not finite (NEVER if none). Checked before any save."""
-    if bad < NEVER:
-        raise UserError(f"the gradient was not finite at step {int(bad)}: the last good checkpoint in {args.out} is "
-                        "kept; lower the learning rate (or mend the reward), or go on with --resume and another --seed")
-
-
-@functools.lru_cache(maxsize=None)  # one a process: what comes while a stage ends must reach the next one
-def on_sigterm():
-    """-> a threading.Event that SIGTERM sets, instead of ending the process at once."""
-    event = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
-
-
-def leave(args, step):
-    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
-    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
-    raise SystemExit(0)
-
-
-def average(tensor, world):
-    """Mean of a tensor over the ranks, for logs; in place, returned."""
-    if world > 1:
-        dist.all_reduce(tensor)
-        tensor /= world
-    return tensor
-
-
-def any_rank(flag, device, world):
-    """Whether `flag` is true on any rank: what one decides, all do. A host sync; call it where there is one anyway."""
-    return bool(average(torch.tensor(float(flag), device=device), world) > 0)

@@ -33,13 +33,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import LATENT_SCALE, PUBLIC, is_small, load_vae, open_data, read_class_names, train_indices
+from data import (LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
+                  run_main, setup, train_indices)
+from distill import (NEVER, Gradients, any_rank, average, check_folder, leave, log_line, on_sigterm, peak_memory, restore,
+                     set_lr, start_folder, stop_if_bad, update_ema)
 from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (NEVER, START, TRAIN, Gradients, Parser, UserError, any_rank, at_least, average, bf16_weights,
-                   check_folder, compile_blocks, gaussian, image_keys, leave, load_mar, log_line, mask_counts,
-                   on_sigterm, peak_memory, put, read_checkpoint, restore, reveal_plan, run_main, save_checkpoint,
-                   set_lr, setup, start_folder, stop_if_bad, take, token_orders, update_ema, write_json)
+from model import (START, TRAIN, UserError, bf16_weights, compile_blocks, gaussian, image_keys, load_mar, mask_counts,
+                   put, read_checkpoint, reveal_plan, save_checkpoint, take, token_orders, write_json)
 from sample import draw_together, save_grid
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
@@ -58,7 +59,7 @@ DEFAULTS = {
 
 def parse_args(argv=None):
     """Flags, in the order: files, data and model, reward, estimator, optimiser, watching, system."""
-    p = Parser(description="Post-train a one-step student with rewards.")
+    p = Parser("Post-train a one-step student with rewards.")
     p.add_argument("--data", default="data/imagenet", help="what distill.py was run on: shapes, cifar10 or a folder")
     p.add_argument("--ckpt", default=None, help="the student (default out/<name of the data>/student.pt)")
     p.add_argument("--out", default=None, help="folder of the run (default rl/ beside the student)")
@@ -74,42 +75,42 @@ def parse_args(argv=None):
                    help=f"what to raise, several are added up: {' '.join(REWARDS)}")
     p.add_argument("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
                    help="rewards that are only watched: the first to fall when the trained one is being hacked")
-    p.add_argument("--kl", type=at_least(0, float), default=None, help="pull towards the student of the start, in "
+    p.add_argument("--kl", type=float, default=None, help="pull towards the student of the start, in "
                    "reward per nat and dimension; raise it when FD rises, lower it when the reward does not "
                    f"(default {KL_ELSE}, of a single {', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
     p.add_argument("--kl_to", default="path", choices=["path", "picture"], help="path: to what the start would put at "
                    "each AR step after the student's own tokens; picture: to its finished picture of the same noise")
     p.add_argument("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
                    help="pathwise: differentiate the reward; less noise, differentiable rewards only")
-    p.add_argument("--pairs", type=at_least(1), default=64, help="antithetic pairs an image: 2 reward calls each")
-    p.add_argument("--noise_std", type=at_least(1e-6, float), default=0.1, help="of the policy, in units of what it "
+    p.add_argument("--pairs", type=int, default=64, help="antithetic pairs an image: 2 reward calls each")
+    p.add_argument("--noise_std", type=float, default=0.1, help="of the policy, in units of what it "
                    "perturbs: pixels lie in [-1, 1], latents have std 1")
     p.add_argument("--perturb", default="latent", choices=["latent", "pixel"], help="what the policy's noise is put "
                    "on; v gets worse with the root of its dimensions: 4,096 against 196,608 at 256 px")
     p.add_argument("--detach", action="store_true", help="each AR step learns for its own tokens only, not for what "
                    "they do to later ones: biased, trains as well")
-    p.add_argument("--ar_steps", type=at_least(1), default=None, help="K of an episode (default the student's)")
-    p.add_argument("--steps", type=at_least(0), default=2000, help="updates")
-    p.add_argument("--batch", type=at_least(1), default=64, help="images (episodes) an update, all ranks together")
-    p.add_argument("--accumulate", type=at_least(1), default=1, help="micro-batches an update: more if memory ends")
-    p.add_argument("--chunk", type=at_least(1), default=32, help="images decoded and scored at once: lower it likewise")
+    p.add_argument("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
+    p.add_argument("--steps", type=int, default=2000, help="updates")
+    p.add_argument("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
+    p.add_argument("--chunk", type=int, default=32, help="images decoded and scored at once: lower it likewise")
     p.add_argument("--recompute", action="store_true", help="recompute the transformer's blocks in backward: a third "
                    "more time, a fraction of the memory; before --accumulate when memory ends")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks of transformer and head: the first "
                    "updates take minutes, the others less time; on a CPU hardly worth it")
-    p.add_argument("--lr", type=at_least(0, float), default=1e-5, help="learning rate")
-    p.add_argument("--warmup", type=at_least(0), default=20, help="updates of linear warm-up")
-    p.add_argument("--decay", type=at_least(0, float), default=0.5, help="share of the run, its last, over which the "
+    p.add_argument("--lr", type=float, default=1e-5, help="learning rate")
+    p.add_argument("--warmup", type=int, default=20, help="updates of linear warm-up")
+    p.add_argument("--decay", type=float, default=0.5, help="share of the run, its last, over which the "
                    "learning rate falls to 0")
-    p.add_argument("--clip", type=at_least(0, float), default=1.0, help="gradient norm limit; 0 = none")
-    p.add_argument("--ema", type=at_least(0, float, below=1), default=0.99, help="averaging of the student a step")
-    p.add_argument("--eval_every", type=at_least(1), default=200, help="updates between grids and figures")
-    p.add_argument("--eval_images", type=at_least(2), default=2048, help="images a row of figures")
-    p.add_argument("--max_fd_rise", type=at_least(0, float), default=0.2, help="share by which FD may lie above the "
+    p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit; 0 = none")
+    p.add_argument("--ema", type=float, default=0.99, help="averaging of the student a step")
+    p.add_argument("--eval_every", type=int, default=200, help="updates between grids and figures")
+    p.add_argument("--eval_images", type=int, default=2048, help="images a row of figures")
+    p.add_argument("--max_fd_rise", type=float, default=0.2, help="share by which FD may lie above the "
                    "start's in best.pt")
-    p.add_argument("--save_every", type=at_least(1), default=100, help="updates between checkpoints")
-    p.add_argument("--log_every", type=at_least(1), default=5, help="updates between log lines")
-    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="of everything random")
+    p.add_argument("--save_every", type=int, default=100, help="updates between checkpoints")
+    p.add_argument("--log_every", type=int, default=5, help="updates between log lines")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     # argparse takes "-jpeg" for a flag; with a space in front it is a value, and `parse_rewards` strips it
     argv = [f" {a}" if a.startswith("-jpeg") else a for a in (argv if argv is not None else sys.argv[1:])]
@@ -117,6 +118,7 @@ def parse_args(argv=None):
     name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
     p.set_defaults(**DEFAULTS.get(name, {}))
     args = p.parse_args(argv)
+    check_numbers(args, one="pairs ar_steps batch accumulate chunk eval_every eval_images save_every log_every", share="ema")
     if args.kl is None:
         names = list(parse_rewards(args.reward))
         args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE

@@ -33,9 +33,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import LATENT_SCALE, load_vae, read_class_names, read_image
-from model import (MAR, ORDERS, SIZES, Parser, UserError, at_least, bf16_weights, compile_blocks, graphed, linear,
-                   load_mar, mask_counts, read_checkpoint, run_main, setup)
+from data import (LATENT_SCALE, Parser, check_numbers, load_vae, rank_and_world, read_class_names, read_image, run_main,
+                  setup)
+from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, compile_blocks, graphed, linear, load_mar, mask_counts,
+                   read_checkpoint)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Library: what fid.py, distill.py and rl.py use
@@ -513,42 +514,43 @@ USES = {"grid": SAMPLING | {"out", "per_class", "batch", "edit", "box"}, "gif": 
 
 def parse():
     """The flags -> (args, mode). A flag that the chosen mode would ignore is refused."""
-    p = Parser(description=__doc__.partition("\n")[0])
+    p = Parser("A checkpoint -> pictures, an animation, an .npz, timings, curves.")
     p.add_argument("--ckpt", help="checkpoint: teacher.pt or student.pt of a run, or a public MAR's .pth")
     p.add_argument("--out", help="file to write: .png, or .npz with --num; None: grid.png, samples.npz, curves.png")
     p.add_argument("--gif", help="write the unmasking, a frame an AR step, to this file")
-    p.add_argument("--num", type=at_least(1), help="draw this many pictures, all classes alike often, into an .npz")
+    p.add_argument("--num", type=int, help="draw this many pictures, all classes alike often, into an .npz")
     p.add_argument("--bench", action="store_true", help="time teacher and student on this machine")
     p.add_argument("--curves", nargs="+", metavar="LOG", help="draw the curves of these log.jsonl files")
     p.add_argument("--classes", nargs="+", help="class numbers or names; None: all; of more than 16 a "
                    "grid or animation shows 4")
-    p.add_argument("--per_class", type=at_least(1), help="pictures of each class; None: 4, with several --ar_steps 1")
+    p.add_argument("--per_class", type=int, help="pictures of each class; None: 4, with several --ar_steps 1")
     p.add_argument("--teacher", action="store_true", help="insist on the full chain: a student's checkpoint is refused")
-    p.add_argument("--ar_steps", type=at_least(1), nargs="+", metavar="K",
+    p.add_argument("--ar_steps", type=int, nargs="+", metavar="K",
                    help="AR steps, 1 to the number of tokens; several: a row and a time each; None: the checkpoint's")
-    p.add_argument("--head_steps", type=at_least(1), help="denoising steps; None: 1 for a student, 100 for a teacher")
-    p.add_argument("--guidance", type=at_least(0, float), help="1 = none (a student has its own built in); None: the "
+    p.add_argument("--head_steps", type=int, help="denoising steps; None: 1 for a student, 100 for a teacher")
+    p.add_argument("--guidance", type=float, help="1 = none (a student has its own built in); None: the "
                    "checkpoint's, for public ones MAR's 2.9, 3.0, 3.2 of B, L, H")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="None: the checkpoint's; public: linear")
-    p.add_argument("--temperature", type=at_least(0, float), default=1.0, help="scale of the noise; MAR: 0.95 unguided")
+    p.add_argument("--temperature", type=float, default=1.0, help="scale of the noise; MAR: 0.95 unguided")
     p.add_argument("--order", choices=ORDERS, default="random", help="in which tokens are revealed; random is "
                    "what networks are trained for")
     p.add_argument("--edit", metavar="PICTURE", help="draw a part of this picture anew, once for each class")
     p.add_argument("--box", type=int, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
                    help="--edit: the part, in pixels of the cropped picture; whole tokens are drawn")
-    p.add_argument("--seed", type=at_least(0, below=1 << 31), default=0, help="picture i is that of (seed, i)")
+    p.add_argument("--seed", type=int, default=0, help="picture i is that of (seed, i)")
     p.add_argument("--vae", help="kl16.ckpt, for models of latents")
-    p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, a process; less if memory is short")
+    p.add_argument("--batch", type=int, default=64, help="pictures at once, a process; less if memory is short")
     p.add_argument("--compile", action="store_true", help="--num, --bench: torch.compile the blocks, which takes a "
                    "minute and joins small kernels; for GPUs, on a CPU it loses oneDNN's products")
     p.add_argument("--graph", action="store_true", help="--num, --bench, on CUDA: all AR steps of a batch as one CUDA "
                    "graph, which saves launches where batches are small; off, for it has never run on a GPU")
     p.add_argument("--size", choices=SIZES, help="--bench: a size with random weights, instead of --ckpt")
-    p.add_argument("--teacher_ar_steps", type=at_least(1), nargs="+", metavar="K",
+    p.add_argument("--teacher_ar_steps", type=int, nargs="+", metavar="K",
                    help="--bench: fewer for a slow teacher; None: those of --ar_steps")
-    p.add_argument("--repeat", type=at_least(1), default=3, help="--bench: timings to take the median of")
+    p.add_argument("--repeat", type=int, default=3, help="--bench: timings to take the median of")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = p.parse_args()
+    check_numbers(args, one="num per_class ar_steps head_steps batch teacher_ar_steps repeat")
     modes = [mode for mode in ("gif", "num", "bench", "curves") if getattr(args, mode)] or ["grid"]
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]} are two different jobs: give one of them")
@@ -647,7 +649,7 @@ def main():
     """Draw, animate, save, time or plot, as the flags say; whatever can be refused is refused first."""
     args, mode = parse()
     out = args.gif or args.out or {"num": "samples.npz", "curves": "curves.png"}.get(mode, "grid.png")
-    if int(os.environ.get("RANK", 0)) == 0 and mode != "bench":
+    if rank_and_world()[0] == 0 and mode != "bench":
         check_output(out, {"gif": [".gif"], "num": [".npz"]}.get(mode, [".png"]))
     if mode == "curves":
         return draw_curves(args.curves, out)

@@ -45,11 +45,12 @@ import fid
 import model as model_file
 import rl
 import sample
-from data import PUBLIC, SHAPES, open_data, train_indices
+from data import PUBLIC, SHAPES, open_data, run_main, setup, train_indices
+from distill import Gradients, log_line
 from fid import load_or_train_classifier
-from model import (CHAIN, MAR, ORDERS, SIZES, START, Gradients, MARConfig, UserError, alpha_sigma, bf16_weights,
-                   compile_blocks, cosine_schedule, diffusion_loss, gaussian, graphed, image_keys, load_mar, log_line,
-                   read_checkpoint, reveal_plan, run_main, save_checkpoint, setup, token_orders, write_json)
+from model import (CHAIN, MAR, ORDERS, SIZES, START, MARConfig, UserError, alpha_sigma, bf16_weights, compile_blocks,
+                   cosine_schedule, diffusion_loss, gaussian, graphed, image_keys, load_mar, read_checkpoint,
+                   reveal_plan, save_checkpoint, token_orders, write_json)
 from sample import COLOURS, GAP, draw, flops_of, read_log, save_grid, ticks, to_uint8, unmasking
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would drown the verdicts
@@ -599,7 +600,7 @@ def test_average_of_weights_and_levels_of_the_losses():
     are T_MIN..T_MAX, the critic's and the teacher's all 1,000."""
     ema, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     ema.weight.data.fill_(1.0), model.weight.data.fill_(2.0)
-    model_file.update_ema(ema, model, 0.9)
+    distill.update_ema(ema, model, 0.9)
     assert abs(ema.weight.item() - 1.1) < 1e-6 and model.weight.item() == 2.0
     steps = distill.random_steps(image_keys(range(5000)), distill.STUDENT_T, torch.arange(8).expand(5000, -1), 3, 12)
     counts = torch.bincount(steps, minlength=14)[3:13]
@@ -3413,7 +3414,7 @@ def main():
             continue
         start, said = time.time(), io.StringIO()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran in this process may have taken it over
-        model_file.on_sigterm.cache_clear()
+        distill.on_sigterm.cache_clear()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # shown if the test fails
                 figures = test()
