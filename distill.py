@@ -8,20 +8,22 @@ Must exist: nothing for shapes; for ImageNet the latent cache (data.py) and the 
     torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B
     torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint, bit for bit
 
-The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching: METHOD below, `gsim_loss`. Here
+The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop, `gsim_loss`
+the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
 2. the critic and the student are updated from the same weights (neither first), so that gradient accumulation and
    ranks change nothing; betas (0, .99), as SiD, because the critic's target moves;
-3. t_init, learning rates and update ratio, which the paper does not state, are ours (README has the measurements);
+3. t_init, learning rates and update ratio, which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
+
+Below: flags, a batch, the losses, stage 1 (`distil`), stage 0 (`train_teacher`), and what both and rl.py train with:
+`Run`, a run's folder, and `Gradients`, data parallelism by hand.
 """
 import copy
-import functools
 import json
 import math
 import os
 import signal
-import threading
 import time
 from dataclasses import asdict, replace
 from statistics import NormalDist
@@ -29,21 +31,20 @@ from statistics import NormalDist
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, run_main, setup, train_indices
-from fid import feature_statistics, judge, load_or_train_classifier
+from fid import Watch, feature_statistics, judge, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
                    image_keys, load_mar, mask_counts, read_checkpoint, replacing, save_checkpoint, take, token_orders,
                    uniform, write_json)
-from sample import draw_together, matrix_rate, save_grid
 
-# Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
-TEACHER_T, TEACHER_EPS, DROP, NOISE, CRITIC_T, CRITIC_EPS, STUDENT_T, STUDENT_EPS = (TRAIN + 64 * i for i in range(8))
+# Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
+# made noisy, `purpose` gives the time step and `purpose + 64` the noise.
+TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 T_MIN, T_MAX = 20, 973  # levels of the student's loss: sigma .04 to 24.7, SiD's and DMD2's range on MAR's schedule
 
-# What `--data` changes; an explicit flag always wins. Figures for shapes: README, "What was tried".
+# What `--data` changes; an explicit flag always wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
@@ -57,340 +58,408 @@ DEFAULTS = {
 
 
 def parse_args(argv=None):
-    """Flags, in the order: files, data and model, teacher, distillation, optimiser, watching, system."""
+    """The flags, with the defaults of --data."""
     p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
-    p.add_argument("--data", default="data/imagenet", help="shapes, cifar10, an image folder with train/<class>/*, "
-                   "or a cache built by data.py")
-    p.add_argument("--out", default=None, help="folder of the run (default out/<name of the data>)")
-    p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    p.add_argument("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
-    p.add_argument("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
-    p.add_argument("--teacher", default=PUBLIC["mar_base"][1], help="teacher checkpoint; its size is read off the file")
-    p.add_argument("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
-    p.add_argument("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks")
-    p.add_argument("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
-    p.add_argument("--teacher_ema", type=float, default=0.9999, help="averaging a step, stage 0")
-    p.add_argument("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0: the transformer "
-                   "runs once for all, so more is cheap where the head is small")
-    p.add_argument("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    p.add_argument("--critic", type=critic_blocks, default="full", help="what of the critic is trained: full, or N, "
-                   "the decoder's last N blocks and the head; it shares the rest with the teacher, which saves up to 3 "
-                   "of 8 passes a step, and memory")
-    p.add_argument("--guidance", type=float, default=2.9, help="scale baked into the student; 1 = none")
-    p.add_argument("--guidance_schedule", default="constant", choices=["constant", "linear"],
-                   help="linear: the scale grows with the share revealed, as MAR samples")
-    p.add_argument("--t_init", type=int, default=None, help="time step the student starts from (default: "
-                   "the size's, 755 for ImageNet); higher: noisier start, larger eps errors")
-    p.add_argument("--critic_steps", type=int, default=1, help="critic updates a student update")
-    p.add_argument("--steps", type=int, default=150000, help="updates of the critic in stage 1")
-    p.add_argument("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
-    p.add_argument("--recompute", action="store_true", help="recompute the transformers' blocks in backward: less "
-                   "memory, a third more time")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks of transformer and head: the first "
-                   "updates take minutes, the others less time; on a CPU hardly worth it")
-    p.add_argument("--lr", type=float, default=1e-5, help="student's learning rate")
-    p.add_argument("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
-    p.add_argument("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
-    p.add_argument("--decay", type=float, default=0.4, help="share of each stage, its last, over which "
-                   "the learning rate falls to 0 (the critic's stays)")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, each network; 0 = none")
-    p.add_argument("--ema", type=float, default=0.9999, help="averaging of the student a step")
-    p.add_argument("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
-    p.add_argument("--ar_steps_aware", action="store_true", help="distil on the mask ratios that sampling in "
-                   "--ar_steps meets, not on MAR's: for a student that will draw with that K only")
-    p.add_argument("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
-    p.add_argument("--eval_every", type=int, default=5000, help="updates between grids and figures")
-    p.add_argument("--eval_images", type=int, default=2048, help="images a Frechet distance")
-    p.add_argument("--save_every", type=int, default=1000, help="updates between checkpoints")
-    p.add_argument("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    flag = p.add_argument
+    # files and data
+    flag("--data", default="data/imagenet", help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache")
+    flag("--out", default=None, help="folder of the run (default out/<name of the data>)")
+    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
+    flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
+    # stage 0, the teacher
+    flag("--teacher", default=PUBLIC["mar_base"][1], help="teacher checkpoint; its size is read off the file")
+    flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
+    flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
+    flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
+    flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
+    flag("--teacher_ema", type=float, default=0.9999, help="averaging of the teacher's weights a step")
+    flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
+    # stage 1, the student
+    flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
+    flag("--critic", default="full", help="trained of the critic: full, or the decoder's last N blocks and the head, "
+         "the rest shared with the teacher: saves up to 3 of 8 passes")
+    flag("--guidance", type=float, default=2.9, help="scale baked into the student; 1 = none")
+    flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
+         help="linear: the scale grows with the share revealed, as MAR samples")
+    flag("--t_init", type=int, default=None, help="time step the student starts from (default: the size's, 755 for "
+         "ImageNet); higher: noisier start, larger eps errors")
+    flag("--critic_steps", type=int, default=1, help="critic updates a student update")
+    flag("--steps", type=int, default=150000, help="updates of the critic in stage 1")
+    flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
+    # optimisers
+    flag("--lr", type=float, default=1e-5, help="student's learning rate")
+    flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
+    flag("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
+    flag("--decay", type=float, default=0.4, help="last share of a stage, in which the learning rate falls to 0")
+    flag("--clip", type=float, default=1.0, help="gradient norm limit, each network; 0 = none")
+    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
+    # memory and speed
+    flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
+    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
+    flag("--compile", action="store_true", help="torch.compile the blocks: minutes at the start; for GPUs")
+    # watching
+    flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
+    flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
+    flag("--eval_every", type=int, default=5000, help="updates between grids and figures")
+    flag("--eval_images", type=int, default=2048, help="images a Frechet distance")
+    flag("--save_every", type=int, default=1000, help="updates between checkpoints")
+    flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
+    # system
+    flag("--seed", type=int, default=0, help="of everything random")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     known, _ = p.parse_known_args(argv)
-    name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
-    given = known.teacher != p.get_default("teacher")
-    p.set_defaults(**DEFAULTS.get(name, {}))
-    if given:  # a teacher by --teacher: none is trained, whatever the data's default
+    p.set_defaults(**DEFAULTS.get(known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else "", {}))
+    if known.teacher != PUBLIC["mar_base"][1]:  # a teacher is given: none is trained, whatever the data's default
         p.set_defaults(teacher_steps=0)
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
         p.set_defaults(teacher=None)
     args = p.parse_args(argv)
-    check_numbers(args, one="teacher_batch draws t_init critic_steps batch accumulate ar_steps teacher_head_steps eval_every eval_images save_every log_every", share="teacher_ema ema")
+    check_numbers(args, one="teacher_batch draws t_init critic_steps batch accumulate ar_steps teacher_head_steps "
+                            "eval_every eval_images save_every log_every", share="teacher_ema ema")
     args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
     return args
-
-
-def critic_blocks(text):
-    """The argparse type of --critic: "full" or an int from 0."""
-    return text if text == "full" else int(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A batch: real pictures, some tokens known, the rest to be predicted
 
 
-def masked_count(config, seed, step, ar_steps=None):
-    """Tokens masked in this step, one draw for the whole batch as MAR: normal(1, .25) cut to [mask_ratio_min, 1].
-
-    ar_steps K: instead, one of the K counts that K-step sampling meets, each as often as tokens are revealed from it:
-    so the loss, a mean over masked tokens, is in expectation the mean over all tokens of a picture drawn in K steps.
-    """
-    if ar_steps:
-        counts = np.array(mask_counts(config.seq_len, ar_steps))  # (K + 1,), down to 0
-        return int(np.random.default_rng([seed, step]).choice(counts[:-1], p=-np.diff(counts) / config.seq_len))
+def masked_count(config, seed, step):
+    """Tokens masked in this step, one draw for the whole batch as MAR: normal(1, .25) cut to [mask_ratio_min, 1]."""
     normal = NormalDist(1.0, 0.25)
     low, high = normal.cdf(config.mask_ratio_min), normal.cdf(1.0)
     ratio = normal.inv_cdf(low + (high - low) * np.random.default_rng([seed, step]).random())
     return min(config.seq_len, max(1, math.ceil(config.seq_len * ratio)))
 
 
-def share_revealed(masked, seq_len, ar_steps=None):
-    """What the linear guidance grows with, where `masked` tokens are unknown: the share known. With ar_steps as MAR's
-    sampler counts it: after the AR step that begins there, and never all (model.unmask)."""
-    if ar_steps:
-        counts = mask_counts(seq_len, ar_steps)
-        return min(seq_len - counts[counts.index(masked) + 1], seq_len - 1) / seq_len
-    return 1 - masked / seq_len
+def training_batch(data, model, batch, seed, step, run):
+    """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on the device; B = batch / world.
 
-
-def upload(x, device):
-    """x on `device`. From memory that is not pinned the copy would wait for all that the GPU has still to do."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
-def training_batch(data, model, batch, seed, step, device, rank, world, ar_steps=None):
-    """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on device; B = batch / world.
-
-    Everything depends on (seed, step) and the picture's place in the global batch alone (but the noise of the VAE's
-    posterior, which is drawn by rank). All masked tokens are to be predicted, also where sampling (ar_steps, see
-    masked_count) would reveal some of them: orders are random, so those some are like all, and all is more signal for
-    the same transformer pass.
+    Everything depends on (seed, step) and the picture's place in the global batch alone, but for the noise of the VAE's
+    posterior, which is drawn by rank. All masked tokens are to be predicted, though sampling would reveal only some of
+    them next. Orders are random, so the others are no different, and they add signal to the same transformer pass.
     """
-    indices, flip = train_indices(len(data), batch, step, seed, rank, world)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + rank)  # the VAE's posterior noise
+    indices, flip = train_indices(len(data), batch, step, seed, run.rank, run.world)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + run.rank)  # the VAE's posterior noise
     x, labels = data.batch(indices, flip, generator)
-    place = step * batch + rank * len(indices) + torch.arange(len(indices))
-    keys = upload(image_keys(torch.stack([torch.full_like(place, seed), place], 1)), device)
+    place = step * batch + run.rank * len(indices) + torch.arange(len(indices))
+    keys = run.upload(image_keys(torch.stack([torch.full_like(place, seed), place], 1)))
     orders = token_orders(keys, model.config.seq_len)
-    m = masked_count(model.config, seed, step, ar_steps)
+    m = masked_count(model.config, seed, step)
     masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
-    return model.patchify(upload(x, device)), upload(labels, device), keys, visible, masked
+    return model.patchify(run.upload(x)), run.upload(labels), keys, visible, masked
+
+
+def micro_batches(batch, parts, *gradients):
+    """A batch in `parts`. Before the last, each of `gradients` learns that its next backward is the update's last."""
+    for i, part in enumerate(zip(*(z.chunk(parts) for z in batch))):
+        if i == parts - 1:
+            for g in gradients:
+                g.begin()
+        yield part
+
+
+def noised(x0, keys, purpose, positions, low=0, high=999):
+    """x_t = alpha_t x0 + sigma_t eps for a t of its own, uniform in low..high, a token.
+
+    x0 (B, P, C), keys (B,), positions (B, P) of the tokens -> x_t (B, P, C), t (B, P), eps (B, P, C), alpha and sigma
+    (B, P, 1)."""
+    t = random_steps(keys, purpose, positions, low, high)  # (B, P)
+    eps = gaussian(keys, purpose + 64, positions, x0.shape[-1])
+    alpha, sigma = alpha_sigma(t)
+    return alpha * x0 + sigma * eps, t, eps, alpha, sigma
 
 
 def random_steps(keys, purpose, positions, low, high):
-    """Integer time steps, uniform in low..high, one a token: -> (B * P,) long."""
+    """Integer time steps, uniform in low..high, one a token: -> (B, P) long."""
     span = high - low + 1
-    steps = low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
-    return steps.flatten()
+    return low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The losses. Rows are tokens: N = B * P.
+# The losses: tensors in, one number a token out
+
+
+def pseudo_huber(y, r=1e-5):
+    """d(y) = sqrt(|y|^2 + r^2) - r of a token, and its derivative d'(y): (..., C) -> (...), (..., C)."""
+    root = (y.square().sum(-1, keepdim=True) + r * r).sqrt()
+    return root[..., 0] - r, y / root
+
+
+def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
+    """Guided score implicit matching: eps, eps_q, eps_p (..., C), the noise in x_t and what the student's critic and the
+    guided teacher predict of it; alpha, sigma (..., 1) -> (...).
+
+    KL(student || teacher) is an integral over t of |s_q - s_p|^2. L2 carries the gradient that reaches it through where
+    x_t lies, L1 the one through the student's score itself, whose parameters we cannot differentiate: it is traded
+    for a derivative of the samples. eps_q and eps_p must be differentiable in x_t.
+    """
+    s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
+    d, d_prime = distance(s_q - s_p)
+    L1 = -(d_prime * (s_q + eps / sigma)).sum(-1)  # grad log p(x_t | x0) = -eps / sigma
+    L2 = d
+    return (sigma**2 / alpha)[..., 0] * (L1 + L2)  # the weight states the loss in x0's units
+
+
+def gsim_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
+    """d loss / d x0 (..., C) for frozen heads, and the loss (...). x_t has a graph to eps_q and eps_p.
+
+    The loss reaches the student only through x_t = alpha x0 + sigma eps. So it is differentiated down to x_t here, and
+    the caller pushes the result into the student's graph. The heads' weights get no gradient.
+    """
+    loss = gsim_loss(eps, eps_q, eps_p, alpha, sigma)
+    return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
+
+
+def vsd_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
+    """Variational score distillation (Diff-Instruct, DMD), the baseline: the difference of scores itself, in x0's units
+    and normalised for each token by the teacher's distance. No network is differentiated. Shapes as gsim_slope."""
+    x0_p = (x_t - sigma * eps_p) / alpha
+    difference = sigma / alpha * (eps_p - eps_q)
+    slope = difference / ((x0 - x0_p).abs().mean(-1, keepdim=True) + 1e-3)
+    return slope, difference.square().sum(-1).sqrt()
+
+
+def critic_loss(eps_q, eps):
+    """Denoising score matching on the student's samples: the plain eps error, (..., C) -> (...)."""
+    return (eps_q - eps).square().mean(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1: distillation
+
+
+def distil(args, teacher, data, run, watch):
+    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json.
+
+    Transformer passes an update, in forward equivalents: teacher 2 (with its null class), student 3, critic 3, or with
+    --critic N three times what N blocks are of a pass. Each runs once and serves every head call of the update.
+    """
+    # three networks start as the teacher, all in eval mode: the two scores must differ for one reason only
+    student, ema = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
+    critic = copy_critic(teacher, args.critic)
+    # Adam without momentum: the critic's target moves with every update of the student, and the other way round
+    optimizer = make_optimizer(student, args.lr, (0.0, 0.99))
+    critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
+    state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
+    run.restore("student", **state)
+    prepare(args, student, critic, frozen=teacher)
+    gradients, critic_gradients = Gradients(student), Gradients(critic)
+    slope_of = {"gsim": gsim_slope, "vsd": vsd_slope}[args.loss]
+    levels, norm = torch.zeros(2, 2, 10, device=run.device), torch.zeros((), device=run.device)
+
+    for step in run.steps("student", args.steps, args.batch, flops=distillation_flops(teacher.config)):
+        # learning rates: the student's ends at 0, the critic's stays, since its target never comes to rest
+        set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
+        set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
+
+        # gradients of both networks at the same weights; a batch is a single AR step, never a whole picture
+        batch = training_batch(data, teacher, args.batch, args.seed + 1, step, run)
+        students_turn = step % args.critic_steps == 0
+        gradients.zero()
+        critic_gradients.zero()
+        in_turn = [critic_gradients, gradients] if students_turn else [critic_gradients]
+        for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, *in_turn):
+            # 1. what is known -> a condition for each masked token: one transformer pass of each network
+            g = guidance_at(args, masked.shape[1] / teacher.config.seq_len)
+            c_p, c_null, x_p = teacher_conditions(teacher, tokens, visible, labels, masked, g, args.critic)
+            c_phi = critic_conditions(critic, tokens, visible, labels, masked, c_p, x_p, args.critic)
+            with torch.set_grad_enabled(students_turn):
+                c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
+                # 2. the student draws all masked tokens at once, each from its own noise; true values are never read
+                x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
+            fake = x0.detach()
+
+            # 3. the critic learns the score of what the student draws
+            x_t, t, eps, _, _ = noised(fake, keys, CRITIC, masked)
+            loss_phi = critic_loss(critic.eps(x_t, t, c_phi), eps)  # (B, P)
+            (loss_phi.mean() / args.accumulate).backward()
+            levels[1] += by_level(t, loss_phi.detach())
+
+            # 4. the student: the slope of its loss at x0, through both frozen heads, is pushed into its own graph
+            if students_turn:
+                x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
+                with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network
+                    x_t.requires_grad_(args.loss == "gsim")
+                    eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
+                    slope, loss_theta = slope_of(fake, x_t, eps, eps_q, eps_p, alpha, sigma)
+                x0.backward(slope / (masked.numel() * args.accumulate))  # a mean over the update's masked tokens
+                levels[0] += by_level(t, loss_theta)
+
+        # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
+        critic_norm = critic_gradients.finish(args.clip)
+        critic_optimizer.step()
+        if students_turn:
+            norm = gradients.finish(args.clip)
+            optimizer.step()
+            update_ema(ema, student, args.ema)
+        run.check(norm + critic_norm)
+
+        # log, look, save: only here does the loop wait for the device
+        if run.due(args.log_every):
+            (loss, loss_by_t), (loss_phi, critic_by_t) = map(level_means, run.average(levels))
+            run.log(loss=loss, critic_loss=loss_phi, grad_norm=norm, critic_norm=critic_norm, loss_by_t=loss_by_t,
+                    critic_by_t=critic_by_t)
+            levels.zero_()
+        if run.due(args.eval_every, last=False):
+            watch.look("student", ema, step=run.step)
+            watch.show(run.step)
+        if run.due(args.save_every) or run.told:
+            run.save("student", ema, data.class_names, **state)
+    watch.look("student", ema, step=run.step)
+    watch.show(run.step)
+    run.leave_if_told()
+
+
+def prepare(args, *trained, frozen):
+    """Before the first update: what saves memory and time, and changes no number but by rounding."""
+    for model in trained:
+        model.checkpoint_blocks = args.recompute
+    if next(frozen.parameters()).is_cuda:
+        bf16_weights(frozen)
+    if args.compile:
+        compile_blocks(*trained, frozen)
+
+
+def guidance_at(args, share_masked):
+    """The guided teacher's scale: constant, or grown with the share revealed as sampling grows it."""
+    return args.guidance if args.guidance_schedule == "constant" else 1 + (args.guidance - 1) * (1 - share_masked)
+
+
+@torch.no_grad()
+def teacher_conditions(teacher, tokens, visible, labels, masked, g, blocks):
+    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for g = 1.
+    Third: x_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
+    B, last = len(tokens), 1 if blocks in ("full", 0) else blocks
+    if g != 1:
+        tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
+        labels = torch.cat([labels, torch.full_like(labels, -1)])
+    x = teacher.trunk(tokens, visible, labels, last)  # (B or 2B, S + L, D)
+    c = teacher.tail(x, masked, last)
+    c_p, c_null = (c, None) if g == 1 else c.chunk(2)
+    return c_p, c_null, x[:B]
+
+
+def guided_eps(teacher, x, t, c_p, c_null, g):
+    """eps_p(x, t, null) + g (eps_p(x, t, c_p) - eps_p(x, t, null)), one head call of both halves: -> like x."""
+    if c_null is None:
+        return teacher.eps(x, t, c_p)
+    eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
+    return null + g * (eps - null)
+
+
+def copy_critic(teacher, blocks):
+    """The critic: a copy of which all is trained ("full"), or the head and the decoder's last `blocks`, the rest being
+    the teacher's own tensors."""
+    own = list(teacher.parameters())
+    if blocks != "full":
+        own = list(teacher.head_net.parameters())
+        if blocks:
+            own += [*teacher.decoder_blocks[-blocks:].parameters(), *teacher.decoder_norm.parameters(),
+                    teacher.diffusion_pos_embed_learned]
+    names = {name for name, p in teacher.named_parameters() if any(p is q for q in own)}
+    critic = copy.deepcopy(teacher)
+    for name, p in critic.named_parameters():
+        p.requires_grad_(name in names)
+    return critic
+
+
+def critic_conditions(critic, tokens, visible, labels, masked, c_p, x_p, blocks):
+    """c_phi (B, P, D): the critic's own pass, or what it makes of the teacher's."""
+    if blocks == "full":
+        return critic.transformer(tokens, visible, labels, masked)
+    return critic.tail(x_p, masked, blocks) if blocks else c_p
+
+
+def by_level(t, value, bins=10):
+    """Sums and counts of value (B, P) by time step t (B, P): -> (2, bins). What a mean over t hides."""
+    index, out = (t * bins).flatten() // 1000, torch.zeros(2, bins, device=t.device)
+    out[0].index_add_(0, index, value.flatten())
+    out[1].index_add_(0, index, torch.ones_like(value).flatten())
+    return out
+
+
+def level_means(levels):
+    """Sums and counts (2, bins) -> the mean over all, the mean of each level (bins,); 0 where nothing was counted."""
+    return levels[0].sum() / levels[1].sum().clamp(min=1), levels[0] / levels[1].clamp(min=1)
+
+
+def pass_flops(config):
+    """Floating-point operations for a picture: of a transformer pass, and of the head on its masked tokens. Two a weight
+    and token, and attention's products."""
+    D, S, L = config.width, config.buffer_size, config.seq_len
+    P = sum(masked_count(config, 0, step) for step in range(100)) / 100
+    block = lambda T: 24 * T * D**2 + 4 * T**2 * D
+    W, depth = config.head_width, config.head_depth
+    head = 2 * (5 * W**2 * depth + (D + 2 * config.token_dim + 3 * W) * W)
+    return config.encoder_depth * block(S + L - P) + config.decoder_depth * block(S + L), P * head
+
+
+def distillation_flops(config):
+    """An image of stage 1, GSIM with guidance and a full critic: backward counts as two. The heads: critic 3, student 3,
+    the score nets 6, down to their inputs alone."""
+    transformer, head = pass_flops(config)
+    return 8 * transformer + 12 * head
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 0: the teacher, by MAR's own loss
 
 
 def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
     """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass."""
     hidden = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop
-    c = model.context(tokens, visible, labels.masked_fill(hidden, -1), masked).flatten(0, 1)  # (N, D)
-    x0 = take(tokens, masked).flatten(0, 1).repeat(draws, 1)  # (draws * N, C)
-    t = torch.cat([random_steps(keys, TEACHER_T + i, masked, 0, 999) for i in range(draws)])
-    eps = torch.cat([gaussian(keys, TEACHER_EPS + i, masked, tokens.shape[2]).flatten(0, 1) for i in range(draws)])
-    alpha, sigma = alpha_sigma(t)
-    x_t = alpha * x0 + sigma * eps
-    return diffusion_loss(model.head(x_t, t, c.repeat(draws, 1)), x0, x_t, t, eps).mean()
+    c = model.transformer(tokens, visible, labels.masked_fill(hidden, -1), masked)  # (B, P, D)
+    x0 = take(tokens, masked)  # (B, P, C)
+    each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
+    x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
+    return diffusion_loss(model.head(x_t, t, c.expand(draws, -1, -1, -1)), x0, x_t, t, eps).mean()
 
 
-def pseudo_huber(y, r=1e-5):
-    """d(y) = sqrt(|y|^2 + r^2) - r for each row, and its derivative d'(y): (N, C) -> (N,), (N, C)."""
-    root = (y.square().sum(1, keepdim=True) + r * r).sqrt()
-    return root[:, 0] - r, y / root
+def train_teacher(args, config, data, run):
+    """Train a MAR of `config` on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen).
 
-
-def gsim_loss(x_t, eps, alpha, sigma, score_q, score_p, distance=pseudo_huber):
-    """Guided score implicit matching for each token: x_t, eps (N, C), alpha, sigma (N, 1) -> (N,).
-
-    KL(student || teacher) is an integral over t of |s_q - s_p|^2. L2 carries the gradient that reaches it through where
-    x_t lies, L1 the one through the student's score itself, whose parameters we cannot differentiate: it is traded
-    for a derivative of the samples. score_q, score_p: x_t -> (N, C), differentiable in x_t.
+    An update costs a transformer pass forward and backward, and `draws` head passes on the masked tokens.
     """
-    s_q, s_p = score_q(x_t), score_p(x_t)
-    d, d_prime = distance(s_q - s_p)
-    L1 = -(d_prime * (s_q + eps / sigma)).sum(1)  # grad log p(x_t | x0) = -eps / sigma
-    L2 = d
-    return (sigma**2 / alpha)[:, 0] * (L1 + L2)  # the weight states the loss in x0's units
+    torch.manual_seed(args.seed)
+    model = MAR(config).to(run.device).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, args.teacher_lr, (0.9, 0.95), weight_decay=0.02)
+    state = dict(model=model, ema=ema, optimizer=optimizer)
+    run.restore("teacher", **state)
+    prepare(args, model, frozen=ema)
+    gradients = Gradients(model)
+    transformer, head = pass_flops(config)
 
+    for step in run.steps("teacher", args.teacher_steps, args.teacher_batch, 3 * (transformer + args.draws * head)):
+        set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
+        # dropout's generator starts anew each step: so a resumed run drops the same
+        torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
-def gsim_gradient(x0, t, eps, eps_q, eps_p):
-    """d loss / d x0 (N, C) for fixed heads, and the loss (N,). x0 detached (N, C); eps_q, eps_p: x_t -> (N, C).
+        # the gradient
+        batch, loss = training_batch(data, model, args.teacher_batch, args.seed, step, run), 0.0
+        gradients.zero()
+        for part in micro_batches(batch, args.accumulate, gradients):
+            part_loss = teacher_loss(model, *part, args.draws) / args.accumulate
+            part_loss.backward()
+            loss = loss + part_loss.detach()
 
-    The loss reaches the student only through x_t = alpha x0 + sigma eps: so differentiate down to x_t here and let
-    the caller push the result into the student's graph. The heads' weights get no gradient.
-    """
-    alpha, sigma = alpha_sigma(t)
-    x_t = (alpha * x0 + sigma * eps).requires_grad_()
-    loss = gsim_loss(x_t, eps, alpha, sigma, lambda x: -eps_q(x) / sigma, lambda x: -eps_p(x) / sigma)
-    return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
+        # the update; the average's decay grows from 0 at first, to forget the random start
+        norm = gradients.finish(args.clip)
+        optimizer.step()
+        update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
+        run.check(norm)  # a bad loss makes a bad norm
 
-
-@torch.no_grad()
-def vsd_gradient(x0, t, eps, eps_q, eps_p):
-    """Variational score distillation (Diff-Instruct, DMD): the difference of scores itself, in x0's units and
-    normalised for each token by the teacher's distance. No derivative of a network. Shapes as gsim_gradient."""
-    alpha, sigma = alpha_sigma(t)
-    x_t = alpha * x0 + sigma * eps
-    real = eps_p(x_t)
-    x0_p = (x_t - sigma * real) / alpha
-    difference = sigma / alpha * (real - eps_q(x_t))
-    gradient = difference / ((x0 - x0_p).abs().mean(1, keepdim=True) + 1e-3)
-    return gradient, difference.square().sum(1).sqrt()
-
-
-def critic_loss(eps_q, x0, t, eps):
-    """Denoising score matching on the student's samples: plain eps error, (N,). x0 detached."""
-    alpha, sigma = alpha_sigma(t)
-    return (eps_q(alpha * x0 + sigma * eps) - eps).square().mean(1)
+        # log and save: only here does the loop wait for the device
+        if run.due(args.log_every):
+            run.log(loss=run.average(loss), grad_norm=norm)
+        if run.due(args.save_every) or run.told:
+            run.save("teacher", ema, data.class_names, **state)
+    return ema
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run costs, told before it starts
-
-
-def forward_flops(config, masked, last=1):
-    """FLOPs of a transformer pass over one picture, `masked` of its tokens unknown, of the decoder's `last` blocks in
-    it, and of the head on one token. On meta tensors, which have shapes and no memory; a backward pass costs twice."""
-    with torch.device("meta"):
-        model = MAR(config)
-        visible, predict = (torch.zeros(1, n, dtype=torch.long) for n in (config.seq_len - masked, masked))
-        tokens, label = torch.empty(1, config.seq_len, config.token_dim), torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as trunk:
-            x = model.trunk(tokens, visible, label, last)
-        with FlopCounterMode(display=False) as tail:
-            model.tail(x, predict, last)
-        with FlopCounterMode(display=False) as head:
-            model.head(tokens[0, :1], label, torch.empty(1, config.width))
-    return trunk.get_total_flops() + tail.get_total_flops(), tail.get_total_flops(), head.get_total_flops()
-
-
-def plan(config, args, world, device, stage):
-    """Parameters, bytes a process by kind, and FLOPs an image of one stage, "teacher" or "student".
-
-    Activations are an estimate (within 15 % of a real run's peak, README). A transformer block keeps 16 D numbers a
-    token for backward (inputs of two norms, four matrices, attention and GELU), a block of the head 10 W a row.
-    """
-    K = args.ar_steps if args.ar_steps_aware and stage == "student" else None
-    P = round(np.mean([masked_count(config, 0, step, K) for step in range(1000)]))
-    images = (args.teacher_batch if stage == "teacher" else args.batch) // (world * args.accumulate)
-    with torch.device("meta"):
-        model = MAR(config)
-    heads, total, critic = (sum(p.numel() for p in ps) for ps in (
-        model.head_net.parameters(), model.parameters(), critic_parameters(model, args.critic)))
-    tokens = config.encoder_depth * (config.buffer_size + config.seq_len - P) \
-        + config.decoder_depth * (config.buffer_size + config.seq_len)
-    # with bf16 36 bytes for 16 numbers: what enters a norm stays float32. Recomputing keeps the blocks' inputs alone
-    a_token = 4 if args.recompute else 36 if device.type == "cuda" else 64
-    transformer = images * tokens * config.width * a_token
-    head = images * P * 4 * config.head_width * (10 * config.head_depth + 10)
-    pass_flops, tail_flops, row_flops = forward_flops(config, P, tail_of(args.critic))
-    # the share of a transformer that the critic runs for itself
-    own = 1 if args.critic == "full" else tail_flops / pass_flops if args.critic else 0
-    if stage == "teacher":
-        trained, frozen, passes, rows = total, 0, 3, 3 * args.draws
-        activations = transformer + args.draws * head
-    else:
-        trained, frozen = total + critic, 4 * heads + (2 if device.type == "cuda" else 4) * (total - heads)
-        guided, student = (1 if args.guidance == 1 else 2), 1 / args.critic_steps
-        passes = guided + 3 * own + student * 3 + (1 - student)  # backward counts as two
-        rows = 3 + student * (3 + (2 if args.loss == "gsim" else 1) * (1 + guided)) + (1 - student)
-        # kept together: the student's pass, and then the critic's or, after it, the score nets' heads
-        activations = transformer + head + max(head + own * transformer,
-                                               (1 + guided) * head if args.loss == "gsim" else 0)
-    return {"parameters": total, "in the head": heads, "weights": 4 * trained + frozen, "gradients": 4 * trained,
-            "optimiser": 8 * trained, "EMA": 4 * total, "activations": activations,
-            "flops": passes * pass_flops + rows * P * row_flops, "passes": passes, "in heads": rows * P * row_flops}
-
-
-def print_plan(config, args, world, device, stage):
-    """The plan, in three lines."""
-    p, batch = plan(config, args, world, device, stage), args.teacher_batch if stage == "teacher" else args.batch
-    memory = {kind: p[kind] / 2**30 for kind in ("weights", "gradients", "optimiser", "EMA", "activations")}
-    tqdm.write(f"{stage}: {p['parameters'] / 1e6:.1f} M parameters ({p['in the head'] / 1e6:.1f} M in the head), "
-               f"{config.seq_len} tokens; {batch} images an update on {world} process(es)\n"
-               f"GiB a process: {', '.join(f'{kind} {value:.2f}' for kind, value in memory.items())} (estimated); "
-               f"together {sum(memory.values()):.2f}\n"
-               f"an update: {p['passes']:.3g} transformer passes an image, {p['flops'] * batch / 1e12:.3g} TFLOP, "
-               f"{p['in heads'] / p['flops']:.0%} of them in heads")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimisers and watching
-
-
-def make_optimizer(model, lr, betas, weight_decay=0.0):
-    """AdamW in one fused call; decay on the transformer's matrices only, as MAR: vectors and the head are exempt."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim > 1 and not name.startswith("head_net.")]
-    others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
-
-
-def cut_by_t(t, value, bins=10):
-    """Sums and counts of value (N,) by time step: -> (2, bins). What a mean over t hides."""
-    index = (t * bins) // 1000
-    out = torch.zeros(2, bins, device=t.device)
-    out[0].index_add_(0, index, value)
-    out[1].index_add_(0, index, torch.ones_like(value))
-    return out
-
-
-class Watch:
-    """The judge of a run: draws pictures of a network on all ranks, gives its row of the table, writes the grid.
-
-    Pixels are judged by the data's own classifier. Latents are shown (with --vae) and not judged: that is fid.py's.
-    """
-
-    def __init__(self, args, data, vae, device, rank, world):
-        self.args, self.vae, self.rank, self.world = args, vae, rank, world
-        self.pixels, self.can_show, self.classifier = data.pixels, data.pixels or vae is not None, None
-        if data.pixels and rank == 0:
-            self.classifier = load_or_train_classifier(data, args.out, device=device)
-            self.reference = feature_statistics(self.classifier, data)
-        self.labels = torch.arange(-(-args.eval_images // world) * world) % data.num_classes  # ranks get equal shares
-        self.shown = torch.arange(-(-min(2 * data.num_classes, 20) // world) * world) % data.num_classes
-        self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
-        if args.resume and os.path.exists(os.path.join(args.out, "results.json")):
-            with open(os.path.join(args.out, "results.json")) as f:
-                self.rows = json.load(f)
-
-    def pictures(self, model, labels, head_steps, guidance, seed):
-        return draw_together(model, labels, self.rank, self.world, seed=seed, vae=self.vae, head_steps=head_steps,
-                             ar_steps=self.args.ar_steps, guidance=guidance,
-                             guidance_schedule=self.args.guidance_schedule)
-
-    def look(self, name, model, head_steps, guidance):
-        """Draw with `model` a row of the grid and, of pixels, the row {"fd", "accuracy", "seconds_per_image"} of the
-        table. Rows of the grid share classes, orders and noise. Cost: eval_images pictures; a teacher's row that a
-        resumed run has already is not made again."""
-        if self.can_show:
-            self.grid[name] = self.pictures(model, self.shown, head_steps, guidance, self.args.seed)
-        if self.pixels and (name == "student" or name not in self.rows):
-            start = time.time()
-            images = self.pictures(model, self.labels, head_steps, guidance, self.args.seed + 1)
-            seconds = (time.time() - start) / len(self.labels)
-            if self.rank == 0:
-                self.rows[name] = {**judge(self.classifier, images, self.labels, self.reference),
-                                   "seconds_per_image": seconds}
-        return self.rows.get(name, {})
-
-    def write(self, grid_name):
-        """The grid drawn so far, results.json, and the table on the terminal."""
-        if self.rank == 0 and self.grid:
-            save_grid(list(self.grid.items()), os.path.join(self.args.out, grid_name))
-        if self.rank == 0 and self.rows:
-            write_json(os.path.join(self.args.out, "results.json"), self.rows)
-            tqdm.write(f"{'':12s}{'FD':>8s}{'accuracy':>10s}{'s/image':>10s}")
-            for name, row in self.rows.items():
-                tqdm.write(f"{name:12s}{row['fd']:8.2f}{row['accuracy']:10.3f}{row['seconds_per_image']:10.4f}")
+# The command
 
 
 def check_fit(args, config, data):
@@ -407,292 +476,79 @@ def check_fit(args, config, data):
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
     if args.vae and config.pixels:
         raise UserError("--vae: these pictures are trained on as pixels, no VAE has a part in it: leave it out")
-    if args.critic != "full" and args.critic > config.decoder_depth:
-        raise UserError(f"--critic {args.critic}: the decoder has {config.decoder_depth} blocks; full trains all")
-    if args.ar_steps > config.seq_len:
-        raise UserError(f"--ar_steps {args.ar_steps}: a picture has {config.seq_len} tokens, at most that many")
+    if args.critic != "full":
+        if not args.critic.isdecimal() or int(args.critic) > config.decoder_depth:
+            raise UserError(f"--critic {args.critic}: full, or 0 to {config.decoder_depth} of the decoder's blocks")
+        args.critic = int(args.critic)
+    mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     if args.t_init and args.t_init > T_MAX:
         raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 0: the teacher, by MAR's own loss
-
-
-def train_teacher(args, config, data, device, rank, world, resumed):
-    """Train a MAR of `config` on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen).
-
-    A step costs one transformer pass forward and backward, and `draws` head passes on the masked tokens.
-    """
-    torch.manual_seed(args.seed)
-    model = MAR(config).to(device).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, args.teacher_lr, (0.9, 0.95), weight_decay=0.02)
-    start = 0
-    if resumed:
-        start = resumed["step"]
-        restore(resumed, args, model=model, ema=ema, optimizer=optimizer)
-    model.checkpoint_blocks = args.recompute
-    if args.compile:
-        compile_blocks(model)
-    gradients = Gradients(model)
-    flops, rate = plan(config, args, world, device, "teacher")["flops"], matrix_rate(device) * world
-    bad, clock, clock_step, stop = torch.tensor(NEVER, device=device), time.time(), start, on_sigterm()
-    bar = tqdm(range(start, args.teacher_steps), initial=start, total=args.teacher_steps, desc="teacher", unit="step",
-               disable=rank > 0 or None, mininterval=1)
-    for step in bar:
-        set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
-        torch.manual_seed(hash((args.seed, step, rank)) & 0x7FFFFFFF)  # dropout; so a resumed run drops the same
-
-        batch = training_batch(data, model, args.teacher_batch, args.seed, step, device, rank, world)
-        gradients.zero()
-        parts = [z.chunk(args.accumulate) for z in batch]
-        total = 0.0
-        for i, part in enumerate(zip(*parts)):
-            if i == len(parts[0]) - 1:
-                gradients.begin()
-            loss = teacher_loss(model, *part, args.draws) / len(parts[0])
-            loss.backward()
-            total = total + loss.detach()
-        norm = gradients.finish(args.clip)
-        optimizer.step()
-        update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))  # ramp: forget the random start
-
-        bad = torch.minimum(bad, torch.where(torch.isfinite(norm), NEVER, step))  # a bad loss makes a bad norm
-        last, told_to_stop = step + 1 == args.teacher_steps, False
-        if (step + 1) % args.log_every == 0 or last:
-            told_to_stop = any_rank(stop.is_set(), device, world)
-            stop_if_bad(bad, args)
-            loss = average(total, world).item()  # waits for the device: read the clock after it
-            images_per_s = args.teacher_batch * (step + 1 - clock_step) / (time.time() - clock)
-            log_line(args, rank, bar, stage="teacher", step=step + 1, loss=loss, grad_norm=norm,
-                     images_per_s=images_per_s, mfu=images_per_s * flops / rate, **peak_memory(device))
-            clock, clock_step = time.time(), step + 1
-        if (step + 1) % args.save_every == 0 or last or told_to_stop:
-            stop_if_bad(bad, args)
-            if rank == 0:
-                save_checkpoint({"config": asdict(config), "stage": "teacher", "step": step + 1, "args": vars(args),
-                                 "model": model.state_dict(), "ema": ema.state_dict(),
-                                 "optimizer": optimizer.state_dict()},
-                                os.path.join(args.out, "resume.pt"))
-        if told_to_stop:
-            leave(args, step + 1)
-    write_product(args, data, ema, "teacher", args.teacher_steps, rank)
-    return ema
-
-
-def write_product(args, data, model, stage, step, rank):
-    """teacher.pt or student.pt: what sample.py, fid.py and rl.py read. Weights and sizes; no optimiser."""
-    if rank == 0:
-        save_checkpoint({"config": asdict(model.config), "stage": stage, "ema": model.state_dict(), "step": step,
-                         "args": vars(args), "class_names": list(data.class_names)},
-                        os.path.join(args.out, f"{stage}.pt"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 1: distillation
-
-
-def distil(args, data, teacher, device, rank, world, watch, resumed):
-    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json.
-
-    Transformer passes a step, in forward equivalents: teacher 2 (with its null class), student 3, critic 3 or, with
-    --critic N, three times what N blocks are of a pass. Each runs once and serves every head call of the step.
-    """
-    C = teacher.config.token_dim
-    student = copy.deepcopy(teacher).requires_grad_(True)  # eval mode all: scores must differ for one reason only
-    ema = copy.deepcopy(teacher)
-    own = {id(p) for p in critic_parameters(teacher, args.critic)}
-    critic = copy.deepcopy(teacher, memo={id(p): p for p in teacher.parameters() if id(p) not in own})
-    for p in critic_parameters(critic, args.critic):
-        p.requires_grad_(True)
-    optimizer = make_optimizer(student, args.lr, (0.0, 0.99))
-    critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
-    start = 0
-    if resumed:
-        start = resumed["step"]
-        restore(resumed, args, model=student, ema=ema, critic=critic, optimizer=optimizer,
-                critic_optimizer=critic_optimizer)
-    student.checkpoint_blocks = critic.checkpoint_blocks = args.recompute
-    if device.type == "cuda":
-        bf16_weights(teacher)
-    if args.compile:
-        compile_blocks(student, critic, teacher)
-    gradients, critic_gradients = Gradients(student), Gradients(critic)
-    flops, rate = plan(teacher.config, args, world, device, "student")["flops"], matrix_rate(device) * world
-    ar_steps = args.ar_steps if args.ar_steps_aware else None
-    distillation_gradient = gsim_gradient if args.loss == "gsim" else vsd_gradient
-    bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
-    bins, critic_bins, norm = (torch.zeros(shape, device=device) for shape in ((2, 10), (2, 10), ()))
-    stop = on_sigterm()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.loss, unit="step",
-               disable=rank > 0 or None, mininterval=1)
-    for step in bar:
-        student_turn = step % args.critic_steps == 0
-        set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
-        set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, 0.0)
-
-        # ---- gradients of both networks, at the same weights
-        batch = training_batch(data, teacher, args.batch, args.seed + 1, step, device, rank, world, ar_steps)
-        parts = [z.chunk(args.accumulate) for z in batch]
-        gradients.zero(), critic_gradients.zero()
-        for i, (tokens, labels, keys, visible, masked) in enumerate(zip(*parts)):
-            if i == len(parts[0]) - 1:
-                critic_gradients.begin()
-                if student_turn:
-                    gradients.begin()
-            g = args.guidance
-            if args.guidance_schedule == "linear":  # the scale that sampling has at this share revealed
-                g = 1 + (g - 1) * share_revealed(masked.shape[1], teacher.config.seq_len, ar_steps)
-            with torch.no_grad():
-                c_p, c_null, x_p = teacher_contexts(teacher, tokens, visible, labels, masked, g, args.critic)
-            with torch.set_grad_enabled(student_turn):
-                c_theta = student.context(tokens, visible, labels, masked).flatten(0, 1)  # (N, D)
-                x0 = student.one_step(gaussian(keys, NOISE, masked, C).flatten(0, 1), c_theta)  # (N, C)
-            fake = x0.detach()
-            if args.critic == "full":
-                c_phi = critic.context(tokens, visible, labels, masked).flatten(0, 1)  # (N, D)
-            else:
-                c_phi = critic.tail(x_p, masked, args.critic).flatten(0, 1) if args.critic else c_p
-
-            t = random_steps(keys, CRITIC_T, masked, 0, 999)
-            eps = gaussian(keys, CRITIC_EPS, masked, C).flatten(0, 1)
-            loss_phi = critic_loss(lambda x: critic.eps(x, t, c_phi), fake, t, eps)  # (N,)
-            (loss_phi.mean() / len(parts[0])).backward()
-            critic_bins += cut_by_t(t, loss_phi.detach())
-
-            if student_turn:
-                t = random_steps(keys, STUDENT_T, masked, T_MIN, T_MAX)
-                eps = gaussian(keys, STUDENT_EPS, masked, C).flatten(0, 1)
-                c_q = c_phi.detach()
-                v, loss_theta = distillation_gradient(fake, t, eps, lambda x: critic.eps(x, t, c_q),
-                                                      lambda x: guided_eps(teacher, x, t, c_p, c_null, g))
-                x0.backward(v / (len(v) * len(parts[0])))
-                bins += cut_by_t(t, loss_theta)
-
-        # ---- updates
-        critic_norm = critic_gradients.finish(args.clip)
-        critic_optimizer.step()
-        if student_turn:
-            norm = gradients.finish(args.clip)
-            optimizer.step()
-            update_ema(ema, student, args.ema)
-        bad = torch.minimum(bad, torch.where(torch.isfinite(norm + critic_norm), NEVER, step))
-
-        # ---- log, evaluate, save
-        last, told_to_stop = step + 1 == args.steps, False
-        if (step + 1) % args.log_every == 0 or last:
-            told_to_stop = any_rank(stop.is_set(), device, world)
-            stop_if_bad(bad, args)
-            # waits for the device, before the clock; clamp: with --critic_steps no student may have been updated
-            loss = (average(bins, world)[0].sum() / bins[1].sum().clamp(min=1)).item()
-            average(critic_bins, world)
-            images_per_s = args.batch * (step + 1 - clock_step) / (time.time() - clock)
-            log_line(args, rank, bar, stage="student", step=step + 1, loss=loss,
-                     critic_loss=critic_bins[0].sum() / critic_bins[1].sum(), grad_norm=norm, critic_norm=critic_norm,
-                     images_per_s=images_per_s, mfu=images_per_s * flops / rate, **peak_memory(device),
-                     loss_by_t=bins[0] / bins[1].clamp(min=1), critic_by_t=critic_bins[0] / critic_bins[1].clamp(min=1))
-            bins.zero_(), critic_bins.zero_()
-            clock, clock_step = time.time(), step + 1
-        if (step + 1) % args.eval_every == 0 or last:
-            stop_if_bad(bad, args)  # waits for the device
-            before = time.time()
-            row = watch.look("student", ema, 1, 1.0)
-            watch.write(f"grid_{step + 1:06d}.png")
-            if row:
-                log_line(args, rank, bar, stage="student", step=step + 1, **row)
-            clock += time.time() - before  # no part of images/s
-        if (step + 1) % args.save_every == 0 or last or told_to_stop:
-            stop_if_bad(bad, args)
-            write_product(args, data, ema, "student", step + 1, rank)
-            if rank == 0:
-                save_checkpoint({"config": asdict(ema.config), "stage": "student", "step": step + 1,
-                                 "args": vars(args), "model": student.state_dict(), "ema": ema.state_dict(),
-                                 "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
-                                 "critic_optimizer": critic_optimizer.state_dict()},
-                                os.path.join(args.out, "resume.pt"))
-        if told_to_stop:
-            leave(args, step + 1)
-
-
-def critic_parameters(model, blocks):
-    """The parameters that `--critic blocks` trains: all, or the head's and those of the decoder's last blocks."""
-    if blocks == "full":
-        return list(model.parameters())
-    tail = [*model.decoder_blocks[-blocks:].parameters(), *model.decoder_norm.parameters(),
-            model.diffusion_pos_embed_learned] if blocks else []
-    return [*model.head_net.parameters(), *tail]
-
-
-def tail_of(blocks):
-    """Where the teacher's pass is cut in two (MAR.trunk, MAR.tail) so that a critic of `--critic blocks` can go on from
-    there: before that many of the decoder's blocks, and before the last where nobody does."""
-    return 1 if blocks in ("full", 0) else blocks
-
-
-def teacher_contexts(teacher, tokens, visible, labels, masked, g, blocks):
-    """c_p and, with guidance, the null class's c: (N, D) each, one pass of both halves; c_null is None for g = 1.
-    Third: x_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
-    B, last = len(tokens), tail_of(blocks)
-    if g != 1:
-        tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
-        labels = torch.cat([labels, torch.full_like(labels, -1)])
-    x = teacher.trunk(tokens, visible, labels, last)  # (B or 2B, S + L, D)
-    c = teacher.tail(x, masked, last).flatten(0, 1)
-    c_p, c_null = (c, None) if g == 1 else c.chunk(2)
-    return c_p, c_null, x[:B]
-
-
-def guided_eps(teacher, x, t, c_p, c_null, g):
-    """eps_p(x, t, null) + g (eps_p(x, t, c_p) - eps_p(x, t, null)), one head call of both halves: -> (N, C)."""
-    if c_null is None:
-        return teacher.eps(x, t, c_p)
-    eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
-    return null + g * (eps - null)
-
-
-def main(argv=None):
-    """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
-    args = parse_args(argv)
+def open_teacher(args):
+    """--teacher -> the frozen network, or None where one is to be trained."""
     if args.teacher and args.teacher_steps:
         raise UserError("--teacher and --teacher_steps: give a checkpoint or train one here, not both")
     if not args.teacher and not args.teacher_steps:
         raise UserError("no teacher: give --teacher FILE (python data.py --get mar_base fetches the public one), or "
                         "--teacher_steps N to train one")
-    device, rank, world = setup(args.device)
-    data = open_data(args.data)
-    teacher = load_mar(args.teacher) if args.teacher else None
-    if teacher and (stage := read_checkpoint(args.teacher).get("stage", "teacher")) != "teacher":
+    if not args.teacher:
+        return None
+    stage = read_checkpoint(args.teacher).get("stage", "teacher")
+    if stage != "teacher":
         raise UserError(f"--teacher {args.teacher} is of stage {stage}, its head knows one time step only: give the "
                         "teacher.pt it was distilled from")
+    return load_mar(args.teacher)
+
+
+def main(argv=None):
+    """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
+    args = parse_args(argv)
+    teacher = open_teacher(args)
+    device, rank, world = setup(args.device)
+    data = open_data(args.data)
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, config, data)
     vae = load_vae(args.vae).to(device) if args.vae else None
-    divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
-    resumed = check_folder(args, world, ("teacher", "student"), divided)
-    start_folder(args, rank, world, resumed)
-    for stage, steps in (("teacher", args.teacher_steps), ("student", args.steps)):
-        if rank == 0 and steps:
-            print_plan(config, args, world, device, stage)
-    watch = Watch(args, data, vae, device, rank, world)
+    run = Run(args, device, rank, world, stages=["teacher", "student"])
+    run.check_divides(["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps))
+    run.start()
+    figures = None  # latents are shown, with --vae, and not judged: that is fid.py's
+    if data.pixels and rank == 0:
+        classifier = load_or_train_classifier(data, args.out, device=device)
+        reference = feature_statistics(classifier, data)
+        figures = lambda images, labels: judge(classifier, images, labels, reference)
+    watch = Watch(run, config, figures, judges=data.pixels, shows=data.pixels or vae is not None, vae=vae)
 
-    if teacher is None and resumed and resumed["stage"] == "student":
+    if teacher is None and run.resumed and run.resumed["stage"] == "student":
         teacher = load_mar(os.path.join(args.out, "teacher.pt"))
     if teacher is None:
-        teacher, resumed = train_teacher(args, config, data, device, rank, world, resumed), None
+        teacher = train_teacher(args, config, data, run)
     if args.t_init:
         teacher.config = replace(teacher.config, t_init=args.t_init)
     teacher = teacher.to(device)
 
-    watch.look(f"teacher_{args.teacher_head_steps}", teacher, args.teacher_head_steps, args.guidance)
-    watch.look("teacher_1", teacher, 1, args.guidance)  # the student at iteration 0
-    watch.write("grid_000000.png")
-    distil(args, data, teacher, device, rank, world, watch, resumed)
+    # the chain that is to be matched, and one step of the same network: the student at iteration 0
+    for head_steps in (args.teacher_head_steps, 1):
+        watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
+                   guidance_schedule=args.guidance_schedule)
+        run.leave_if_told()
+    watch.show(step=0)
+    distil(args, teacher, data, run, watch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What training needs, here and in rl.py: averages, learning rates, the run's folder, data parallelism
+# What training needs, here and in rl.py: optimiser, averages, the run's folder, data parallelism
+
+
+def make_optimizer(model, lr, betas, weight_decay=0.0):
+    """AdamW in one fused call; decay on the transformer's matrices only, as MAR: vectors and the head are exempt."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim > 1 and not name.startswith("head_net.")]
+    others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
 @torch.no_grad()
@@ -706,6 +562,213 @@ def set_lr(optimizer, peak, step, total, warmup, decay):
     lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+NEVER = 1 << 60  # a step that is not reached
+SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}  # -> exit code once the checkpoint is written
+
+
+class Run:
+    """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN.
+
+    It never sees a loss function, a batch or an optimiser's step. A loop does
+
+        run.restore(stage, model=..., optimizer=...)             # what resume.pt holds, if the run goes on
+        for step in run.steps(stage, total, images_an_update):
+            ...
+            run.check(norm)                                      # no host sync
+            if run.due(args.log_every): run.log(loss=...)        # waits for the device; looks whether to stop
+            if run.due(args.save_every) or run.told: run.save(stage, ema, class_names, model=..., optimizer=...)
+
+    Written files are whole at any moment, so a run killed in any line resumes bit for bit from its last checkpoint.
+    """
+
+    def __init__(self, args, device, rank, world, stages, same=()):
+        """stages: those that the program can go on with; same: flags that a resumed run must have as it began."""
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        self.step = self.total = self.told = 0
+        self.heard = listen()
+        self.bad = torch.tensor(NEVER, device=device)  # the first step whose gradient was not finite
+        path = os.path.join(args.out, "resume.pt")
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
+            args.resume = True  # torchrun --max-restarts started us again after a rank died
+        if args.resume and not os.path.exists(path):
+            raise UserError(f"--resume: {path} is not there; leave --resume away to start")
+        if not args.resume and os.path.exists(path):
+            raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+        self.resumed = read_checkpoint(path) if args.resume else None
+        if self.resumed:
+            self.check_resumed(path, stages, same)
+
+    def check_resumed(self, path, stages, same):
+        """Refuse another program's checkpoint and flags that cannot change; say which did."""
+        args, was = self.args, self.resumed.get("args", {})
+        if self.resumed.get("stage") not in stages:
+            raise UserError(f"--resume: {path} was written by another program (stage {self.resumed.get('stage')}, not "
+                            f"{' or '.join(stages)}): give --out of a run of this one")
+        changed = [name for name, value in vars(args).items() if name != "resume" and was.get(name, value) != value]
+        for name in set(changed) & set(same):
+            raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
+                            "that, or start another run with another --out")
+        if changed and self.rank == 0:
+            print("resumed with other flags:", ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
+                                                         for name in changed), flush=True)
+
+    def check_divides(self, names):
+        """Flags that count images an update: each must split evenly over processes and micro-batches."""
+        for name in names:
+            if vars(self.args)[name] % (self.world * self.args.accumulate):
+                raise UserError(f"--{name} {vars(self.args)[name]} must be a multiple of processes x --accumulate = "
+                                f"{self.world} x {self.args.accumulate}")
+
+    def path(self, name):
+        return os.path.join(self.args.out, name)
+
+    def start(self):
+        """Make the folder with config.json; drop log lines of steps that are going to be done again."""
+        def is_done(line):  # without a checkpoint nothing is: the run was killed before the first
+            if self.resumed is None or line["stage"] != self.resumed["stage"]:
+                return self.resumed is not None and line["stage"] == "teacher"
+            return line["step"] <= self.resumed["step"]
+
+        if self.rank == 0:
+            os.makedirs(self.args.out, exist_ok=True)
+            write_json(self.path("config.json"), vars(self.args))
+            if os.path.exists(self.path("log.jsonl")):
+                with open(self.path("log.jsonl")) as f:  # a line without its end was cut off by a kill
+                    lines = [line for line in f if line.endswith("\n") and is_done(json.loads(line))]
+                with replacing(self.path("log.jsonl")) as f:
+                    f.writelines(lines)
+        if self.world > 1:
+            dist.barrier()  # nobody writes into the folder before it is there
+
+    def restore(self, stage, **targets):
+        """Load what resume.pt holds of this stage under the names of `targets` into these networks and optimisers."""
+        resumed, self.step = self.resumed, 0
+        if not resumed or resumed["stage"] != stage:
+            return
+        self.step = resumed["step"]
+        try:
+            for name, target in targets.items():
+                target.load_state_dict(resumed[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.path('resume.pt')} does not fit these flags ({name}: "
+                            f"{str(error).splitlines()[0][:80]}): give those of its start, or another --out") from None
+
+    def upload(self, x):
+        """x on the device. From memory that is not pinned the copy would wait for all that the GPU has still to do."""
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+
+    def steps(self, stage, total, images, flops=0):
+        """The steps that are left, with a bar. images: an update's, all ranks; flops: a picture's, for the log's mfu."""
+        self.stage, self.total, self.images, self.flops = stage, total, images, flops
+        if self.rank == 0:
+            print(f"{stage}: {images} images an update on {self.world} process(es), "
+                  + (f"{total} updates" if self.step < total else f"all {total} updates done: nothing to do"), flush=True)
+        self.clock, self.clock_step = time.time(), self.step
+        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=stage, unit="step",
+                        disable=self.rank > 0 or None, mininterval=1)
+        for step in self.bar:
+            self.step = step + 1  # updates done when the loop's body ends
+            yield step
+
+    def due(self, every, last=True):
+        """Whether something that is done every so many updates is due; at the last one too."""
+        return self.step % every == 0 or last and self.step == self.total
+
+    def check(self, norm):
+        """Remember the first step whose gradient norm (0-d) was not finite. No host sync."""
+        self.bad = torch.minimum(self.bad, torch.where(torch.isfinite(norm), NEVER, self.step - 1))
+
+    def stop_if_bad(self):
+        """Before anything is logged or saved of a gradient that was not finite. A host sync."""
+        if self.bad < NEVER:
+            raise UserError(f"the gradient was not finite at step {int(self.bad)}: the last good checkpoint in "
+                            f"{self.args.out} is kept; lower the learning rate (or mend the reward), or go on with "
+                            "--resume and another --seed")
+
+    def average(self, tensor):
+        """Mean of a tensor over the ranks, for logs; in place, returned."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    def log(self, **values):
+        """A line of log.jsonl, with images/s. Tensors are read here: so here the loop waits for the device."""
+        self.is_told()
+        self.stop_if_bad()
+        values = {name: value.tolist() for name, value in values.items()}
+        speed = self.images * (self.step - self.clock_step) / (time.time() - self.clock)
+        values["images_per_s"] = speed
+        if self.device.type == "cuda":  # the share of an H100's 989 TFLOP/s in bf16, and the most memory there was
+            values["mfu"] = speed * self.flops / (989e12 * self.world)
+            values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.note(values)
+        if self.rank == 0:
+            self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "reward", "grad_norm")
+                                  if name in values})
+
+    def note(self, values):
+        """A line of log.jsonl as it is. The clock of images/s starts anew: what led here was no training."""
+        if self.rank == 0:
+            with open(self.path("log.jsonl"), "a") as f:
+                f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
+        self.clock, self.clock_step = time.time(), self.step
+
+    def is_told(self):
+        """Whether a signal has told any rank to stop: what one is told, all do. A host sync."""
+        signals = torch.tensor(max(self.heard, default=0), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+        self.told = int(signals)
+        return self.told > 0
+
+    def save(self, product, model, class_names, /, **state):
+        """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
+        self.stop_if_bad()
+        self.write(product, model, class_names)
+        if self.rank == 0:
+            state = {name: x.state_dict() for name, x in state.items()}
+            save_checkpoint({"config": asdict(model.config), "stage": self.stage, "step": self.step,
+                             "args": vars(self.args), **state}, self.path("resume.pt"))
+        self.leave_if_told()
+        self.clock, self.clock_step = time.time(), self.step
+
+    def write(self, product, model, class_names):
+        """<product>.pt, what sample.py, fid.py and rl.py read: weights and sizes, no optimiser."""
+        if self.rank == 0:
+            save_checkpoint({"config": asdict(model.config), "stage": self.stage, "ema": model.state_dict(),
+                             "step": self.step, "args": vars(self.args), "class_names": list(class_names)},
+                            self.path(f"{product}.pt"))
+
+    def leave_if_told(self):
+        """End after a signal, such as a cluster sends before it takes the machine away. The checkpoint is written."""
+        if self.told:
+            print(f"stopped by {signal.Signals(self.told).name} at step {self.step}; --resume goes on from "
+                  f"{self.path('resume.pt')}", flush=True)
+            raise SystemExit(SIGNALS[self.told])
+
+
+HEARD = {}  # signal -> time, of those that told this process to stop
+
+
+def listen():
+    """-> HEARD, filled from now on. The first signal lets the loop save and leave, a second ends the process at once."""
+    def hear(number, frame):
+        if HEARD and time.time() - max(HEARD.values()) > 1:  # torchrun passes on what the terminal has sent already
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if number == signal.SIGHUP:  # the terminal is gone: what is printed from now on goes nowhere
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        HEARD[number] = time.time()
+
+    HEARD.clear()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+            signal.signal(number, hear)
+    return HEARD
 
 
 class Gradients:
@@ -776,131 +839,6 @@ class Gradients:
         if clip > 0:
             torch._foreach_mul_(self.flats, (clip / (norm + 1e-6)).clamp(max=1.0))
         return norm
-
-
-def check_folder(args, world, stages, divided, same=()):
-    """Refuse to write over another run, and to divide what cannot be divided. -> the checkpoint to resume, or None.
-
-    stages: those that the program can go on with. divided: flags that count images an update, each must split evenly
-    over processes and micro-batches. same: flags that a resumed run must have as it began.
-    """
-    path = os.path.join(args.out, "resume.pt")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.path.exists(path):
-        args.resume = True  # torchrun --max-restarts started us again after a rank died
-    if args.resume and not os.path.exists(path):
-        raise UserError(f"--resume: {path} is not there; leave --resume away to start")
-    if not args.resume and os.path.exists(path):
-        raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
-    for name in divided:
-        if vars(args)[name] % (world * args.accumulate):
-            raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
-                            f"{world} x {args.accumulate}")
-    if not args.resume:
-        return None
-    resumed = read_checkpoint(path)
-    if resumed.get("stage") not in stages:
-        raise UserError(f"--resume: {path} was written by another program (stage {resumed.get('stage')}, not "
-                        f"{' or '.join(stages)}): give --out of a run of this one")
-    was = resumed["args"]
-    changed = [name for name, value in vars(args).items() if name != "resume" and was.get(name, value) != value]
-    for name in changed:
-        if name in same:
-            raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
-                            "that, or start another run with another --out")
-    if changed and rank_and_world()[0] == 0:
-        print("resumed with other flags:", ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
-                                                     for name in changed), flush=True)
-    return resumed
-
-
-def restore(resumed, args, **targets):
-    """Load what resume.pt holds under the names of `targets` into these networks and optimisers."""
-    try:
-        for name, target in targets.items():
-            target.load_state_dict(resumed[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{args.out}/resume.pt does not fit these flags ({name}: {str(error).splitlines()[0][:80]}): "
-                        "give those that the run began with, or another --out") from None
-
-
-def start_folder(args, rank, world, resumed):
-    """Make the run's folder with config.json; drop log lines of steps that are going to be done again."""
-    log = os.path.join(args.out, "log.jsonl")
-
-    def is_done(line):  # without a checkpoint nothing is: the run was killed before the first
-        if resumed is None or line["stage"] != resumed["stage"]:
-            return resumed is not None and line["stage"] == "teacher"
-        return line["step"] <= resumed["step"]
-
-    try:
-        if rank == 0:
-            os.makedirs(args.out, exist_ok=True)
-            write_json(os.path.join(args.out, "config.json"), vars(args))
-            if os.path.exists(log):
-                with open(log) as f:  # a line without its end was cut off by a kill
-                    lines = [line for line in f if line.endswith("\n") and is_done(json.loads(line))]
-                with replacing(log) as f:
-                    f.writelines(lines)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
-    if world > 1:
-        dist.barrier()  # nobody writes into the folder before it is there
-
-
-def log_line(args, rank, bar, **values):
-    """One json line in log.jsonl; tensors are read here, so this is where the loop waits for the device."""
-    values = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
-    if rank == 0:
-        try:
-            with open(os.path.join(args.out, "log.jsonl"), "a") as f:
-                f.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.out}/log.jsonl: {error.strerror}; the last checkpoint is kept, "
-                            "--resume goes on from it") from None
-        bar.set_postfix({k: f"{values[k]:.3g}" for k in ("loss", "reward", "kl", "fd", "fid", "grad_norm")
-                         if k in values})
-
-
-def peak_memory(device):
-    """{"peak_gb"}: most GiB that this process has had on its GPU, for logs; {} on a CPU, where nobody counts."""
-    return {"peak_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
-
-
-NEVER = 1 << 60  # a step that is not reached
-
-
-def stop_if_bad(bad, args):
-    """bad: 0-d int64, the first step with a gradient that was not finite (NEVER if none). Checked before any save."""
-    if bad < NEVER:
-        raise UserError(f"the gradient was not finite at step {int(bad)}: the last good checkpoint in {args.out} is "
-                        "kept; lower the learning rate (or mend the reward), or go on with --resume and another --seed")
-
-
-@functools.lru_cache(maxsize=None)  # one a process: what comes while a stage ends must reach the next one
-def on_sigterm():
-    """-> a threading.Event that SIGTERM sets, instead of ending the process at once."""
-    event = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
-
-
-def leave(args, step):
-    """End after SIGTERM, as a cluster sends before it takes the machine away; the checkpoint is written."""
-    print(f"stopped by SIGTERM at step {step}; {args.out}/resume.pt is written, --resume goes on", flush=True)
-    raise SystemExit(0)
-
-
-def average(tensor, world):
-    """Mean of a tensor over the ranks, for logs; in place, returned."""
-    if world > 1:
-        dist.all_reduce(tensor)
-        tensor /= world
-    return tensor
-
-
-def any_rank(flag, device, world):
-    """Whether `flag` is true on any rank: what one decides, all do. A host sync; call it where there is one anyway."""
-    return bool(average(torch.tensor(float(flag), device=device), world) > 0)
 
 
 if __name__ == "__main__":

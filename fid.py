@@ -45,7 +45,7 @@ from data import (PUBLIC, SUFFIXES, Parser, check_numbers, file_hash, get, load_
                   read_image, run_main, setup, train_indices)
 from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, save_checkpoint,
                    write_json)
-from sample import check_output, check_vae, draw, fill_in, save_panels
+from sample import check_output, check_vae, draw, draw_together, fill_in, save_grid, save_panels
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
@@ -1238,6 +1238,65 @@ def prompt_names(sources, args):
         if names != read_class_names(args.class_names, sources[0].class_names):
             raise UserError(f"{source.name} has other classes than {sources[0].name}: judge them in two calls")
     return names
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Watching a run
+
+
+class Watch:
+    """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
+
+    run: distill.Run. figures: images uint8 (N, 3, H, W), their labels (N,) -> {name: number}, needed on rank 0 if `judges`.
+    Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
+    """
+
+    def __init__(self, run, config, figures, judges=True, shows=True, vae=None):
+        self.run, self.figures, self.judges, self.shows, self.vae = run, figures, judges, shows, vae
+        whole = lambda count: torch.arange(-(-count // run.world) * run.world) % config.num_classes  # equal shares
+        self.labels, self.shown = whole(run.args.eval_images), whole(min(2 * config.num_classes, 20))
+        self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
+        if run.args.resume and os.path.exists(run.path("results.json")):
+            with open(run.path("results.json")) as f:
+                self.rows = json.load(f)
+
+    def look(self, name, model, step=None, **how):
+        """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.
+
+        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. {} when a signal
+        came while drawing. Cost: eval_images pictures. A row of a step goes to the log too.
+        """
+        args, seed = self.run.args, self.run.args.seed
+        how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
+        draw_with = lambda labels, seed: draw_together(model, labels, self.run.rank, self.run.world, seed=seed,
+                                                       vae=self.vae, stop=self.run.is_told, **how)
+        if self.shows:
+            self.grid[name] = draw_with(self.shown, seed)
+        made_by = {"n": len(self.labels), "seed": seed + 1, "step": step, **how}
+        if self.judges and not self.run.told and self.rows.get(name, {}).get("made_by") != made_by:
+            start = time.time()
+            images = draw_with(self.labels, seed + 1)
+            seconds = (time.time() - start) / len(self.labels)
+            if images is not None:
+                row = self.figures(images, self.labels) if self.run.rank == 0 else {}
+                self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
+                if step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
+                    self.run.note({"eval_reward" if key == "reward" else key: value for key, value in row.items()})
+        return {} if self.run.told else self.rows.get(name, {})
+
+    def show(self, step):
+        """The grid drawn so far, results.json, and the table on the terminal."""
+        if self.run.rank > 0:
+            return
+        rows = [(name, images) for name, images in self.grid.items() if images is not None]
+        if rows:
+            save_grid(rows, self.run.path(f"grid_{step:06d}.png"))
+        if self.rows:
+            write_json(self.run.path("results.json"), self.rows)
+            columns = [name for name in next(iter(self.rows.values())) if name != "made_by"]
+            tqdm.write(" " * 12 + "".join(f"{name[-11:]:>12}" for name in columns))
+            for name, row in self.rows.items():
+                tqdm.write(f"{name:12}" + "".join(f"{row[column]:12.4g}" for column in columns))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

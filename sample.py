@@ -73,7 +73,8 @@ def image_seeds(seed, start, count):
 
 
 @torch.no_grad()
-def draw(model, labels, seed=0, start=0, vae=None, batch=64, progress=None, generate=None, **generate_kwargs):
+def draw(model, labels, seed=0, start=0, vae=None, batch=64, progress=None, generate=None, stop=None,
+         **generate_kwargs):
     """Pictures of the classes `labels` (N,), ints in any form -> uint8 (N, 3, H, W) on the CPU.
 
     Picture i depends on (model, seed, start + i, labels[i]) alone: not on `batch`, nor on who else is drawn with it.
@@ -92,6 +93,8 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, progress=None, gene
         pictures[i:i + batch] = decode(model, latents, vae)  # bytes leave the device: a quarter of the floats
         if progress is not None:
             progress.update(len(part))
+        if stop is not None and stop():
+            return None
     return pictures
 
 
@@ -99,7 +102,7 @@ def draw_together(model, labels, rank, world, **draw_kwargs):
     """`draw` with the work divided among the ranks: uint8 (N, 3, H, W) on every one; N must be a multiple of world."""
     share = len(labels) // world
     images = draw(model, labels[rank * share:(rank + 1) * share], start=rank * share, **draw_kwargs)
-    if world == 1:
+    if world == 1 or images is None:
         return images
     device = next(model.parameters()).device  # nccl sends nothing that lies on the CPU
     parts = [torch.empty_like(images, device=device) for _ in range(world)]
