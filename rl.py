@@ -5,7 +5,7 @@ Must exist: a student from distill.py; for rewards by CLIP, PickScore, ImageRewa
     python rl.py --data shapes --reward classifier                   # CPU, minutes; distill.py --data shapes first
     python rl.py --data shapes --reward jpeg --out out/shapes/jpeg   # smaller files: no gradient, no network
     python rl.py --data shapes --reward classifier --estimator pathwise        # the reward's own gradient
-    python rl.py --reward clip --ckpt out/imagenet/student.pt     # one GPU
+    python rl.py --reward clip --ckpt out/imagenet/student.pt        # one GPU
     torchrun --nproc_per_node=8 rl.py                                # ImageNet 256, PickScore, as the paper
     torchrun --nproc_per_node=8 rl.py --resume                       # goes on from the last checkpoint, bit for bit
 
@@ -14,41 +14,35 @@ the score. Single steps are never scored: half a picture has no CLIP score, and 
 tokens that follow. Here
 1. the default needs no gradient of the reward: REINFORCE, with a Gaussian policy on the finished picture (one action an
    episode); `reinforce_direction` beside `pathwise_direction`, the paper's. All else is shared;
-2. the textbook form, a Gaussian on each revealed token at each AR step, is left out: it hardly moved (README);
+2. the textbook form, a Gaussian on each revealed token at each AR step, is left out: it hardly moved;
 3. the KL to the start is taken step by step along the student's own path (`retrace`): two chains of the same noise part
    for good at the first token that differs, and pulling finished pictures together then only washes them out;
-4. learning rate, batch, KL weight, which the paper does not state, are ours (README has the measurements).
+4. learning rate, batch, KL weight, which the paper does not state, are ours (assets/measurements.md).
 """
 import copy
 import io
 import math
 import os
-import sys
-import time
-from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from data import (LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
                   run_main, setup, train_indices)
-from distill import (NEVER, Gradients, any_rank, average, check_folder, leave, log_line, on_sigterm, peak_memory, restore,
-                     set_lr, start_folder, stop_if_bad, update_ema)
-from fid import (TEMPLATE, WEIGHTS, feature_statistics, frechet_distance, judge, load_inception,
+from distill import Gradients, Run, prepare, set_lr, update_ema
+from fid import (TEMPLATE, WEIGHTS, Watch, feature_statistics, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (START, TRAIN, UserError, bf16_weights, compile_blocks, gaussian, image_keys, load_mar, mask_counts,
-                   put, read_checkpoint, reveal_plan, save_checkpoint, take, token_orders, write_json)
-from sample import draw_together, save_grid
+from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
+                   reveal_plan, take, token_orders)
 
-EXPLORE = TRAIN + 1024  # purpose of the policy's noise (see model.py: noise is a function of picture, purpose, place)
+EXPLORE = TRAIN + 1024  # purpose of the policy's noise (model.py: noise is a function of picture, purpose, place)
 S_KL = 0.1  # width of the Gaussian around a picture that the KL is stated for, in the units of x
-KL = {"classifier": 0.1, "red": 0.05}  # --kl of a single reward, others KL_ELSE; figures in README. Every pixel has to
-KL_ELSE = 0.2  # move for red; at 0.01 all pictures became red squares
+KL = {"classifier": 0.1, "red": 0.05}  # --kl of a single reward, others KL_ELSE. Every pixel has to move for red; at
+KL_ELSE = 0.2  # 0.01 all pictures became red squares
 
-# What `--data` changes; an explicit flag always wins. Figures: README, "What was tried".
+# What `--data` changes; an explicit flag always wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(reward=["classifier"], watch=["judge", "jpeg", "red"], steps=120, batch=16, pairs=64, lr=1e-4,
                    ema=0.97, warmup=0, eval_every=40, save_every=40, log_every=10, chunk=2048),
@@ -58,67 +52,62 @@ DEFAULTS = {
 
 
 def parse_args(argv=None):
-    """Flags, in the order: files, data and model, reward, estimator, optimiser, watching, system."""
+    """The flags, with the defaults of --data and of the reward."""
     p = Parser("Post-train a one-step student with rewards.")
-    p.add_argument("--data", default="data/imagenet", help="what distill.py was run on: shapes, cifar10 or a folder")
-    p.add_argument("--ckpt", default=None, help="the student (default out/<name of the data>/student.pt)")
-    p.add_argument("--out", default=None, help="folder of the run (default rl/ beside the student)")
-    p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    p.add_argument("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
-    p.add_argument("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
-    p.add_argument("--ref", default=None, help="for students of latents: .npz with mu, sigma of Inception features, to "
-                   "watch FID by")
-    p.add_argument("--class_names", default=None, help="json list of names for the prompts (default the checkpoint's; "
-                   "ImageNet's for ImageNet's folders)")
-    p.add_argument("--prompt", default=TEMPLATE, help="text that CLIP, PickScore, ImageReward compare a picture with")
-    p.add_argument("--reward", nargs="+", default=["pickscore"], metavar="NAME[:WEIGHT]",
-                   help=f"what to raise, several are added up: {' '.join(REWARDS)}")
-    p.add_argument("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
-                   help="rewards that are only watched: the first to fall when the trained one is being hacked")
-    p.add_argument("--kl", type=float, default=None, help="pull towards the student of the start, in "
-                   "reward per nat and dimension; raise it when FD rises, lower it when the reward does not "
-                   f"(default {KL_ELSE}, of a single {', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
-    p.add_argument("--kl_to", default="path", choices=["path", "picture"], help="path: to what the start would put at "
-                   "each AR step after the student's own tokens; picture: to its finished picture of the same noise")
-    p.add_argument("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
-                   help="pathwise: differentiate the reward; less noise, differentiable rewards only")
-    p.add_argument("--pairs", type=int, default=64, help="antithetic pairs an image: 2 reward calls each")
-    p.add_argument("--noise_std", type=float, default=0.1, help="of the policy, in units of what it "
-                   "perturbs: pixels lie in [-1, 1], latents have std 1")
-    p.add_argument("--perturb", default="latent", choices=["latent", "pixel"], help="what the policy's noise is put "
-                   "on; v gets worse with the root of its dimensions: 4,096 against 196,608 at 256 px")
-    p.add_argument("--detach", action="store_true", help="each AR step learns for its own tokens only, not for what "
-                   "they do to later ones: biased, trains as well")
-    p.add_argument("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
-    p.add_argument("--steps", type=int, default=2000, help="updates")
-    p.add_argument("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
-    p.add_argument("--chunk", type=int, default=32, help="images decoded and scored at once: lower it likewise")
-    p.add_argument("--recompute", action="store_true", help="recompute the transformer's blocks in backward: a third "
-                   "more time, a fraction of the memory; before --accumulate when memory ends")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks of transformer and head: the first "
-                   "updates take minutes, the others less time; on a CPU hardly worth it")
-    p.add_argument("--lr", type=float, default=1e-5, help="learning rate")
-    p.add_argument("--warmup", type=int, default=20, help="updates of linear warm-up")
-    p.add_argument("--decay", type=float, default=0.5, help="share of the run, its last, over which the "
-                   "learning rate falls to 0")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm limit; 0 = none")
-    p.add_argument("--ema", type=float, default=0.99, help="averaging of the student a step")
-    p.add_argument("--eval_every", type=int, default=200, help="updates between grids and figures")
-    p.add_argument("--eval_images", type=int, default=2048, help="images a row of figures")
-    p.add_argument("--max_fd_rise", type=float, default=0.2, help="share by which FD may lie above the "
-                   "start's in best.pt")
-    p.add_argument("--save_every", type=int, default=100, help="updates between checkpoints")
-    p.add_argument("--log_every", type=int, default=5, help="updates between log lines")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    # argparse takes "-jpeg" for a flag; with a space in front it is a value, and `parse_rewards` strips it
-    argv = [f" {a}" if a.startswith("-jpeg") else a for a in (argv if argv is not None else sys.argv[1:])]
+    flag = p.add_argument
+    # files and data
+    flag("--data", default="data/imagenet", help="what distill.py was run on: shapes, cifar10 or a folder")
+    flag("--ckpt", default=None, help="the student (default out/<name of the data>/student.pt)")
+    flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
+    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
+    flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
+    flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
+    flag("--ref", default=None, help="students of latents: .npz with mu, sigma of Inception features, to watch FID by")
+    flag("--class_names", default=None, help="names for the prompts (default the checkpoint's, or ImageNet's)")
+    flag("--prompt", default=TEMPLATE, help="text that CLIP, PickScore, ImageReward compare a picture with")
+    # the reward
+    flag("--reward", nargs="+", default=["pickscore"], metavar="NAME[:WEIGHT]",
+         help=f"what to raise, several are added up, jpeg:-1 lowers: {' '.join(REWARDS)}")
+    flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
+         help="rewards that are only watched: the first to fall when the trained one is being hacked")
+    flag("--kl", type=float, default=None, help="pull towards the student of the start, in reward per nat and dimension; "
+         "raise it when FD rises, lower it when the reward does not "
+         f"(default {KL_ELSE}, of a single {', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
+    flag("--max_fd_rise", type=float, default=0.2, help="share by which FD may lie above the start's in best.pt")
+    # its gradient
+    flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
+         help="pathwise: differentiate the reward; less noise, differentiable rewards only")
+    flag("--pairs", type=int, default=64, help="antithetic pairs an image: 2 reward calls each")
+    flag("--noise_std", type=float, default=0.1, help="of the policy; pixels lie in [-1, 1], latents have std 1")
+    flag("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
+    flag("--steps", type=int, default=2000, help="updates")
+    flag("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
+    # optimiser
+    flag("--lr", type=float, default=1e-5, help="learning rate")
+    flag("--warmup", type=int, default=20, help="updates of linear warm-up")
+    flag("--decay", type=float, default=0.5, help="last share of the run, in which the learning rate falls to 0")
+    flag("--clip", type=float, default=1.0, help="gradient norm limit; 0 = none")
+    flag("--ema", type=float, default=0.99, help="averaging of the student's weights a step")
+    # memory and speed
+    flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
+    flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it likewise")
+    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
+    flag("--compile", action="store_true", help="torch.compile the blocks: minutes at the start; for GPUs")
+    # watching
+    flag("--eval_every", type=int, default=200, help="updates between grids and figures")
+    flag("--eval_images", type=int, default=2048, help="images a row of figures")
+    flag("--save_every", type=int, default=100, help="updates between checkpoints")
+    flag("--log_every", type=int, default=5, help="updates between log lines (a host sync each)")
+    # system
+    flag("--seed", type=int, default=0, help="of everything random")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     known, _ = p.parse_known_args(argv)
-    name = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else None
-    p.set_defaults(**DEFAULTS.get(name, {}))
+    p.set_defaults(**DEFAULTS.get(known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else "", {}))
     args = p.parse_args(argv)
-    check_numbers(args, one="pairs ar_steps batch accumulate chunk eval_every eval_images save_every log_every", share="ema")
+    check_numbers(args, one="pairs ar_steps batch accumulate chunk eval_every eval_images save_every log_every",
+                  share="ema")
+    if args.noise_std == 0:
+        raise UserError("--noise_std 0: a policy without noise tries nothing; 0.1 is a good start")
     if args.kl is None:
         names = list(parse_rewards(args.reward))
         args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE
@@ -169,16 +158,15 @@ REWARDS = {
     "classifier": classifier_reward(seed=0),  # the one distill.py shows its figures by
     "judge": classifier_reward(seed=1),  # another one, to watch: what fools one network need not fool two
     "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),
-    "-jpeg": lambda *_: lambda images, labels: jpeg_bytes(images),
     "red": lambda *_: lambda images, labels: (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)),  # the toy
 }
 
 
 def parse_rewards(words):
-    """["clip:1", "jpeg:0.1"] -> {"clip": 1.0, "jpeg": 0.1}."""
+    """["clip:1", "jpeg:-0.1"] -> {"clip": 1.0, "jpeg": -0.1}."""
     weights = {}
     for word in words:
-        name, _, weight = word.strip().partition(":")
+        name, _, weight = word.partition(":")
         if name not in REWARDS:
             raise UserError(f"unknown reward {name}: there are {', '.join(REWARDS)}")
         if name in weights:
@@ -214,59 +202,50 @@ def build_rewards(args, config, data, names, device, rank):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # v, the direction in which the reward of a finished picture rises: the one thing in which the estimators differ.
-# Both: score(z (N, ...), labels (N,)) -> (N,); z (B, ...) pictures, latents -> v like z, rewards (B,), agreement.
+# Both: score(x (N, c, h, w), labels (N,)) -> (N,); x (B, c, h, w) -> v like x, rewards (B,), agreement.
 
 
-def in_chunks(score, z, labels, chunk):
-    """score(z, labels) of any number of pictures, `chunk` at a time: a decoder or a judge fills the memory."""
-    return torch.cat([score(*part) for part in zip(z.split(chunk), labels.split(chunk))])
+def in_chunks(score, x, labels, chunk):
+    """score(x, labels) of any number of pictures, `chunk` at a time: a decoder or a judge fills the memory."""
+    return torch.cat([score(*part) for part in zip(x.split(chunk), labels.split(chunk))])
 
 
-def reinforce_direction(score, z, labels, keys, args):
-    """From rewards alone. The policy is a Gaussian on the finished picture, a ~ N(z, s^2 I): its score function gives
+@torch.no_grad()
+def reinforce_direction(score, x, labels, keys, args):
+    """From rewards alone. The policy is a Gaussian on the finished picture, a ~ N(x, s^2 I): its score function gives
 
-        v = 1 / (2 s H) sum_h [r(z + s e_h) - r(z - s e_h)] e_h,      e_h ~ N(0, I),
+        v = 1 / (2 s H) sum_h [r(x + s e_h) - r(x - s e_h)] e_h,      e_h ~ N(0, I),
 
     the gradient of the reward smoothed by s, unbiased. A pair is its own baseline: what both of its pictures earn says
     nothing about e and cancels. No division by the rewards' spread, which made it worse. 2H reward calls a picture.
-    Third result: q, the cosine between the v of the even pairs and that of the odd ones. A free estimate: v's cosine
-    with the true gradient is about sqrt(2 q / (1 + q)) (Spearman-Brown); for H << dims theory says sqrt(H / dims).
+    v gets worse with the root of the dimensions, so latents are perturbed where there are some: 4,096 numbers at 256 px,
+    and not 196,608 pixels. Third result: q, the cosine between the v of the even pairs and that of the odd ones. A free
+    estimate: v's cosine with the true gradient is about sqrt(2 q / (1 + q)) (Spearman-Brown).
     """
-    B, dims, s = len(z), z[0].numel(), args.noise_std
+    B, dims, s = len(x), x[0].numel(), args.noise_std
     together = max(1, args.chunk // (2 * B))  # pairs scored at once
-    halves = torch.zeros(2, B, dims, device=z.device)
+    halves = torch.zeros(2, B, dims, device=x.device)
     for first in range(0, args.pairs, together):
-        h = torch.arange(first, min(first + together, args.pairs), device=z.device)
+        h = torch.arange(first, min(first + together, args.pairs), device=x.device)
         e = gaussian(keys, EXPLORE, h.expand(B, -1), dims)  # (B, h, dims)
-        a = z.flatten(1)[:, None] + s * torch.cat([e, -e], dim=1)  # (B, 2h, dims)
-        r = in_chunks(score, a.view(-1, *z.shape[1:]), labels.repeat_interleave(2 * len(h)), args.chunk).view(B, 2, -1)
+        a = x.flatten(1)[:, None] + s * torch.cat([e, -e], dim=1)  # (B, 2h, dims)
+        r = in_chunks(score, a.view(-1, *x.shape[1:]), labels.repeat_interleave(2 * len(h)), args.chunk).view(B, 2, -1)
         gain = (r[:, 0] - r[:, 1]) / (2 * s * args.pairs)  # (B, h)
         for half in (0, 1):
             halves[half] += torch.einsum("bh,bhd->bd", gain * (h % 2 == half), e)
     agreement = F.cosine_similarity(halves[0].flatten(), halves[1].flatten(), dim=0)
-    return halves.sum(0).view_as(z), in_chunks(score, z, labels, args.chunk), agreement
+    return halves.sum(0).view_as(x), in_chunks(score, x, labels, args.chunk), agreement
 
 
-def pathwise_direction(score, z, labels, keys, args):
-    """By autograd: v = dr/dz. Exact, one reward call a picture, differentiable rewards only."""
+def pathwise_direction(score, x, labels, keys, args):
+    """By autograd: v = dr/dx. Exact, one reward call a picture, differentiable rewards only."""
     v, rewards = [], []
-    for part, part_labels in zip(z.split(args.chunk), labels.split(args.chunk)):
-        with torch.enable_grad():
-            part = part.detach().requires_grad_()
-            r = score(part, part_labels)
-            v.append(torch.autograd.grad(r.sum(), part)[0])
+    for part, part_labels in zip(x.split(args.chunk), labels.split(args.chunk)):
+        part = part.detach().requires_grad_()
+        r = score(part, part_labels)
+        v.append(torch.autograd.grad(r.sum(), part)[0])
         rewards.append(r.detach())
-    return torch.cat(v), torch.cat(rewards), torch.ones((), device=z.device)
-
-
-def pull_back(decode, x, v, chunk):
-    """A direction v of pictures decode(x) -> the direction of x that it means, by the chain rule."""
-    pulled = []
-    for part, part_v in zip(x.split(chunk), v.split(chunk)):
-        with torch.enable_grad():
-            part = part.detach().requires_grad_()
-            pulled.append(torch.autograd.grad(decode(part), part, part_v)[0])
-    return torch.cat(pulled)
+    return torch.cat(v), torch.cat(rewards), torch.ones((), device=x.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,104 +260,161 @@ def retrace(model, x, labels, keys, ar_steps):
     C, tokens = model.config.token_dim, model.patchify(x)  # (B, L, C)
     found = torch.zeros_like(tokens)
     for visible, predict in reveal_plan(token_orders(keys, tokens.shape[1]), ar_steps):
-        c = model.context(tokens, visible, labels, predict).flatten(0, 1)  # (N, D); masked tokens are never read
-        x0 = model.one_step(gaussian(keys, START, predict, C).flatten(0, 1), c)  # (N, C)
-        found = put(found, predict, x0.view(len(x), -1, C))
+        c = model.transformer(tokens, visible, labels, predict)  # (B, P, D); masked tokens are never read
+        found = put(found, predict, model.one_step(gaussian(keys, START, predict, C), c))
     return model.unpatchify(found)
 
 
-def backward_chain(model, x, slope, labels, keys, ar_steps, detach=False, before_last=lambda: None):
+def backward_chain(model, x, slope, labels, keys, ar_steps, before_last=lambda: None):
     """Backpropagate slope = dL/dx (B, c, h, w) of finished pictures x = generate(labels, ar_steps, seeds) into .grad.
 
     As in `retrace` the picture is all that had to be kept of the rollout: the steps are run again, with a graph, last
     step first. When a step's turn comes, `slope` at its tokens is complete: the loss's own part, and what they did to
-    all later tokens. This is exact backpropagation through the chain, in the memory of one step whatever K is. `detach`
-    leaves the second part out. before_last is called before the last backward: gradients.begin.
+    all later tokens. This is exact backpropagation through the chain, in the memory of one step whatever K is.
+    before_last is called before the last backward: gradients.begin.
     """
     L, C = model.config.seq_len, model.config.token_dim
     tokens, slope = model.patchify(x), model.patchify(slope)  # (B, L, C)
     plan = list(reveal_plan(token_orders(keys, L), ar_steps))
     for k, (visible, predict) in reversed(list(enumerate(plan))):
-        context = tokens.detach().requires_grad_(not detach)
-        c = model.context(context, visible, labels, predict).flatten(0, 1)  # (N, D)
-        x0 = model.one_step(gaussian(keys, START, predict, C).flatten(0, 1), c)  # (N, C), the tokens of this step
+        context = tokens.detach().requires_grad_()
+        c = model.transformer(context, visible, labels, predict)  # (B, P, D)
+        x0 = model.one_step(gaussian(keys, START, predict, C), c)  # (B, P, C), the tokens of this step
         if k == 0:
             before_last()
-        x0.backward(take(slope, predict).flatten(0, 1))
-        if not detach:
-            slope = slope + context.grad  # zero but at the visible tokens, which earlier steps wrote
+        x0.backward(take(slope, predict))
+        slope = slope + context.grad  # zero but at the visible tokens, which earlier steps wrote
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Watching
+# The loop
 
 
-class Watch:
-    """The judge of a run: draws pictures of a network on all ranks, gives its row of the table, writes the grid."""
+def episodes(config, args, step, run):
+    """Classes and noise of this rank's share of an update: labels (B,), seeds (B, 2), B = batch / world.
 
-    def __init__(self, args, config, data, functions, weights, vae, statistics, device, rank, world):
-        self.args, self.vae, self.device, self.rank, self.world = args, vae, device, rank, world
-        self.functions, self.weights, self.classifier, self.inception = functions, weights, None, None
-        if data and rank == 0:  # seed 1: FD and accuracy come from a network that no reward has seen
-            self.classifier = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", 1, device)
-            self.reference = feature_statistics(self.classifier, data)
-        elif statistics and rank == 0:
-            self.inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
-            self.reference = statistics
-        self.labels = torch.arange(-(-args.eval_images // world) * world) % config.num_classes  # ranks: equal shares
-        self.shown = torch.arange(-(-min(2 * config.num_classes, 20) // world) * world) % config.num_classes
-        self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
+    Classes come in shuffled rounds of all of them, so each is drawn equally often: a reward that is easier to earn with
+    some classes cannot shift the mixture. All of it depends on (seed, step) and the place in the global batch alone.
+    """
+    labels, _ = train_indices(config.num_classes, args.batch, step, args.seed + 2, run.rank, run.world)
+    place = step * args.batch + run.rank * len(labels) + torch.arange(len(labels))
+    seeds = torch.stack([torch.full_like(place, args.seed + 2), place], dim=1)
+    return run.upload(torch.from_numpy(labels)), run.upload(seeds)
 
-    def pictures(self, model, labels, seed):
-        return draw_together(model, labels, self.rank, self.world, seed=seed, vae=self.vae, ar_steps=self.args.ar_steps)
+
+def train(args, reference, score, run, watch, class_names):
+    """Post-train a copy of the frozen `reference`; write student.pt (the last), best.pt and results.json.
+
+    An update costs, an image, the K steps of the chain three times over (the student's, the reference's, the student's
+    again with its backward) and 2 * pairs + 1 decodings and reward calls (pathwise: one, with its backward).
+    """
+    student, ema = copy.deepcopy(reference).requires_grad_(True), copy.deepcopy(reference)  # eval mode: the noise of a
+    # picture must be the policy's alone
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    state = dict(model=student, ema=ema, optimizer=optimizer)
+    run.restore("rl", **state)
+    watch.look("before", reference)
+    run.leave_if_told()
+    watch.show(0)
+    prepare(args, student, frozen=reference)
+    gradients = Gradients(student)
+    direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
+    dims = reference.config.latent_size**2 * reference.config.vae_channels
+    sums, since = torch.zeros(5, device=run.device), run.step
+
+    for step in run.steps("rl", args.steps, args.batch):
+        set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
+
+        # the gradient, from whole pictures
+        gradients.zero()
+        parts = list(zip(*(z.chunk(args.accumulate) for z in episodes(reference.config, args, step, run))))
+        for i, (labels, seeds) in enumerate(parts):
+            # 1. an episode: K AR steps of the student, no graph; then what the start would have put at each of them
+            keys = image_keys(seeds, run.device)
+            x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w)
+            x_ref = retrace(reference, x, labels, keys, args.ar_steps)
+
+            # 2. the direction in which the reward rises: the one line in which the estimators differ
+            v, r, agreement = direction(score, x, labels, keys, args)
+
+            # 3. L = -mean <v, x> + kl * |x - x_ref|^2 / (2 s^2 dims), with v and x_ref constants: its slope at x ...
+            kl = (x - x_ref).square().mean() / (2 * S_KL**2)
+            slope = (args.kl / (S_KL**2 * dims) * (x - x_ref) - v) / (len(x) * args.accumulate)
+            # 4. ... is pushed back through the chain, last AR step first
+            last_part = i == len(parts) - 1
+            backward_chain(student, x, slope, labels, keys, args.ar_steps,
+                           gradients.begin if last_part else lambda: None)
+            sums[:4] += torch.stack([r.mean(), r.std(correction=0), kl, agreement]) / args.accumulate
+
+        # the update
+        norm = gradients.finish(args.clip)
+        optimizer.step()
+        update_ema(ema, student, args.ema)
+        sums[4] += norm
+        run.check(norm)
+
+        # log, look, save: only here does the loop wait for the device
+        if run.due(args.log_every):
+            reward, std, kl, agreement, norm = run.average(sums) / (run.step - since)
+            run.log(reward=reward, reward_std=std, kl=kl, agreement=agreement, grad_norm=norm)
+            sums.zero_()
+            since = run.step
+        if run.due(args.eval_every, last=False):
+            evaluate(args, run, watch, ema, class_names)
+        if run.due(args.save_every) or run.told:
+            run.save("student", ema, class_names, **state)
+    evaluate(args, run, watch, ema, class_names)
+    run.leave_if_told()
+
+
+def evaluate(args, run, watch, ema, class_names):
+    """The row "after" of the averaged student; best.pt where it is the best yet."""
+    row = watch.look("after", ema, step=run.step)
+    if is_best(row, watch.rows, args.max_fd_rise):
+        watch.rows["best"] = row
+        run.write("best", ema, class_names)
+    watch.show(run.step)
+
+
+def is_best(row, rows, max_rise):
+    """The most reward yet, at a distance to the data not too far above the start's: what costs more was hacked. Where no
+    distance is measured (or not on this rank), nothing is best."""
+    distance = "fd" if "fd" in row else "fid"
+    if distance not in row:
+        return False
+    before, best = rows["before"], rows.get("best", rows["before"])
+    return row[distance] <= (1 + max_rise) * before[distance] and row["reward"] > best["reward"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is watched
+
+
+def make_figures(args, data, functions, weights, device):
+    """-> figures(images uint8 (N, 3, H, W), labels (N,)) for the Watch: the mean of each reward, their weighted sum
+    "reward", "diversity", and how far the pictures are from the data: "fd" and "accuracy" of pixels, "fid" of latents."""
+    if data:  # seed 1: FD and accuracy come from a network that no reward has seen
+        classifier = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", 1, device)
+        reference = feature_statistics(classifier, data)
+    elif args.ref:
+        inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
+        reference = statistics_in(args.ref, read_npz(args.ref))
 
     @torch.no_grad()
-    def look(self, name, model, judged=True, **more):
-        """Draw with `model` a row of the grid and a row of the table: mean of each reward, their weighted sum "reward",
-        "diversity" and, of pixels, "fd" and "accuracy". All rows share classes, orders and noise, so that a picture
-        can be compared with the one above. `more` joins the row. Cost: eval_images pictures. -> the row, on rank 0."""
-        self.grid[name] = self.pictures(model, self.shown, self.args.seed)
-        if judged:
-            images = self.pictures(model, self.labels, self.args.seed + 1)
-            if self.rank == 0:
-                self.rows[name] = {**self.figures(images), **more}
-        return self.rows.get(name, {})
-
-    def is_best(self, row):
-        """The most reward yet, at a distance to the data not too far above the start's: what costs more was hacked.
-        Where no distance is measured, nothing is best."""
-        distance = "fd" if "fd" in row else "fid"
-        if distance not in row:  # or not rank 0
-            return False
-        before, best = self.rows["before"], self.rows.get("best", self.rows["before"])
-        near = row[distance] <= (1 + self.args.max_fd_rise) * before[distance]
-        return near and row["reward"] > best["reward"]
-
-    def figures(self, images):
-        """The row of images (N, 3, H, W) uint8 of classes self.labels, on rank 0."""
+    def figures(images, labels):
         def mean(f):  # of what was saved, 8 bits a channel
-            return in_chunks(lambda part, labels: f(part.to(self.device).float() / 255, labels), images,
-                             self.labels.to(self.device), self.args.chunk).mean().item()
+            return in_chunks(lambda part, part_labels: f(part.to(device).float() / 255, part_labels), images,
+                             labels.to(device), args.chunk).mean().item()
 
-        row = {name: mean(f) for name, f in self.functions.items()}
-        row = {"reward": sum(w * row[name] for name, w in self.weights.items()), **row,
-               "diversity": diversity(images, self.labels)}
-        if self.classifier:
-            row.update(judge(self.classifier, images, self.labels, self.reference))
-        if self.inception:
-            pool = torch.cat([self.inception(part.to(self.device))[0].cpu() for part in images.split(self.args.chunk)])
-            row["fid"] = frechet_distance(*mean_and_covariance(pool), *self.reference)
+        row = {name: mean(f) for name, f in functions.items()}
+        row = {"reward": sum(w * row[name] for name, w in weights.items()), **row, "diversity": diversity(images, labels)}
+        if data:
+            row.update(judge(classifier, images, labels, reference))
+        elif args.ref:
+            pool = torch.cat([inception(part.to(device))[0].cpu() for part in images.split(args.chunk)])
+            row["fid"] = frechet_distance(*mean_and_covariance(pool), *reference)
         return row
-
-    def write(self, grid_name):
-        """The grid drawn so far, results.json, and the table on the terminal."""
-        if self.rank == 0:
-            save_grid(list(self.grid.items()), os.path.join(self.args.out, grid_name))
-            write_json(os.path.join(self.args.out, "results.json"), self.rows)
-            columns = list(self.rows["before"])
-            tqdm.write(" " * 7 + "".join(f"{name[:11]:>12s}" for name in columns))
-            for name, row in self.rows.items():
-                tqdm.write(f"{name:7s}" + "".join(f"{row[column]:12.4g}" for column in columns))
+    return figures
 
 
 def diversity(images, labels):
@@ -391,151 +427,8 @@ def diversity(images, labels):
     return (squares / max(1, freedom)) ** 0.5
 
 
-class Stopwatch:
-    """Seconds spent in the parts of an update. On CUDA work is only queued, so each lap waits for it: an update is a
-    whole chain of AR steps, and three waits in it cost nothing that can be measured."""
-
-    def __init__(self, device, seconds):
-        self.device, self.seconds, self.last = device, seconds, time.time()
-
-    def lap(self, part):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.time()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
-        self.last = now
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-def write_product(args, model, name, class_names, step, rank):
-    """student.pt or best.pt: what sample.py and fid.py read. Weights and sizes; no optimiser."""
-    if rank == 0:
-        save_checkpoint({"config": asdict(model.config), "stage": "rl", "ema": model.state_dict(), "step": step,
-                         "args": vars(args), "class_names": class_names}, os.path.join(args.out, f"{name}.pt"))
-
-
-def episodes(config, args, step, rank, world):
-    """Classes and noise of this rank's share of an update: labels (B,), seeds (B, 2), B = batch / world.
-
-    Classes come in shuffled rounds of all of them, so each is drawn equally often: a reward that is easier to earn with
-    some classes cannot shift the mixture. All of it depends on (seed, step) and the place in the global batch alone.
-    """
-    labels, _ = train_indices(config.num_classes, args.batch, step, args.seed + 2, rank, world)
-    place = step * args.batch + rank * len(labels) + torch.arange(len(labels))
-    return torch.from_numpy(labels), torch.stack([torch.full_like(place, args.seed + 2), place], dim=1)
-
-
-def train(args, student, reference, decode, score, watch, class_names, device, rank, world, resumed):
-    """Post-train `student` (a copy of the frozen `reference`); write student.pt (the last), best.pt and results.json.
-
-    An update costs, an image, the K steps of the chain three times over (the student's, the reference's, the student's
-    again with its backward) and 2 * pairs + 1 decodings and reward calls (pathwise: one, with its backward).
-    """
-    dims, S = reference.config.latent_size**2 * reference.config.vae_channels, args.accumulate
-    calls = args.batch * (2 * args.pairs + 1 if args.estimator == "reinforce" else 1)  # of the reward, an update
-    if rank == 0:
-        total = sum(p.numel() for p in student.parameters())
-        tqdm.write(f"student: {total / 1e6:.1f} M parameters, {reference.config.seq_len} tokens; an update: "
-                   f"{args.batch} episodes of {args.ar_steps} AR steps on {world} process(es), {calls:,} reward calls")
-    student.requires_grad_(True)  # eval mode, all: the noise of a picture must be the policy's alone
-    ema = copy.deepcopy(reference)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    start, seconds = 0, {}
-    if resumed:
-        start, seconds, watch.rows = (resumed[key] for key in ("step", "seconds", "rows"))
-        restore(resumed, args, model=student, ema=ema, optimizer=optimizer)
-    watch.look("before", reference, judged=not resumed)
-    if not resumed:
-        watch.write("grid_000000.png")
-        if rank == 0 and os.path.exists(os.path.join(args.out, "best.pt")):
-            os.remove(os.path.join(args.out, "best.pt"))  # of a run that was killed before its first checkpoint
-    student.checkpoint_blocks = args.recompute
-    if device.type == "cuda":
-        bf16_weights(reference)
-    if args.compile:
-        compile_blocks(student, reference)
-    gradients = Gradients(student)
-    direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
-    # what the direction is searched for in: the latents, scored through the decoder, or the decoded pictures
-    perturbed = score if args.perturb == "pixel" else lambda z, labels: score(decode(z), labels)
-    sums, since, bad = torch.zeros(5, device=device), start, torch.tensor(NEVER, device=device)
-    clock, stop = Stopwatch(device, seconds), on_sigterm()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.estimator, unit="step",
-               disable=rank > 0 or None, mininterval=1)
-    for step in bar:
-        set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
-
-        # ---- gradient of the student
-        parts = [z.to(device).chunk(S) for z in episodes(reference.config, args, step, rank, world)]
-        gradients.zero()
-        for i, (labels, seeds) in enumerate(zip(*parts)):
-            keys = image_keys(seeds, device)
-            x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w), no graph
-            x_ref = (retrace(reference, x, labels, keys, args.ar_steps) if args.kl_to == "path" else
-                     reference.generate(labels, args.ar_steps, seeds=seeds))
-            clock.lap("chain_s")
-
-            with torch.no_grad():
-                z = torch.cat([decode(part) for part in x.split(args.chunk)]) if args.perturb == "pixel" else x
-                v, r, agreement = direction(perturbed, z, labels, keys, args)  # the one line that differs
-            if args.perturb == "pixel":
-                v = pull_back(decode, x, v, args.chunk)
-            clock.lap("reward_s")
-
-            # L = -mean <v, x> + kl * |x - x_ref|^2 / (2 s^2 dims), v and x_ref constants: push its slope at x back
-            kl = (x - x_ref).square().mean() / (2 * S_KL**2)
-            slope = (args.kl / (S_KL**2 * dims) * (x - x_ref) - v) / (len(x) * len(parts[0]))
-            last_part = i == len(parts[0]) - 1
-            backward_chain(student, x, slope, labels, keys, args.ar_steps, args.detach,
-                           gradients.begin if last_part else lambda: None)
-            sums[:4] += torch.stack([r.mean(), r.std(correction=0), kl, agreement]) / len(parts[0])
-            clock.lap("update_s")
-
-        # ---- update
-        norm = gradients.finish(args.clip)
-        optimizer.step()
-        update_ema(ema, student, args.ema)
-        bad = torch.minimum(bad, torch.where(torch.isfinite(norm), NEVER, step))
-        sums[4] += norm
-        clock.lap("update_s")
-
-        # ---- log, evaluate, save
-        last, told_to_stop = step + 1 == args.steps, False
-        if (step + 1) % args.log_every == 0 or last:
-            told_to_stop = any_rank(stop.is_set(), device, world)
-            stop_if_bad(bad, args)
-            reward, std, kl, agreement, norm = average(sums, world) / (step + 1 - since)
-            log_line(args, rank, bar, stage="rl", step=step + 1, reward=reward, reward_std=std, kl=kl,
-                     agreement=agreement, grad_norm=norm, reward_calls=calls * (step + 1), **peak_memory(device),
-                     **clock.seconds)
-            since = step + 1
-            sums.zero_()
-        if (step + 1) % args.eval_every == 0 or last:
-            stop_if_bad(bad, args)
-            row = watch.look("after", ema, step=step + 1, seconds=sum(clock.seconds.values()),
-                             reward_calls=calls * (step + 1))
-            if row:
-                # not "reward": that is of the episodes trained on, this of the averaged weights' pictures
-                log_line(args, rank, bar, stage="rl", eval_reward=row["reward"],
-                         **{name: value for name, value in row.items() if name != "reward"})
-            if watch.is_best(row):
-                watch.rows["best"] = row
-                write_product(args, ema, "best", class_names, step + 1, rank)
-            watch.write(f"grid_{step + 1:06d}.png")
-        if (step + 1) % args.save_every == 0 or last or told_to_stop:
-            stop_if_bad(bad, args)
-            write_product(args, ema, "student", class_names, step + 1, rank)
-            if rank == 0:
-                save_checkpoint({"config": asdict(ema.config), "stage": "rl", "step": step + 1, "args": vars(args),
-                                 "model": student.state_dict(), "ema": ema.state_dict(),
-                                 "optimizer": optimizer.state_dict(),
-                                 "rows": watch.rows, "seconds": clock.seconds}, os.path.join(args.out, "resume.pt"))
-        if told_to_stop:
-            leave(args, step + 1)
-        clock.last = time.time()  # watching and saving are no part of an update
+# The command
 
 
 def open_student(args, device):
@@ -561,12 +454,14 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
-    resumed = check_folder(args, world, ["rl"], ["batch"], ["reward", "watch"])
+    run = Run(args, device, rank, world, stages=["rl"], same=["reward", "watch"])
+    run.check_divides(["batch"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
-    statistics = statistics_in(args.ref, read_npz(args.ref)) if args.ref else None
-    if rank == 0 and not (config.pixels or args.ref):
-        tqdm.write("FID is watched with --ref only: without it there is a student.pt, and no best.pt")
+    if args.ref:
+        statistics_in(args.ref, read_npz(args.ref))  # complains now about a file that holds no statistics
+    elif not config.pixels and rank == 0:
+        print("FID is watched with --ref only: without it there is a student.pt, and no best.pt", flush=True)
     if config.pixels:
         data = open_data(args.data, img_size=config.img_size)
         if data.num_classes != config.num_classes:
@@ -577,19 +472,19 @@ def main(argv=None):
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device, rank)
-    watch = Watch(args, config, data, functions, weights, vae, statistics, device, rank, world)
+    figures = make_figures(args, data, functions, weights, device) if rank == 0 else None
     if rank == 0 and world > 1:
         dist.barrier()
-    start_folder(args, rank, world, resumed)
+    run.start()
+    if not run.resumed and rank == 0 and os.path.exists(run.path("best.pt")):
+        os.remove(run.path("best.pt"))  # of a run that was killed before its first checkpoint
 
-    def decode(x):  # latents -> pictures, about [-1, 1]; differentiable
-        return x if vae is None else vae.decode(x / LATENT_SCALE)
-
-    def score(pictures, labels):  # the clamp: or a reward is earned outside the range that a screen can show
+    def score(x, labels):  # the clamp: or a reward is earned outside the range that a screen can show
+        pictures = x if vae is None else vae.decode(x / LATENT_SCALE)  # about [-1, 1]; differentiable
         images = ((pictures + 1) / 2).clamp(0, 1)
         return sum(weight * functions[name](images, labels) for name, weight in weights.items())
 
-    train(args, copy.deepcopy(reference), reference, decode, score, watch, names, device, rank, world, resumed)
+    train(args, reference, score, run, Watch(run, config, figures, vae=vae), names)
 
 
 if __name__ == "__main__":
