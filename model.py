@@ -23,6 +23,7 @@ import functools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import dataclass, fields, replace
 
@@ -604,68 +605,84 @@ def token_orders(keys, seq_len, kind="random"):
 # and whatever else its stage goes on from beside the first five.
 
 
+def weights_in(file, ema):
+    """The state dict of a MAR in a checkpoint, wherever people keep it: averaged or not, Lightning's, or the file itself;
+    without what DDP, torch.compile and Lightning put before the names. {} where there is none."""
+    for key in ["model_ema", "ema"] * ema + ["model", "state_dict", None]:
+        found = file.get(key) if key else file
+        first = [name for name in found if str(name).endswith("class_emb.weight")] if isinstance(found, dict) else []
+        if first:
+            if key == "model" and ema and {"model_ema", "ema"} & set(file):
+                print("note: the averaged weights cannot be read, so the last ones are")
+            return {re.sub(r"_orig_mod\.|^module\.", "", name[len(first[0]) - len("class_emb.weight"):]): value
+                    for name, value in found.items()}
+    return {}
+
+
 def config_of_public(state, args, overrides, path):
-    """MARConfig of a public state dict: sizes off the shapes; the number of heads is in no shape, so off the name."""
-    depth = {kind: len({key.split(".")[1] for key in state if key.startswith(kind)})
-             for kind in ("encoder_blocks", "decoder_blocks")}
-    width = len(state["z_proj.weight"])
-    known = [size for size in (SIZES["base"], SIZES["large"], SIZES["huge"]) if size.width == width]
-    found = {"width": width, "encoder_depth": depth["encoder_blocks"], "decoder_depth": depth["decoder_blocks"],
-             "num_classes": state["class_emb.weight"].shape[0],
-             "buffer_size": state["encoder_pos_embed_learned"].shape[1] - state["diffusion_pos_embed_learned"].shape[1],
-             "head_depth": len({key.split(".")[3] for key in state if key.startswith("diffloss.net.res_blocks")}),
-             "head_width": state["diffloss.net.input_proj.weight"].shape[0]}
-    for ours, theirs in (("img_size", "img_size"), ("vae_stride", "vae_stride"), ("patch_size", "patch_size"),
-                         ("vae_channels", "vae_embed_dim")):
-        if hasattr(args, theirs):  # released files carry no args: then MARConfig's defaults, which are theirs
-            found[ours] = getattr(args, theirs)
-    if known:
-        found["heads"] = known[0].heads
-    elif "heads" not in overrides:
+    """MARConfig of a public state dict: sizes off the shapes; the number of heads is in no shape, so off the width."""
+    def depth(kind):
+        return len({key[len(kind):].split(".")[1] for key in state if key.startswith(kind)})
+
+    args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    width, token_dim = state["z_proj.weight"].shape
+    channels, stride = args.get("vae_embed_dim", 16), args.get("vae_stride", 16)  # released files carry no args
+    patch, tokens = math.isqrt(token_dim // channels), state["diffusion_pos_embed_learned"].shape[1]
+    heads = {size.width: size.heads for size in (SIZES["base"], SIZES["large"], SIZES["huge"])}
+    if width not in heads and "heads" not in overrides:
         raise UserError(f"{path}: width {width} is none of MAR-B, L, H, and the number of attention heads is in no "
-                        "shape: give load_mar(..., heads=N)")
-    return MARConfig(**{**found, **overrides})
+                        "shape: give --heads N, or load_mar(..., heads=N)")
+    found = MARConfig(img_size=math.isqrt(tokens) * patch * stride, vae_stride=stride, patch_size=patch,
+                      vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width,
+                      heads=heads.get(width, 1), encoder_depth=depth("encoder_blocks"),
+                      decoder_depth=depth("decoder_blocks"),
+                      buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens,
+                      head_depth=depth("diffloss.net.res_blocks"),
+                      head_width=len(state["diffloss.net.input_proj.weight"]))
+    return replace(found, **overrides)
 
 
 def load_mar(path, ema=True, **config_overrides):
     """A MAR in eval mode on the CPU from a public LTH14/mar checkpoint or one of ours.
 
-    ema: the averaged weights (what every published number uses). config_overrides: fields of MARConfig to set against
-    the file. Raises UserError when the file is missing, truncated, no MAR, or its tensors do not fit.
+    ema: the averaged weights (what every published number uses), where there are some. config_overrides: fields of
+    MARConfig to set against the file. UserError when the file is missing, truncated, no MAR, or its tensors do not fit.
     """
     file = read_checkpoint(path)
-    key = "model_ema" if "model_ema" in file and ema else "ema" if "ema" in file and ema else "model"
-    state = file.get(key)
-    if not isinstance(state, dict) or not ("config" in file or "encoder_pos_embed_learned" in state and
-                                           "diffloss.net.input_proj.weight" in state):
+    state = weights_in(file, ema)
+    wanted = {"class_emb.weight", "z_proj.weight", "encoder_pos_embed_learned", "diffusion_pos_embed_learned"}
+    public = "diffloss.net.input_proj.weight" in state
+    if not wanted <= set(state) or not (public or "config" in file):
         raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
-    if "config" in file:
+    if public:
+        config = config_of_public(state, file.get("args"), config_overrides, path)
+    else:
         unknown = set(file["config"]) - {f.name for f in fields(MARConfig)}
         if unknown:
             raise UserError(f"{path} was written by another version: unknown settings {sorted(unknown)}")
         config = replace(MARConfig(**file["config"]), **config_overrides)
-    else:
-        config = config_of_public(state, file.get("args"), config_overrides, path)
     state = {name.replace("diffloss.net.", "head_net."): value for name, value in state.items()}
-    return fill_model(lambda: MAR(config), state, path)
+    model = fill_model(lambda: MAR(config), state, path, *(("head_net.", "diffloss.net.") if public else ()))
+    model.source = str(path)  # for messages about what it draws
+    return model
 
 
-def fill_model(build, state, path):
+def fill_model(build, state, path, ours="", theirs=""):
     """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
-    another shape (names as they are in our code)."""
+    another shape. ours, theirs: a part of names in our code, and as the file has it."""
     with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
         model = build()
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # batch counters mean nothing in eval mode, and files of before 2018 lack them
-    wanted = {name: shape for name, shape in wanted.items() if not name.endswith("num_batches_tracked")}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     wrong = [f"{name} missing" for name in wanted if name not in state]
     wrong += [f"{name} unexpected" for name in state if name not in wanted]
     wrong += [f"{name} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
               if name in state and tuple(state[name].shape) != shape]
     if wrong:
-        raise UserError(f"{path} is no {type(model).__name__} file that fits: {'; '.join(wrong[:4])}"
-                        f"{' ...' if len(wrong) > 4 else ''} ({len(wrong)} in all)")
+        some = "; ".join(wrong[:4]).replace(ours, theirs) if ours else "; ".join(wrong[:4])
+        raise UserError(f"{path} is no {type(model).__name__} file that fits: {some}{' ...' * (len(wrong) > 4)} "
+                        f"({len(wrong)} in all)")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -706,9 +723,11 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             # memory-mapped, so that unused parts are never read; files from before PyTorch 1.6 are no archives
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises a dozen kinds for a bad file; all mean the same to the user
-        raise UserError(f"{path} cannot be read as a checkpoint (truncated, or not a torch file): "
-                        f"{(str(error) or type(error).__name__).splitlines()[0][:120]}") from None
+    except Exception as error:  # torch raises a dozen kinds for a bad file; two of them tell the user something
+        foreign = re.search(r"(?:GLOBAL|class|global|type) ([\w.]+\.\w+)", str(error))
+        raise UserError(f"{path} cannot be read as a checkpoint: " + (
+            f"it holds an object of {foreign[1]}, which could run code; save tensors, numbers and text alone" if foreign
+            else "truncated, or not a torch file")) from None
     if not isinstance(file, dict):
         raise UserError(f"{path} holds no checkpoint but a {type(file).__name__}")
     return file

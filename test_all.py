@@ -504,6 +504,7 @@ def test_checkpoints_that_do_not_fit_are_refused():
         refused(lambda: load_mar(folder / "cut.pt"), "truncated")
         torch.save({"model": {"decoder.conv_in.weight": torch.zeros(2)}}, folder / "vae.pt")
         refused(lambda: load_mar(folder / "vae.pt"), "no MAR checkpoint")
+        refused(lambda: load_mar(folder), "that is a folder")
         less = {name: value for name, value in good["ema"].items() if name != "mask_token"}
         save_checkpoint({**good, "ema": {**less, "extra": torch.zeros(1)}}, folder / "less.pt")
         refused(lambda: load_mar(folder / "less.pt"), "mask_token missing", "extra unexpected")
@@ -517,6 +518,37 @@ def test_checkpoints_that_do_not_fit_are_refused():
         (folder / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
         refused(lambda: load_mar(folder / "evil.pt"), "cannot be read")
         assert not (folder / "owned").exists()
+
+
+def test_checkpoints_are_read_as_people_keep_them():
+    """Whatever stands before the names, wherever the weights lie, with args as an object, a dict or not at all."""
+    model = tiny_mar(img_size=64, vae_stride=16, patch_size=1, vae_channels=16, width=48, heads=4)
+    state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
+    other = {name: value + 1 for name, value in state.items()}
+    before = lambda prefix: {prefix + name: value for name, value in state.items()}
+    inner = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in state.items()}
+    kept = {"model_ema": {"model": other, "model_ema": state}, "ddp": {"model": other, "model_ema": before("module.")},
+            "compiled": {"model": before("_orig_mod.")}, "compiled blocks": {"model": inner}, "bare": state,
+            "lightning": {"state_dict": before("model.")}, "no ema": {"model": state, "model_ema": None},
+            "shadow": {"model": state, "ema": {"decay": 0.9, "shadow_params": [*state.values()]}},
+            "dict": {"model": state, "args": {"vae_stride": 16, "vae_embed_dim": 16, "patch_size": 1, "img_size": 64}},
+            "half": {"model": {name: value.half().float() for name, value in state.items()}}}
+    with scratch() as folder:
+        for name, file in kept.items():
+            torch.save(file, folder / name)
+            loaded = load_mar(folder / name, heads=4)
+            assert loaded.config == replace(model.config, label_drop=0.1, dropout=0.1, mask_ratio_min=0.7, t_init=755), name
+            close(loaded.mask_token, model.mask_token, 1e-3)
+        write_safetensors(state, folder / "mar.safetensors")
+        close(load_mar(folder / "mar.safetensors", heads=4).mask_token, model.mask_token, 0.0)
+        close(load_mar(folder / "model_ema", ema=False, heads=4).mask_token, model.mask_token + 1, 0.0)
+        refused(lambda: load_mar(folder / "bare"), "width 48", "--heads N")
+        torch.save({"model": {**state, "diffloss.net.cond_embed.bias": torch.zeros(9)}}, folder / "shape")
+        refused(lambda: load_mar(folder / "shape", heads=4), "diffloss.net.cond_embed.bias is (9,)")
+        for culprit in (Path("x"), np.float64(1.5)):
+            torch.save({"model": state, "args": argparse.Namespace(x=culprit)}, folder / "culprit")
+            error = refused(lambda: load_mar(folder / "culprit"), "it holds an object of", type(culprit).__module__[:5])
+            assert error.isprintable()
 
 
 def test_checkpoint_write_is_all_or_nothing():
