@@ -446,7 +446,7 @@ def build_cache(out, settings, listing, read, encode, batch, advice, skip_broken
     chunks = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     # `ahead` has the next chunk decoded while this one is encoded: else GPU and CPU would wait for each other
     with (ThreadPoolExecutor(os.cpu_count() // world + 1) as pool, ThreadPoolExecutor(1) as ahead,
-          tqdm(total=len(mine), disable=rank > 0, unit="img", desc=f"rank 0 of {world}") as bar):
+          tqdm(total=len(mine), disable=rank > 0 or not len(mine), unit="img", desc=f"rank 0 of {world}") as bar):
         begin = lambda some: ahead.submit(read_files, pool, read, [listing.files[i] for i in some], skip_broken, advice)
         coming = [begin(some) for some in chunks[:1]]
         for i, some in enumerate(chunks):
@@ -556,7 +556,8 @@ def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken
     build = ["--data", name, "--split", split, "--img_size", img_size]
     build += ["--pixels"] if pixels else ["--vae", PUBLIC["kl16"][1]]
     if not pixels and not read_meta(folder):
-        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {command(*build)}")
+        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {command(*build)}; "
+                        "or use them as pixels (--pixels)")
     listing = make_listing(split_folder(path, split))
     if pixels:
         build_cache(folder, {"kind": "images", "img_size": img_size}, listing, lambda file: read_image(file, img_size),

@@ -1846,7 +1846,8 @@ def test_class_names_are_read_as_people_write_them():
                      '[["n01440764", "tench"], ["n01484850", "shark"]]'):
             (tmp / "names").write_bytes(text.encode())
             assert data.read_class_names(tmp / "names", ["a", "b"]) == ["tench", "shark"], text
-        for text in ("", "tench\n\nshark", '["a", ""]', '{"1": "tench", "2": "shark"}', "[1, 2]", "{0: 'tench'}", "[[]]"):
+        for text in ("", "tench\n\nshark", '["a", ""]', '{"1": "tench", "2": "shark"}', "[1, 2]", "{0: 'tench'}",
+                     "[[]]"):
             (tmp / "names").write_text(text)
             refused(lambda: data.read_class_names(tmp / "names"), "names", "class names")
         (tmp / "names").write_bytes(b"\xff\xfet\0")  # UTF-16
