@@ -294,8 +294,8 @@ Listing = namedtuple("Listing", "source class_names files labels keys")  # the p
 
 def make_listing(folder, suffixes=SUFFIXES):
     """find_images for training, so there must be classes. keys: hashes of all that a picture's row depends on: its name
-    below `folder`, its size, the time of its last change. For 100,000 pictures this takes 2.5 s in all (local disk, one
-    slow core), so half a minute for ImageNet, and on a network disk minutes; a cache by its own path needs it not."""
+    below `folder`, its size, the time of its last change. For 100,000 pictures that takes 2 s (local disk,
+    one slow core), so half a minute for ImageNet; on a network disk minutes. A cache by its own path does without."""
     class_names, files, labels = find_images(folder, suffixes)
     if class_names == [""]:
         raise UserError(f"{folder}: its images lie in no class folder; they belong in {folder}/<class>/*.jpg")
@@ -387,7 +387,7 @@ def prepare_cache(out, settings, listing):
     new = rows < 0
     rows[new] = len(held) + np.arange(new.sum())
     count = len(held) + int(new.sum())
-    state = np.append(marks, np.full(count - len(marks), UNDONE))[rows]
+    state = np.append(marks, np.full(count, UNDONE))[rows]  # marks are written after keys, so may be fewer
     new_held, new_marks = np.zeros(count, np.uint64), np.full(count, BROKEN)
     new_held[rows] = listing.keys
     new_marks[rows] = np.where(state < 0, state, listing.labels)  # a class that is added shifts the labels
