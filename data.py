@@ -406,6 +406,8 @@ def prepare_cache(out, settings, listing):
             raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {need / 1e9:.2f} are needed; make room or "
                             "use another folder (--out)")
     if changed:  # in this order: whenever we are killed, nothing passes for written that is not
+        if meta:
+            write_json(out / "cache.json", {**meta, "class_names": None})  # for a moment the labels mean nothing
         lengthen(data, count, row)
         for name, array in (("keys.npy", new_held), ("labels.npy", new_marks)):
             with replacing(out / name, "wb") as file:
@@ -475,7 +477,8 @@ def open_cache(folder, name, split, img_size=None, listing=None, advice="the com
         class_names, rows = listing.class_names, find_rows(open_array(folder / "keys.npy"), listing)
         state = np.where(rows < 0, UNDONE, marks[np.minimum(rows, len(marks) - 1)])
         marks = np.where(state < 0, state, listing.labels)
-    if undone := int((marks == UNDONE).sum()):
+    undone = int((marks == UNDONE).sum())
+    if undone or class_names is None:
         raise UserError(f"{folder}: {undone:,} of {len(marks):,} pictures are not in this cache (new, changed or not "
                         f"read yet), it is not finished: {advice}")
     rows, labels = rows[marks >= 0], marks[marks >= 0]  # to a user of Data broken images do not exist

@@ -1524,34 +1524,45 @@ def test_a_stopped_cache_goes_on():
             assert (tmp / "whole" / name).read_bytes() == (tmp / "parts" / name).read_bytes()
 
 
-def test_a_cache_that_is_killed_while_it_grows_goes_on():
+def build_bugs_and_stop(folder, out, stop):
+    """build_bugs, killed at the `stop`-th file that making or growing the cache changes. -> whether it was killed."""
+    calls = []
+
+    def killed(real):
+        def call(*args, **kwargs):
+            calls.append(real)
+            if len(calls) > stop:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+        return call
+
+    try:
+        with (mock.patch.object(data, "lengthen", killed(data.lengthen)),
+              mock.patch.object(data, "replacing", killed(data.replacing)),
+              mock.patch.object(data, "write_json", killed(data.write_json))):
+            build_bugs(folder, out)
+        return False
+    except KeyboardInterrupt:
+        return True
+
+
+def test_a_cache_that_is_killed_while_it_is_made_or_grows_goes_on():
     with scratch() as tmp:
-        for stop in range(5):  # before the n-th file that growing changes
-            folder = make_folder(tmp / f"bugs{stop}")
-            build_bugs(folder, tmp / f"cache{stop}")
+        for stop in range(6):
+            folder, out = make_folder(tmp / f"bugs{stop}"), tmp / f"cache{stop}"
+            assert build_bugs_and_stop(folder, out, stop) == (stop < 4)
+            build_bugs(folder, out)
             (folder / "train/ant/1.png").unlink()
             (folder / "train/aunt").mkdir()
             for i in range(3):
                 Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"train/aunt/{i}.png")
-            calls = []
-
-            def killed(real):
-                def call(*args, **kwargs):
-                    calls.append(real)
-                    if len(calls) > stop:
-                        raise KeyboardInterrupt
-                    return real(*args, **kwargs)
-                return call
-
-            with (mock.patch.object(data, "lengthen", killed(data.lengthen)),
-                  mock.patch.object(data, "replacing", killed(data.replacing)),
-                  mock.patch.object(data, "write_json", killed(data.write_json)),
-                  contextlib.suppress(KeyboardInterrupt)):
-                build_bugs(folder, tmp / f"cache{stop}")
-            build_bugs(folder, tmp / f"cache{stop}")
+            assert build_bugs_and_stop(folder, out, stop) == (stop < 5)
+            if 0 < stop < 5:
+                refused(lambda: data.open_cache(out, "bugs", "train"), "not finished")
+            build_bugs(folder, out)
             listing = data.make_listing(folder / "train")
-            for built in (data.open_cache(tmp / f"cache{stop}", "bugs", "train", listing=listing),
-                          data.open_cache(tmp / f"cache{stop}", "bugs", "train")):
+            for known in (listing, None):
+                built = data.open_cache(out, "bugs", "train", listing=known)
                 assert sorted(built.labels) == [0, 0, 1, 1, 1, 2, 2, 2] and built.class_names == ["ant", "aunt", "bee"]
                 wanted = {data.read_image(file, 8).tobytes(): label for file, label in zip(*listing[2:4])}
                 images = built.images(np.arange(8)).numpy()
