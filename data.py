@@ -3,11 +3,12 @@
 Three kinds of data, one class (`Data`):
   shapes     8 classes of coloured shapes, drawn on the fly; nothing to download
   cifar10    the official binary archive             python data.py --get cifar10
-  PATH       any image folder, PATH/train/<class>/*  (and PATH/test or PATH/val for the other split)
-Images below 64 px are used as pixels. Larger ones become KL-16 latents, computed once:
+  PATH       any image folder, PATH/train/<class>/*  (and PATH/test, PATH/val or PATH/validation for the other split)
+Images below 64 px are used as pixels (--pixels: larger ones too). Larger ones become KL-16 latents, computed once:
     python data.py --get kl16
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt                              # one process
     torchrun --nproc_per_node=8 data.py --data PATH --vae pretrained_models/vae/kl16.ckpt         # all GPUs
+    python data.py --data NPZ_FOLDER                         # or taken over from MAR's main_cache.py: <class>/*.npz
 Killed at any moment, the same command goes on where it stopped. Nothing is downloaded unless --get names it.
 """
 import argparse
@@ -18,12 +19,14 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -33,16 +36,17 @@ import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from model import UserError, fill_model, read_checkpoint, write_json
+from model import UserError, fill_model, read_checkpoint, replacing, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
 
-# ---------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes, drawn on the fly
 
 # Eight outlines that an eye tells apart at 16 px. Colour and ground say nothing about the class, so that a model must
 # get the outline right; few colours, all saturated, so that a wrong mixture of two is seen at once.
@@ -52,7 +56,7 @@ GROUNDS = torch.tensor([[18, 18, 24], [70, 30, 80]], dtype=torch.float32)
 SUB = 4  # sub-samples a pixel side: 16 grey levels along an edge are enough at 16 px
 
 
-def uniform(index, stream):
+def index_uniform(index, stream):
     """Numbers in [0, 1), float64, that depend on (index, stream) alone: splitmix64 (Steele et al. 2014), vectorised."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
         z = np.asarray(index).astype(np.uint64) * np.uint64(16) + np.uint64(stream + 1)
@@ -64,7 +68,7 @@ def uniform(index, stream):
 
 
 def inside(kind, x, y):
-    """Which points of the plane a shape covers. x (N,1,W), y (N,H,1), about [-1,1] over the shape -> bool (N,H,W)."""
+    """Which points of the plane a shape covers. x (N, 1, W), y (N, H, 1), in about [-1, 1] -> bool (N, H, W)."""
     ax, ay = x.abs(), y.abs()
     if kind == "disc":
         return x * x + y * y < 1
@@ -85,109 +89,128 @@ def inside(kind, x, y):
 
 
 def draw_shapes(index, img_size=16):
-    """Image number `index` (N,) of the endless shapes data; its class is index % 8. -> uint8 (N,3,img_size,img_size).
+    """Images number `index` (N,) of the endless shapes data, of class index % 8. -> uint8 (N, 3, img_size, img_size).
 
     The picture depends on its index alone, not on the batch. Every class is symmetric under a mirror, so random
     flips in training leave the distribution as it is.
     """
     index = np.asarray(index)
-    draw = lambda stream, low, high: torch.from_numpy(low + (high - low) * uniform(index, stream))
+    draw = lambda stream, low, high: torch.from_numpy(low + (high - low) * index_uniform(index, stream))
     cx, cy, radius = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float(), draw(2, 0.56, 0.72).float()
-    colour = COLOURS[draw(3, 0, len(COLOURS)).long()][:, :, None, None]                  # (N,3,1,1)
+    colour = COLOURS[draw(3, 0, len(COLOURS)).long()][:, :, None, None]  # (N, 3, 1, 1)
     ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][:, :, None, None]
     grid = (torch.arange(img_size * SUB) + 0.5) * (2 / (img_size * SUB)) - 1
     # in the shape's own coordinates; the largest radius at the farthest place still leaves a rim of ground
-    x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]                             # (N,1,S*SUB)
-    y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]                             # (N,S*SUB,1)
+    x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]  # (N, 1, S*SUB)
+    y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]  # (N, S*SUB, 1)
     cover = torch.empty(len(index), 1, img_size, img_size)
     for label, kind in enumerate(SHAPES):
         rows = torch.from_numpy(np.flatnonzero(index % len(SHAPES) == label))
         if len(rows):
             fine = inside(kind, x[rows], y[rows]).float()[:, None]
-            cover[rows] = F.avg_pool2d(fine, SUB)                                        # (n,1,S,S)
-    return (ground + cover * (colour - ground)).round().byte()                           # (N,3,S,S)
+            cover[rows] = F.avg_pool2d(fine, SUB)  # (n, 1, S, S)
+    return (ground + cover * (colour - ground)).round().byte()  # (N, 3, S, S)
 
 
-# ---------------------------------------------------------------------------------------------- words for classes
+# ----------------------------------------------------------------------------------------------------------------------
+# Image folders
 
-IMAGENET_NAMES = Path(__file__).parent / "assets" / "imagenet_class_names.json"  # 1,000, in label order
-
-
-def read_class_names(path=None, own=None):
-    """Words for classes, in label order: the JSON list at `path` if given, else a data set's `own` names, else
-    ImageNet's (also when its own are ImageNet's folders, n01440764 and so on, which no text encoder knows)."""
-    if path is None and own and not re.fullmatch(r"n\d{8}", own[0]):
-        return own
-    path = path or IMAGENET_NAMES
-    try:
-        names = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}; --class_names takes a JSON list of names") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON list of class names: {error}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is no JSON list of class names")
-    if own and len(own) != len(names):
-        raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
-    return names
-
-
-# ---------------------------------------------------------------------------------------------- image files
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
+SPLITS = {"train": ["train"], "test": ["test", "val", "validation"]}  # names of the folder, the first that is there
+
+# What Pillow decodes. Of these formats it only knows the header, or it starts another program (Ghostscript for EPS).
+# MPO, a camera's pair of pictures, is read as the JPEG that it begins with.
+Image.init()
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind in {*Image.OPEN, "MPO"} - NOT_DECODED}
+
+
+def say(text):
+    """Print a line on rank 0; a name that is not UTF-8 is no obstacle."""
+    if rank_and_world()[0] == 0:
+        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def split_folder(path, split):
-    """The folder of a split: PATH/train, or PATH/test, else PATH/val. UserError when there is none."""
-    names = ["train"] if split == "train" else ["test", "val"]
-    for name in names:
+    for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
-    raise UserError(f"{path}: no folder '{names[0]}' in it; images belong in {path}/{names[0]}/<class>/*.jpg")
+    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it; images belong in "
+                    f"{path}/{SPLITS[split][0]}/<class>/*.jpg (of MAR's latents, <class>/*.npz, "
+                    f"{command('--data', path)} makes a cache)")
 
 
-def class_folders(folder):
-    """Sorted, so that label k means the same on every machine; for ImageNet's wnids that is the usual label order."""
-    with reading(folder):
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+def entries(folder, suffixes, passed):
+    """One level of a folder -> (its folders, its files with a known suffix), in the order of names; links are followed.
+    `passed` counts what is passed over, by reason."""
+    folders, files = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):  # .DS_Store; beside x.jpg macOS keeps a ._x.jpg that is no picture
+            passed["hidden"] += 1
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            passed["links to nothing"] += 1
+        elif entry.is_dir():
+            folders.append(entry.path)
+        elif entry.is_file() and suffix in suffixes:
+            files.append(entry.path)
+        else:
+            passed[suffix or "without a suffix"] += 1
+    return folders, files
 
 
-def class_files(folder):
-    with reading(folder):
-        return sorted(entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in SUFFIXES)
+def walk(folder, suffixes, passed, above=()):
+    """The files with a known suffix in `folder` and below. above: real paths of the folders it lies in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        passed["links back up"] += 1
+        return
+    folders, files = entries(folder, suffixes, passed)
+    yield from files
+    for inner in folders:
+        yield from walk(inner, suffixes, passed, (*above, real))
 
 
-@contextlib.contextmanager
-def reading(folder):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+def find_images(folder, suffixes=SUFFIXES):
+    """-> (class names, files, labels int64 (N,)): the one reader of image folders, for training and for judging.
+
+    The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). Pictures in no
+    folder are of the class "", unless some lie in one. Sorted by class, then by name: the same on every machine and
+    rank, and for ImageNet's wnids the usual label order. One line says what was passed over.
+    """
+    passed, above = Counter(), (os.path.realpath(folder),)
+    folders, loose = entries(folder, suffixes, passed)
+    found = {os.path.basename(inner): list(walk(inner, suffixes, passed, above)) for inner in folders}
+    if not any(found.values()):
+        found = {"": loose}
+    elif loose:
+        passed["in no class folder"] = len(loose)
+    if passed:
+        reasons = [f"{count:,} {reason}" for reason, count in passed.most_common()]
+        say(f"passed over in {folder}: {', '.join(reasons[:9])}{', ...' if len(reasons) > 9 else ''}")
+    if found == {"": []}:
+        raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
+    for name, files in found.items():
+        if not files:  # a class that is never trained would yet be drawn, and judged
+            raise UserError(f"{folder}/{name}: no images in it, and each folder there is a class: remove it")
+    labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
+    return list(found), [file for files in found.values() for file in files], labels
 
 
 def list_images(path, split):
-    """-> (class names, files, labels). The order is that of sorted names: the same on every machine and rank."""
-    folder = split_folder(path, split)
-    classes, files, labels = class_folders(folder), [], []
-    for label, name in enumerate(classes):
-        found = class_files(folder / name)
-        if not found:  # a class that is never trained would yet be drawn, and judged
-            raise UserError(f"{folder / name}: no images in it, and each folder there is a class: remove it")
-        files += [f"{folder}/{name}/{file}" for file in found]
-        labels += [label] * len(found)
-    if not files:
-        raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
-    return classes, files, np.array(labels, np.int64)
+    return find_images(split_folder(path, split))
 
 
-def own_size(path, split):
-    """px at which a folder is used unless told otherwise: its first image's below 64, else 256, the public MAR's."""
+def own_size(path, split, pixels=False):
+    """px at which a folder is used unless told otherwise: its first image's if below 64 or if they are to be used as
+    `pixels`, else 256, the public MAR's."""
     folder = split_folder(path, split)
-    for name in class_folders(folder):  # the first class alone: listing all of ImageNet takes long on a network disk
-        for file in class_files(folder / name):
-            with contextlib.suppress(UserError), decoding(folder / name / file), Image.open(folder / name / file) as im:
-                return min(im.size) if min(im.size) < PIXEL_LIMIT else 256  # a broken file's own turn comes later
+    # class by class: to list all of ImageNet takes long
+    for inner in entries(folder, SUFFIXES, Counter())[0] or [folder]:
+        for file in walk(inner, SUFFIXES, Counter()):
+            with contextlib.suppress(UserError), decoding(file), Image.open(file) as image:
+                return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256  # a broken one is passed by
     raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
 
 
@@ -195,20 +218,22 @@ def is_small(path):
     """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
     try:
         built = read_meta(Path(path) / "train")  # a cache by its own path
-        return (built["img_size"] if built else own_size(path, "train")) < PIXEL_LIMIT
+        return built["kind"] == "images" if built else own_size(path, "train") < PIXEL_LIMIT
     except UserError:  # open_data says what is wrong with the folder
         return False
 
 
 @contextlib.contextmanager
 def decoding(path):
-    """Pillow's many errors for a bad file become one that names it."""
+    """The many errors of a bad file become one that names it. An error of the disk stays what it is: a file that cannot
+    be reached now is not broken."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow and numpy raise a dozen kinds
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: broken image ({reason}); remove it (python data.py --data FOLDER --skip_broken "
-                        "leaves such out of the cache it builds)") from None
+        raise UserError(f"{path}: broken image ({reason})") from None
 
 
 def to_rgb(image):
@@ -233,70 +258,79 @@ def adm_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, size):
-    """-> uint8 array (3,size,size); UserError naming the file when it cannot be decoded."""
+def read_image(path, size, upright=False):
+    """-> uint8 (3, size, size). UserError naming the file when it cannot be decoded.
+
+    As it is stored, as ADM and MAR train: what a camera notes of its being turned (EXIF) is not heeded. upright: turned
+    as a viewer shows it, for a picture that someone gives to edit.
+    """
     with decoding(path), Image.open(path) as image:
-        return np.array(adm_crop(to_rgb(image), size)).transpose(2, 0, 1)                # HWC -> CHW
+        image = ImageOps.exif_transpose(image) if upright else image
+        return np.array(adm_crop(to_rgb(image), size)).transpose(2, 0, 1)  # (3, size, size)
 
 
-# ---------------------------------------------------------------------------------------------- the cache
+def read_moments(path, side=None):
+    """What MAR's main_cache.py wrote of an image and of its mirror image -> float16 (2, 32, side, side)."""
+    with decoding(path), np.load(path) as arrays:
+        moments = np.stack([arrays["moments"], arrays["moments_flip"]]).astype(np.float16)
+        side = side or moments.shape[-1]
+        if moments.shape != (2, 32, side, side) or not np.isfinite(moments).all():
+            raise ValueError(f"moments of {moments.shape}, wanted are (2, 32, {side}, {side}), all of them finite")
+        return moments
 
-UNDONE, BROKEN = -2, -1  # in labels.npy: not built yet; a broken image that was skipped
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache: what was read once
+
+# A folder with images.npy  uint8 (N, 3, H, W) or moments.npy float16 (N, 2, 32, h, w), a row a picture
+#               keys.npy    uint64 (N,), whose row it is; 0 if that picture has changed or is gone
+#               labels.npy  int64 (N,), its class once the row is written
+#               cache.json  settings and class names
+# A row is never given to another picture, new ones are put behind: who has the cache open reads on undisturbed.
+
+UNDONE, BROKEN = -2, -1  # in labels.npy: not written yet; a broken image that was skipped, or one that is gone
+Listing = namedtuple("Listing", "source class_names files labels keys")  # the pictures of a folder, as they are now
 
 
-@contextlib.contextmanager
-def writing(folder):
-    """A full disk or a missing permission becomes one line, not a traceback."""
+def make_listing(folder, suffixes=SUFFIXES):
+    """find_images for training, so there must be classes. keys: hashes of all that a picture's row depends on: its name
+    below `folder`, its size, the time of its last change. For 100,000 pictures that takes 2 s (local disk,
+    one slow core), so half a minute for ImageNet; on a network disk minutes. A cache by its own path does without."""
+    class_names, files, labels = find_images(folder, suffixes)
+    if class_names == [""]:
+        raise UserError(f"{folder}: its images lie in no class folder; they belong in {folder}/<class>/*.jpg")
+    keys, start = np.empty(len(files), np.uint64), len(os.fsencode(folder)) + 1
+    for i, file in enumerate(files):
+        stat = os.stat(file)
+        content = b"%s %d %d" % (os.fsencode(file)[start:], stat.st_size, stat.st_mtime_ns)  # a name may be no UTF-8
+        keys[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1
+    return Listing(os.path.realpath(folder), class_names, files, labels, keys)
+
+
+def find_rows(held, listing):
+    """Rows (N,) of the listing's pictures. held: what keys.npy says. -1: none."""
+    row = {key: i for i, key in enumerate(held.tolist())}
+    return np.array([row.get(key, -1) for key in listing.keys.tolist()], np.int64)
+
+
+def default_cache(path, img_size, pixels, root="out/cache"):
+    """Where the builder puts a folder's cache and open_data looks for it, so that --data PATH is all one has to say."""
+    return Path(root) / f"{Path(path).resolve().name}-{img_size}{'' if pixels else '-latents'}"
+
+
+def command(*words):
+    """A line to paste into a shell."""
+    return f"python data.py {shlex.join(map(str, words))}"
+
+
+def read_meta(folder):
+    """What cache.json says; {} where none is."""
     try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there: {error.strerror or error}; what is written is kept") from None
-
-
-def create_array(path, shape, dtype, value=None):
-    """An .npy file of `shape`, made once: of two processes that try at the same moment one wins, neither spoils."""
-    if path.exists():
-        return
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        if value is None:
-            np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)  # sparse: no space is taken yet
-        else:
-            with open(part, "wb") as file:
-                np.save(file, np.full(shape, value, dtype))
-                file.flush()
-                os.fsync(file.fileno())  # before it has its name: after a power cut zeros would pass for labels
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)  # unlike a rename, a link does not replace what is there
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def open_array(path, **how):
-    """np.load of a part of a cache; UserError where it is damaged."""
-    try:
-        return np.load(path, **how)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: the cache is damaged ({error}); delete {path.parent} and build it again") from None
-
-
-def write_rows(path, start, rows):
-    """Rows from `start` of an .npy file, on disk on return. Through a memory map a full disk would kill us (SIGBUS)."""
-    rows = np.ascontiguousarray(rows)
-    with writing(path), open(path, "r+b") as file:
-        file.seek(open_array(path, mmap_mode="r").offset + start * rows[0].nbytes)
-        file.write(rows.data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def cache_settings(path, split, img_size, files, vae=None):
-    """All that decides what is in a cache: one made with other settings is not used. vae: the checksum of its file."""
-    folder = split_folder(path, split).resolve()
-    names = "\n".join("/".join(file.rsplit("/", 2)[1:]) for file in files)               # <class>/<file>
-    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-    return {"kind": "moments" if vae else "images", "source": str(folder), "split": split, "img_size": img_size,
-            "count": len(files), "file_names_sha256": digest, "vae_sha256": vae}
+        return json.loads((folder / "cache.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise UserError(f"{folder}/cache.json is damaged ({error}); delete {folder} and build it again") from None
 
 
 def check_settings(folder, found, wanted):
@@ -306,107 +340,163 @@ def check_settings(folder, found, wanted):
                             " delete it, or rename the folder of one of the two")
 
 
-def default_cache(path, img_size, root="out/cache"):
-    """Where the builder puts a folder's cache and open_data looks for it, so that --data PATH is all one has to say."""
-    return Path(root) / f"{Path(path).resolve().name}-{img_size}{'' if img_size < PIXEL_LIMIT else '-latents'}"
-
-
-def read_meta(folder):
-    """What cache.json says; {} where none is."""
+def open_array(path, mmap_mode=None, count=0):
+    """np.load of a part of a cache, of at least `count` rows; UserError where it is damaged."""
     try:
-        return json.loads((folder / "cache.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/cache.json cannot be read ({error}); delete {folder}") from None
+        array = np.load(path, mmap_mode)
+        if len(array) < count:
+            raise ValueError(f"{count - len(array)} rows are gone")
+        return array
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: the cache is damaged, or an old one ({error}); delete {path.parent} and build it "
+                        f"again (--data {path.parent.parent} uses an old one as it is)") from None
 
 
-def read_rows(pool, files, size, skip_broken):
-    """Decode files in the pool's threads (Pillow lets go of the GIL). -> uint8 (n,3,size,size), bool (n,) readable."""
+def lengthen(path, count, row):
+    """An .npy file of `count` rows, made, or made longer: what it holds stays. Sparse: only written rows take space."""
+    with open(path, "ab") as file:
+        file.truncate(128 + count * row.itemsize)  # numpy's header takes 128 bytes, with room for a larger count
+    with open(path, "r+b") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": row.base.str, "fortran_order": False,
+                                                    "shape": (count, *row.shape)})
+
+
+def write_rows(path, rows, values):
+    """Rows of an .npy file, on the disk on return. Through a memory map a full disk would kill us (SIGBUS)."""
+    start = open_array(path, "r").offset
+    with open(path, "r+b") as file:
+        for row, value in zip(rows.tolist(), values):
+            file.seek(start + row * value.nbytes)
+            file.write(value.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def prepare_cache(out, settings, listing):
+    """Give every picture of `listing` a row of the cache in folder `out`, whatever a stopped or an earlier run left
+    there. UserError when the disk is too full."""
+    meta, data, size = read_meta(out), out / f"{settings['kind']}.npy", settings["img_size"]
+    shape = (2, 32, size // 16, size // 16)  # of a row: [0] of the image, [1] of its mirror image
+    row = np.dtype((np.uint8, (3, size, size)) if settings["kind"] == "images" else (np.float16, shape))
+    held, marks = np.empty(0, np.uint64), np.empty(0, np.int64)
+    if meta:
+        check_settings(out, meta, settings)
+        held, marks = open_array(out / "keys.npy"), open_array(out / "labels.npy")
+        open_array(data, "r", len(held))
+    rows = find_rows(held, listing)
+    new = rows < 0
+    rows[new] = len(held) + np.arange(new.sum())
+    count = len(held) + int(new.sum())
+    state = np.append(marks, np.full(count, UNDONE))[rows]  # marks are written after keys, so may be fewer
+    new_held, new_marks = np.zeros(count, np.uint64), np.full(count, BROKEN)
+    new_held[rows] = listing.keys
+    new_marks[rows] = np.where(state < 0, state, listing.labels)  # a class that is added shifts the labels
+    changed = not (np.array_equal(held, new_held) and np.array_equal(marks, new_marks)
+                   and meta["class_names"] == listing.class_names)
+    if meta and changed:  # else another folder of the same name would take our pictures for gone
+        check_settings(out, meta, {"source": listing.source})
+    out.mkdir(parents=True, exist_ok=True)
+    if undone := int((state == UNDONE).sum()):
+        # a new array is sparse, so what it takes on the disk is what is written already
+        on_disk, free = data.stat().st_blocks * 512 if data.exists() else 0, shutil.disk_usage(out).free
+        need, gone = count * row.itemsize - on_disk, count - len(rows)
+        say(f"{out}: {undone:,} of {len(rows):,} pictures are to be read, {count * row.itemsize / 1e9:.2f} GB in all, "
+            f"{free / 1e9:.1f} GB free{f'; {gone:,} rows are of pictures that changed or went' if gone else ''}")
+        if need > free:
+            raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {need / 1e9:.2f} are needed; make room or "
+                            "use another folder (--out)")
+    if changed:  # in this order: whenever we are killed, nothing passes for written that is not
+        if meta:
+            write_json(out / "cache.json", {**meta, "class_names": None})  # for a moment the labels mean nothing
+        lengthen(data, count, row)
+        for name, array in (("keys.npy", new_held), ("labels.npy", new_marks)):
+            with replacing(out / name, "wb") as file:
+                np.save(file, array)
+        write_json(out / "cache.json", {**settings, "source": listing.source, "class_names": listing.class_names})
+
+
+def read_files(pool, read, files, skip_broken, advice):
+    """Read files in the pool's threads (Pillow lets go of Python's lock). -> list of arrays, None for a broken file."""
     def one(file):
         try:
-            return read_image(file, size)
+            return read(file)
         except UserError as error:
             if not skip_broken:
-                raise
-            tqdm.write(f"skipped: {error}")
-    images = list(pool.map(one, files))
-    good = np.array([image is not None for image in images])
-    empty = np.zeros((3, size, size), np.uint8)
-    return np.stack([empty if image is None else image for image in images]), good
+                raise UserError(f"{error}; {advice}") from None
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+    return list(pool.map(one, files))
 
 
-def prepare_cache(out, settings, shape, dtype):
-    """Make the files of a cache, or find those of a stopped run: same settings. UserError when the disk is too full."""
-    meta, data, count = read_meta(out), out / f"{settings['kind']}.npy", settings["count"]
-    size = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if meta:
-            check_settings(out, meta, settings)
-        # a new array is sparse, so what it takes on the disk is what is written already
-        on_disk = data.stat().st_blocks * 512 if data.exists() else 0
-        free = shutil.disk_usage(out).free
-        print(f"{out}: {count:,} images, {size / 1e9:.2f} GB ({free / 1e9:.1f} GB free)", flush=True)
-        if size - on_disk > free:
-            raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {size / 1e9:.2f} are needed; make room or "
-                            "use another folder (--out)")
-        if (out / "labels.npy").exists() and not data.exists():
-            raise UserError(f"{out}: the cache is damaged, {data.name} is gone; delete the folder and build it again")
-        if not meta:
-            write_json(out / "cache.json", {**settings, "complete": False})
-        create_array(data, (count, *shape), dtype)
-        create_array(out / "labels.npy", (count,), np.int64, UNDONE)
+def build_cache(out, settings, listing, read, encode, batch, advice, skip_broken=False, alone=False):
+    """Read what the cache in folder `out` lacks of `listing`; every rank its own share, or one rank `alone` all of it.
+    What a stopped run did is kept.
 
-
-def build_cache(out, settings, classes, files, labels, encode, shape, dtype, batch, skip_broken=False, alone=False):
-    """Fill the cache in folder `out`; every rank its own slice of rows, or one rank `alone` all of them. What a stopped
-    run did is kept.
-
-    encode: uint8 (n,3,S,S) -> array (n, *shape) of `dtype`. labels.npy says which rows are done: a label is written
-    after the row's data has reached the disk, so a row that has one is whole, whatever happened since.
+    read: file -> array. encode: (n, ...) of those -> (n, ...) rows. advice: what to do about a broken image. A label is
+    written after the row's data has reached the disk, so a row that has one is whole, whatever happened since.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone else (0, 1)
     if rank == 0:
-        prepare_cache(out, settings, shape, dtype)
+        prepare_cache(out, settings, listing)
     if world > 1:
         dist.barrier()
-    data, marks, count = out / f"{settings['kind']}.npy", out / "labels.npy", len(files)
-    done = open_array(marks) != UNDONE
-    # neighbours in the file go to one rank, in chunks written at one go: a disk likes that better than single rows
-    mine = np.arange(count * rank // world, count * (rank + 1) // world)
+    rows = find_rows(open_array(out / "keys.npy"), listing)
+    if (rows < 0).any():  # what another rank has listed
+        raise UserError(f"{out}: its pictures changed in this moment; the same command goes on")
+    # neighbours in the file go to one rank: a disk likes that better
+    mine = np.array_split(np.arange(len(rows)), world)[rank]
+    mine = mine[open_array(out / "labels.npy")[rows[mine]] == UNDONE]
     chunks = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    chunks = [rows for rows in chunks if not done[rows].all()]
-    left = sum(map(len, chunks))
     # `ahead` has the next chunk decoded while this one is encoded: else GPU and CPU would wait for each other
     with (ThreadPoolExecutor(os.cpu_count() // world + 1) as pool, ThreadPoolExecutor(1) as ahead,
-          tqdm(total=left, disable=rank > 0, unit="img", desc=f"rank 0 of {world}") as bar):
-        read = lambda rows: ahead.submit(read_rows, pool, [files[i] for i in rows], settings["img_size"], skip_broken)
-        coming = [read(rows) for rows in chunks[:1]]
-        for i, rows in enumerate(chunks):
+          tqdm(total=len(mine), disable=rank > 0 or not len(mine), unit="img", desc=f"rank 0 of {world}") as bar):
+        begin = lambda some: ahead.submit(read_files, pool, read, [listing.files[i] for i in some], skip_broken, advice)
+        coming = [begin(some) for some in chunks[:1]]
+        for i, some in enumerate(chunks):
             start = time.time()
-            images, good = coming.pop().result()
-            coming = [read(after) for after in chunks[i + 1:i + 2]]
-            write_rows(data, rows[0], encode(images))
-            write_rows(marks, rows[0], np.where(good, labels[rows], BROKEN))
+            arrays = coming.pop().result()
+            coming = [begin(after) for after in chunks[i + 1:i + 2]]
+            good = np.array([array is not None for array in arrays])
+            if good.any():
+                encoded = encode(np.stack([array for array in arrays if array is not None]))
+                write_rows(out / f"{settings['kind']}.npy", rows[some][good], encoded)
+            write_rows(out / "labels.npy", rows[some], np.where(good, listing.labels[some], BROKEN))
             if i == 0 and rank == 0:
-                minutes = (time.time() - start) / len(rows) * left / 60
+                minutes = (time.time() - start) / len(some) * len(mine) / 60
                 bar.write(f"about {minutes:.1f} minutes; if stopped, the same command goes on from there")
-            bar.update(len(rows))
-    state = open_array(marks)
-    if not (state == UNDONE).any():  # the last rank to finish sees this: no barrier that would time out on a slow one
-        broken = [files[i] for i in np.flatnonzero(state == BROKEN)]
-        write_json(out / "cache.json", {**settings, "class_names": classes, "broken": broken, "complete": True})
+            bar.update(len(some))
 
 
-# ---------------------------------------------------------------------------------------------- data
+def open_cache(folder, name, split, img_size=None, listing=None, advice="the command that began it goes on with it"):
+    """A cache -> Data: of `listing`, a folder's pictures as they are now, or None: of those it was built from. advice:
+    what to do where some are not in it."""
+    meta, marks = read_meta(folder), open_array(folder / "labels.npy")
+    check_settings(folder, meta, {"img_size": img_size or meta["img_size"]})
+    array = np.asarray(open_array(folder / f"{meta['kind']}.npy", "r", len(marks)))  # plain arrays are indexed faster
+    class_names, rows = meta["class_names"], np.arange(len(marks))
+    if listing:
+        class_names, rows = listing.class_names, find_rows(open_array(folder / "keys.npy"), listing)
+        state = np.where(rows < 0, UNDONE, marks[np.minimum(rows, len(marks) - 1)])
+        marks = np.where(state < 0, state, listing.labels)
+    undone = int((marks == UNDONE).sum())
+    if undone or class_names is None:
+        raise UserError(f"{folder}: {undone:,} of {len(marks):,} pictures are not in this cache (new, changed or not "
+                        f"read yet), it is not finished: {advice}")
+    rows, labels = rows[marks >= 0], marks[marks >= 0]  # to a user of Data broken images do not exist
+    if not len(rows):
+        raise UserError(f"{folder}: not one of its images could be decoded; delete it")
+    read = lambda indices, *flips: torch.from_numpy(array[(rows[indices], *flips)])  # a copy of these rows alone
+    return Data(name, split, class_names, meta["img_size"], labels, read, meta["kind"] == "images")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets and their batches
 
 
 class Data:
     """One split of one data set. Indices run from 0 to len - 1.
 
     name, split, class_names (list of str), num_classes, img_size (px), labels (int64 (N,)), pixels (bool; else
-    latents), latent_channels (3 for pixels). read(indices) -> uint8 (B,3,H,W), read(indices, flips) -> moments.
+    latents), latent_channels (3 for pixels). read(indices) -> uint8 (B, 3, H, W), read(indices, flips) -> moments.
     """
 
     def __init__(self, name, split, class_names, img_size, labels, read, pixels=True):
@@ -418,15 +508,15 @@ class Data:
         return len(self.labels)
 
     def images(self, indices):
-        """uint8 (B,3,H,W), as stored: never flipped."""
+        """uint8 (B, 3, H, W), as stored: never flipped."""
         if not self.pixels:
             raise UserError(f"{self.name}: this data holds latents, not images")
         return self.read(np.asarray(indices))
 
     def batch(self, indices, flip, generator=None):
-        """indices (B,), flip (B,) bool -> x (B,C,h,w) float32 on the CPU, labels (B,) int64.
+        """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64.
 
-        Pixels are in [-1,1]. Latents are a fresh sample of the VAE's posterior, drawn with `generator`, times 0.2325.
+        Pixels are in [-1, 1]. Latents are a fresh sample of the VAE's posterior, drawn with `generator`, times 0.2325.
         """
         indices, flip = np.asarray(indices), np.asarray(flip)
         labels = torch.from_numpy(self.labels[indices])
@@ -434,37 +524,23 @@ class Data:
             x = self.read(indices)
             x = torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)  # as bytes: a quarter the work
             return x.float().mul_(2 / 255).sub_(1), labels
-        mean, logvar = self.read(indices, flip.astype(np.int64)).float().chunk(2, dim=1)  # (B,32,h,w) -> 2 x (B,16,h,w)
-        std = logvar.clamp(-30, 20).mul_(0.5).exp_()                                     # the clamp is the public VAE's
+        mean, logvar = self.read(indices, flip.astype(np.int64)).float().chunk(2, dim=1)  # 2 x (B, 16, h, w)
+        std = logvar.clamp(-30, 20).mul_(0.5).exp_()  # the clamp is the public VAE's
         # fresh noise at every visit, as MAR trains: 40 % of this method's time, and still 9 ms for 256 latents
         noise = torch.randn(mean.shape, generator=generator)
         return torch.addcmul(mean, std, noise).mul_(LATENT_SCALE), labels
 
 
-def open_cache(folder, name, split, wanted):
-    """A finished cache -> Data. `wanted`: settings it must have been made by."""
-    meta = read_meta(folder)
-    check_settings(folder, meta, wanted)
-    if not meta["complete"]:
-        raise UserError(f"{folder}: this cache is not finished; the command that began it goes on with it")
-    labels = open_array(folder / "labels.npy")
-    array = np.asarray(open_array(folder / f"{meta['kind']}.npy", mmap_mode="r"))  # asarray: plain indexing is faster
-    rows = np.flatnonzero(labels >= 0)  # without the broken images: to a user of Data they do not exist
-    if not len(rows):
-        raise UserError(f"{folder}: not one of its images could be decoded; delete it")
-    read = lambda indices, *flips: torch.from_numpy(array[(rows[indices], *flips)])  # a copy of these rows alone
-    return Data(name, split, meta["class_names"], meta["img_size"], labels[rows], read, meta["kind"] == "images")
-
-
-def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken=False, alone=False):
+def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken=False, alone=False, pixels=False):
     """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a built cache.
 
-    split: "train" or "test". img_size: px, None for the data's own (16 for shapes, that of the first image below 64,
-    256 above). A folder of small images is decoded once, into `cache`; large ones need their latents built before.
-    Under torchrun all ranks must call it, since they share that work; or one of them, with `alone`.
+    split: "train" or "test". img_size: px, None for the data's own (16 for shapes, own_size for a folder). Images below
+    64 px, or of any size with `pixels`, are read once, into `cache`; for others their latents must have been computed
+    before. Pictures that were added, changed or taken away since are noticed, but not by a cache's own path: that is
+    used as it is. Under torchrun all ranks must call it, since they share the work; or one of them, with `alone`.
     """
     name = str(name)
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise UserError(f"split {split}: train or test")
     if name == "shapes":
         first, count = (0, 50_000) if split == "train" else (2**32, 10_000)
@@ -476,24 +552,24 @@ def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken
     if not path.is_dir():
         raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
     if (path / split / "cache.json").exists():
-        return open_cache(path / split, name, split, {"img_size": img_size} if img_size else {})
-    img_size = img_size or own_size(path, split)
-    folder = default_cache(path, img_size, cache) / split
-    complete = read_meta(folder).get("complete", False)
-    if img_size < PIXEL_LIMIT:
-        classes, files, labels = list_images(path, split)
-        wanted = cache_settings(path, split, img_size, files)
-        if not complete:
-            build_cache(folder, wanted, classes, files, labels, lambda images: images, (3, img_size, img_size),
-                        np.uint8, batch=1024, skip_broken=skip_broken, alone=alone)
-            if dist.is_initialized() and not alone:
-                dist.barrier()  # the other ranks' rows
-    elif complete:  # made by whatever VAE; the files are not listed again, on ImageNet that takes minutes
-        wanted = {"source": str(split_folder(path, split).resolve()), "img_size": img_size}
-    else:
-        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: python data.py --data "
-                        f"{name} --vae {PUBLIC['kl16'][1]} --img_size {img_size} --split {split}")
-    return open_cache(folder, name, split, wanted)
+        return open_cache(path / split, name, split, img_size)
+    img_size = img_size or own_size(path, split, pixels)
+    pixels = pixels or img_size < PIXEL_LIMIT
+    folder = default_cache(path, img_size, pixels, cache) / split
+    build = ["--data", name, "--split", split, "--img_size", img_size]
+    build += ["--pixels"] if pixels else ["--vae", PUBLIC["kl16"][1]]
+    if not pixels and not read_meta(folder):
+        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {command(*build)}; "
+                        "or use them as pixels (--pixels)")
+    listing = make_listing(split_folder(path, split))
+    if pixels:
+        build_cache(folder, {"kind": "images", "img_size": img_size}, listing, lambda file: read_image(file, img_size),
+                    lambda images: images, 1024, f"{command(*build, '--skip_broken')} leaves it out, or remove it",
+                    skip_broken, alone)
+        if dist.is_initialized() and not alone:
+            dist.barrier()  # the other ranks' rows
+    return open_cache(folder, name, split, None, listing,
+                      f"{command(*build)} goes on with it; --data {folder.parent} uses it as it was built")
 
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -514,8 +590,8 @@ def open_cifar10(split, img_size=None, root="data"):
             raise UserError(f"{folder / file}: missing or not of 30,730,000 bytes; delete {folder} and run "
                             "python data.py --get cifar10")
         parts.append(np.fromfile(folder / file, np.uint8).reshape(10_000, 3073))
-    records = np.concatenate(parts)                                                      # (N,3073)
-    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)
+    records = np.concatenate(parts)  # (N, 3073)
+    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3, 32, 32)
     return Data("cifar10", split, CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
 
 
@@ -523,12 +599,14 @@ def unpack_cifar10(root):
     """Unpack the official binary archive in `root`, after its md5 and its members were checked; UserError otherwise."""
     archive = root / "cifar-10-binary.tar.gz"
     if not archive.is_file():
-        raise UserError(f"no CIFAR-10 in {root}: run python data.py --get cifar10")
+        python = [name for name in ("cifar-10-batches-py", "cifar-10-python.tar.gz") if (root / name).exists()]
+        raise UserError(f"no CIFAR-10 in {root}: run python data.py --get cifar10" + (
+            f" ({python[0]} is its Python version, a pickle, which can run code: it is not read)" if python else ""))
     if file_hash(archive, "md5") != CIFAR10_MD5:
         raise UserError(f"{archive}: wrong checksum, damaged; delete it and run python data.py --get cifar10")
     part = root / f"cifar-10.{os.getpid()}"  # a folder of one's own, so that ranks can unpack at the same time
     try:
-        with writing(root), tarfile.open(archive) as tar:
+        with tarfile.open(archive) as tar:
             tar.extractall(part, filter="data")  # the filter refuses links and paths that leave the folder
         with contextlib.suppress(OSError):  # another rank was first
             os.rename(part / "cifar-10-batches-bin", root / "cifar-10-batches-bin")
@@ -563,7 +641,38 @@ def train_indices(n, batch, step, seed, rank=0, world=1):
     flips = np.random.default_rng([seed, step, 1]).random(batch) < 0.5  # of the whole batch, whatever world is
     return indices, flips[rank * share:(rank + 1) * share]
 
-# ---------------------------------------------------------------------------------------------- the KL-16 VAE
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words for classes
+
+IMAGENET_NAMES = Path(__file__).parent / "assets" / "imagenet_class_names.json"  # 1,000, in label order
+
+
+def read_class_names(path=None, own=None):
+    """Words for classes, in label order: those in the file `path` if given, else a data set's `own` names, else
+    ImageNet's (also when its own are ImageNet's folders, n01440764 and so on, which no text encoder knows)."""
+    if path is None and own and not re.fullmatch(r"n\d{8}", own[0]):
+        return own
+    path = path or IMAGENET_NAMES
+    try:
+        text = Path(path).read_text("utf-8-sig")  # some editors of Windows begin a file by a mark
+        names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
+        if isinstance(names, dict):  # {"0": "tench", ...}
+            names = [names[str(k)] for k in range(len(names))]
+        names = [name if isinstance(name, str) else name[-1] for name in names]  # ["n01440764", "tench"]
+        names = [re.sub(r"^n\d{8}\s+", "", name.strip()) for name in names]  # "n01440764 tench"
+        if not names or not all(names):  # an empty line would shift all that follow
+            raise ValueError(f"name {names.index('') if names else 0} is empty")
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path} holds no class names ({error}): wanted are a name a line, a JSON list, or JSON "
+                        '{"0": "tench", ...} or {"0": ["n01440764", "tench"], ...}') from None
+    if own and len(own) != len(names):
+        raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The KL-16 VAE
 # Module names are those of the public file (LTH14/mar models/vae.py), so its weights load without a table of renames.
 
 CHANNELS = (128, 128, 256, 256, 512)  # a level: full size, 1/2, 1/4, 1/8, 1/16
@@ -574,7 +683,7 @@ def norm(channels):
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3 x 3 convolution, twice, beside a shortcut. (B,c_in,h,w) -> (B,c_out,h,w)."""
+    """GroupNorm, SiLU, 3 x 3 convolution, twice, beside a shortcut. (B, c_in, h, w) -> (B, c_out, h, w)."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -599,8 +708,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B,c,h,w) -> (B,h*w,c)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)         # -> (B,c,h,w)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, h*w, c)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)  # (B, c, h, w)
         return x + self.proj_out(h)
 
 
@@ -609,7 +718,7 @@ def middle(c):
 
 
 class Encoder(nn.Module):
-    """(B,3,H,W) -> (B,32,H/16,W/16). Attention only at the deepest level: elsewhere H*W positions are too many."""
+    """(B, 3, H, W) -> (B, 32, H/16, W/16). Attention at the deepest level only: elsewhere H*W is too many."""
 
     def __init__(self):
         super().__init__()
@@ -626,21 +735,21 @@ class Encoder(nn.Module):
         self.mid, self.norm_out, self.conv_out = middle(c), norm(c), nn.Conv2d(c, 32, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)                                                              # (B,128,H,W)
+        h = self.conv_in(x)  # (B, 128, H, W)
         for stage in self.down:
             for i, block in enumerate(stage["block"]):
                 h = block(h)
                 if len(stage["attn"]):
                     h = stage["attn"][i](h)
             if "downsample" in stage:
-                h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))                  # half; padded right and below
+                h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # half; padded right and below
         for layer in self.mid.values():
             h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))                                   # (B,32,H/16,W/16)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 32, H/16, W/16)
 
 
 class Decoder(nn.Module):
-    """(B,16,h,w) -> (B,3,16h,16w). A block a level more than the encoder, and no attention on the way up."""
+    """(B, 16, h, w) -> (B, 3, 16h, 16w). A block a level more than the encoder, and no attention on the way up."""
 
     def __init__(self):
         super().__init__()
@@ -657,7 +766,7 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)                                                              # (B,512,h,w)
+        h = self.conv_in(z)  # (B, 512, h, w)
         for layer in self.mid.values():
             h = layer(h)
         for stage in reversed(self.up):
@@ -665,7 +774,7 @@ class Decoder(nn.Module):
                 h = block(h)
             if "upsample" in stage:
                 h = stage["upsample"]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h)))                                   # (B,3,16h,16w)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, 16h, 16w)
 
 
 class KLVAE(nn.Module):
@@ -678,11 +787,11 @@ class KLVAE(nn.Module):
 
     @torch.no_grad()
     def moments(self, images):
-        """(B,3,H,W) in [-1,1] -> (B,32,H/16,W/16): 16 means, then 16 log-variances, not scaled."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 32, H/16, W/16): 16 means, then 16 log-variances, not scaled."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, latents):
-        """(B,16,h,w), divided by LATENT_SCALE already -> (B,3,16h,16w), about [-1,1]. Differentiable, for rl.py."""
+        """(B, 16, h, w), divided by LATENT_SCALE already -> (B, 3, 16h, 16w). Differentiable, for rl.py."""
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -697,7 +806,8 @@ def load_vae(path):
     return fill_model(KLVAE, state, path)
 
 
-# ---------------------------------------------------------------------------------------------- downloads
+# ----------------------------------------------------------------------------------------------------------------------
+# Public files
 
 # Each can be fetched by hand from its url and put into its place; the same command then verifies it.
 # name: (url, place, bytes (about, unless there is a checksum), checksum as published). A checksum shorter than its hash
@@ -791,20 +901,17 @@ def get(names, folder="."):
         print(f"{name}: {url}\n  -> {path}; {f'{size / 2**20:,.0f} MiB' if size else 'size not published'}; {checksum}"
               f"{f'not published, will be noted in {note}' if checksum.endswith(':') else ''}", flush=True)
         if not path.exists():  # else only verify: it may have been put there by hand
-            with writing(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             fetch(name, url, part)
             try:
                 verify(name, part, note, size, checksum)
             except UserError:
                 part.unlink()  # going on from damaged bytes would never end well
                 raise
-            with writing(path):
-                os.replace(part, path)  # only now does the name say that the file is whole
+            os.replace(part, path)  # only now does the name say that the file is whole
         sha256 = verify(name, path, note, size, checksum)
         if not note.exists():  # else it says the same, and may be read-only
-            with writing(note):
-                note.write_text(f"{sha256}  {path.name}\n")
+            note.write_text(f"{sha256}  {path.name}\n")
         print(f"  is there, sha256 {sha256}", flush=True)
 
 
@@ -903,38 +1010,49 @@ def setup(device="auto"):
     return torch.device(device), rank, world
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
 
-
-def build_latents(args, device):
+def build_latents(args, source, advice, device):
     """python data.py --data PATH --vae FILE: both flips of every image as VAE moments."""
     vae = load_vae(args.vae).to(device)
-    classes, files, labels = list_images(args.data, args.split)
-    side = args.img_size // 16
-    out = Path(args.out or default_cache(args.data, args.img_size)) / args.split
 
     def encode(images):
         # both flips: the VAE is not exactly symmetric, so mirrored latents are not the latents of the mirror image
-        x = torch.from_numpy(images).to(device).float() / 127.5 - 1                      # (n,3,S,S), bytes travel
-        moments = vae.moments(torch.cat([x, x.flip(-1)]))                                # (2n,32,h,w)
-        return moments.unflatten(0, (2, -1)).transpose(0, 1).half().cpu().numpy()        # (n,2,32,h,w): [i, flip]
+        x = torch.from_numpy(images).to(device).float() / 127.5 - 1  # (n, 3, S, S); bytes travel
+        moments = vae.moments(torch.cat([x, x.flip(-1)]))  # (2n, 32, h, w)
+        return moments.unflatten(0, (2, -1)).transpose(0, 1).half().cpu().numpy()  # (n, 2, 32, h, w): [i, flip]
 
-    settings = cache_settings(args.data, args.split, args.img_size, files, file_hash(args.vae)[:16])
-    shape = (2, 32, side, side)
-    build_cache(out, settings, classes, files, labels, encode, shape, np.float16, args.batch, args.skip_broken)
+    settings = {"kind": "moments", "img_size": args.img_size, "vae_sha256": file_hash(args.vae)[:16]}
+    out = Path(args.out or default_cache(args.data, args.img_size, False)) / args.split
+    build_cache(out, settings, make_listing(source), lambda file: read_image(file, args.img_size), encode,
+                args.batch, advice, args.skip_broken)
+
+
+def take_moments(args, advice):
+    """python data.py --data NPZ_FOLDER: the latents of MAR's main_cache.py become a cache like any other."""
+    listing = make_listing(args.data, {".npz"})
+    side = read_moments(listing.files[0]).shape[-1]
+    out = Path(args.out or default_cache(args.data, 16 * side, False)) / args.split
+    build_cache(out, {"kind": "moments", "img_size": 16 * side}, listing, lambda file: read_moments(file, side),
+                lambda moments: moments, args.batch, advice, args.skip_broken)
+    say(f"train on it by --data {out.parent}")
 
 
 def main(argv=None):
     """Download what --get names, or build the cache of --data; UserError before anything long."""
     parser = Parser("Build the cache of an image folder, or download public files.")
-    parser.add_argument("--data", help="image folder with train/<class>/*")
+    # the cache
+    parser.add_argument("--data", help="image folder with train/<class>/*, or MAR's latents, <class>/*.npz")
+    parser.add_argument("--split", choices=list(SPLITS), default="train", help="test reads test, val or validation")
     parser.add_argument("--vae", help="KL-16 VAE file (--get kl16); needed from 64 px on")
     parser.add_argument("--img_size", type=int, help="px a side; default 256, or what small images have")
-    parser.add_argument("--split", choices=["train", "test"], default="train", help="test reads PATH/test or PATH/val")
+    parser.add_argument("--pixels", action="store_true", help="use images of 64 px and more as pixels, not as latents")
     parser.add_argument("--out", help="folder of a latent cache; default out/cache/<name>-<size>-latents")
-    parser.add_argument("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     parser.add_argument("--skip_broken", action="store_true", help="name and leave out images that cannot be decoded")
+    parser.add_argument("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    # downloads
     parser.add_argument("--get", nargs="+", default=[], metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
     parser.add_argument("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = parser.parse_args(argv)
@@ -946,16 +1064,23 @@ def main(argv=None):
         return
     if not Path(args.data).is_dir():
         raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
-    args.img_size = args.img_size or own_size(args.data, args.split)
     device, _, _ = setup(args.device)
-    if args.img_size < PIXEL_LIMIT:
+    words = sys.argv[1:] if argv is None else argv
+    advice = f"{command(*words, '--skip_broken')} leaves it out, or remove it"
+    if next(Path(args.data).glob("*/*.npz"), None):  # what main_cache.py writes
+        if args.vae or args.img_size or args.pixels:
+            raise UserError(f"--data {args.data} holds latents: no --vae, no --img_size, no --pixels")
+        return take_moments(args, advice)
+    source = split_folder(args.data, args.split)
+    args.img_size = args.img_size or own_size(args.data, args.split, args.pixels)
+    if args.pixels or args.img_size < PIXEL_LIMIT:
         if args.vae or args.out:
-            raise UserError(f"--img_size {args.img_size}: below {PIXEL_LIMIT} px pixels are used: no --vae, no --out")
-        open_data(args.data, args.split, args.img_size, skip_broken=args.skip_broken)
+            raise UserError(f"--img_size {args.img_size}: used as pixels: no --vae, no --out")
+        open_data(args.data, args.split, args.img_size, skip_broken=args.skip_broken, pixels=args.pixels)
     elif not args.vae or args.img_size % 16:
         raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
     else:
-        build_latents(args, device)
+        build_latents(args, source, advice, device)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ import argparse
 import atexit
 import contextlib
 import copy
+import errno
 import functools
 import http.server
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -1493,11 +1495,28 @@ def test_adm_crop():
         assert data.adm_crop(Image.new("RGB", size), 16).size == (16, 16)
 
 
+def test_every_picture_that_pillow_knows_is_read_as_it_is_stored():
+    with scratch() as tmp:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored lying: a viewer turns it to the right
+        image = Image.new("RGB", (16, 16), "blue")
+        image.paste("red", (0, 0, 4, 16))
+        image.save(tmp / "phone.png", exif=exif)
+        lying, upright = (data.read_image(tmp / "phone.png", 16, upright) for upright in (False, True))
+        assert (lying[0, :, :4] == 255).all() and (upright[0, :4] == 255).all() and upright[0].mean() == 255 / 4
+        assert {".jpg", ".jfif", ".avif", ".pgm", ".jpe", ".mpo", ".webp"} <= data.SUFFIXES
+        assert not {".h5", ".mpg", ".pdf", ".eps"} & data.SUFFIXES, "Pillow knows them, but decodes no picture"
+
+
+def build_bugs(folder, out, encode=lambda images: images, batch=3):
+    """The cache that open_data makes of an image folder of 8 px, in `out`."""
+    data.build_cache(out, {"kind": "images", "img_size": 8}, data.make_listing(folder / "train"),
+                     lambda file: data.read_image(file, 8), encode, batch, "advice")
+
+
 def test_a_stopped_cache_goes_on():
     with scratch() as tmp:
         folder = make_folder(tmp / "bugs", each=10)
-        classes, files, labels = data.list_images(folder, "train")
-        settings = data.cache_settings(folder, "train", 8, files)
         seen = []
 
         def encode(images, stop_after=None):
@@ -1506,21 +1525,93 @@ def test_a_stopped_cache_goes_on():
             seen.append(len(images))
             return images
 
-        build = lambda out, encode: data.build_cache(out, settings, classes, files, labels, encode, (3, 8, 8),
-                                                     np.uint8, 3)
-        build(tmp / "whole", encode)
-        seen.clear()
+        with mock.patch("os.link", side_effect=PermissionError):  # exFAT and some network disks have no hard links
+            build_bugs(folder, tmp / "whole")
         try:
-            build(tmp / "parts", lambda images: encode(images, 4))
+            build_bugs(folder, tmp / "parts", lambda images: encode(images, 4))
             raise AssertionError("was to be stopped")
         except KeyboardInterrupt:
             pass
-        refused(lambda: data.open_cache(tmp / "parts", "parts", "train", {}), "not finished")
+        refused(lambda: data.open_cache(tmp / "parts", "parts", "train"), "8 of 20", "not finished")
         seen.clear()
-        build(tmp / "parts", encode)
+        build_bugs(folder, tmp / "parts", encode)
         assert sum(seen) == 20 - 4 * 3, "what was done is not done again"
-        for name in ("images.npy", "labels.npy"):
+        for name in ("images.npy", "labels.npy", "keys.npy"):
             assert (tmp / "whole" / name).read_bytes() == (tmp / "parts" / name).read_bytes()
+
+
+def build_bugs_and_stop(folder, out, stop):
+    """build_bugs, killed at the `stop`-th file that making or growing the cache changes. -> whether it was killed."""
+    calls = []
+
+    def killed(real):
+        def call(*args, **kwargs):
+            calls.append(real)
+            if len(calls) > stop:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+        return call
+
+    try:
+        with (mock.patch.object(data, "lengthen", killed(data.lengthen)),
+              mock.patch.object(data, "replacing", killed(data.replacing)),
+              mock.patch.object(data, "write_json", killed(data.write_json))):
+            build_bugs(folder, out)
+        return False
+    except KeyboardInterrupt:
+        return True
+
+
+def test_a_cache_that_is_killed_while_it_is_made_or_grows_goes_on():
+    with scratch() as tmp:
+        for stop in range(6):
+            folder, out = make_folder(tmp / f"bugs{stop}"), tmp / f"cache{stop}"
+            assert build_bugs_and_stop(folder, out, stop) == (stop < 4)
+            build_bugs(folder, out)
+            (folder / "train/ant/1.png").unlink()
+            (folder / "train/aunt").mkdir()
+            for i in range(3):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"train/aunt/{i}.png")
+            assert build_bugs_and_stop(folder, out, stop) == (stop < 5)
+            if 0 < stop < 5:
+                refused(lambda: data.open_cache(out, "bugs", "train"), "not finished")
+            build_bugs(folder, out)
+            listing = data.make_listing(folder / "train")
+            for known in (listing, None):
+                built = data.open_cache(out, "bugs", "train", listing=known)
+                assert sorted(built.labels) == [0, 0, 1, 1, 1, 2, 2, 2] and built.class_names == ["ant", "aunt", "bee"]
+                wanted = {data.read_image(file, 8).tobytes(): label for file, label in zip(*listing[2:4])}
+                images = built.images(np.arange(8)).numpy()
+                assert all(wanted[image.tobytes()] == label for image, label in zip(images, built.labels))
+
+
+def test_a_cache_follows_its_pictures():
+    with scratch() as tmp:
+        folder = make_folder(tmp / "bugs", each=6)
+        paint = lambda value: [Image.new("RGB", (8, 8), (value,) * 3).save(file) for file in folder.glob("train/*/*")]
+        paint(10)
+        (folder / "train/ant/0.png").write_bytes(b"not a picture")
+        mean = lambda some: some.images(np.arange(len(some))).float().mean().item()
+        first = data.open_data(folder, cache=tmp / "cache", skip_broken=True)
+        assert (len(first), mean(first)) == (11, 10)
+        paint(200)  # the broken one is mended, all others are exported anew under their names
+        second = data.open_data(folder, cache=tmp / "cache")
+        assert (len(second), mean(second)) == (12, 200) and mean(first) == 10, "who had it open reads on undisturbed"
+        make_folder(folder / "more", classes=("aphid",), each=2)
+        (folder / "more/train/aphid").rename(folder / "train/aphid")  # a class, second of three
+        (folder / "train/bee/3.png").unlink()
+        third, fresh = (data.open_data(folder, cache=tmp / name) for name in ("cache", "fresh"))
+        assert third.class_names == ["ant", "aphid", "bee"] and third.labels.tolist() == [0] * 6 + [1] * 2 + [2] * 5
+        assert torch.equal(third.images(np.arange(13)), fresh.images(np.arange(13))), "as a cache built anew"
+        assert len(data.open_data(tmp / "cache/bugs-8")) == 13, "by its own path too"
+        image = folder / "train/bee/4.png"  # another picture of the same length
+        image.write_bytes(image.read_bytes()[:-30] + bytes(30))
+        refused(lambda: data.open_data(folder, cache=tmp / "cache"), "bee/4.png", "broken")
+        other = make_folder(tmp / "other/bugs")
+        refused(lambda: data.open_data(other, cache=tmp / "cache"), "source", "rename")
+        shutil.rmtree(tmp / "other"), image.unlink()
+        folder = folder.rename(tmp / "moved").rename(tmp / "bugs")  # as a whole: nothing is read again
+        assert len(data.open_data(folder, cache=tmp / "cache")) == 12
 
 
 def test_bad_image_folders_are_refused():
@@ -1528,7 +1619,8 @@ def test_bad_image_folders_are_refused():
         cache = tmp / "cache"
         refused(lambda: data.open_data(tmp / "nowhere"), "nowhere", "no such folder")
         (tmp / "empty").mkdir()
-        refused(lambda: data.open_data(tmp / "empty"), "train")
+        refused(lambda: data.open_data(tmp / "empty"), "'train'")
+        refused(lambda: data.open_data(tmp / "empty", "test"), "'test' or 'val' or 'validation'")
         (tmp / "empty/train/ant").mkdir(parents=True)
         refused(lambda: data.open_data(tmp / "empty"), "no images")
         folder = make_folder(tmp / "bugs")
@@ -1545,11 +1637,77 @@ def test_bad_image_folders_are_refused():
         assert torch.equal(kept.images([1])[0], torch.from_numpy(data.read_image(folder / "train/ant/2.png", 8).copy()))
         assert data.is_small(folder) and data.is_small(cache / "bugs-8")  # a cache by its own path
         (folder / "train/bee/0.png").unlink()
-        refused(lambda: data.open_data(folder, cache=cache), "other settings", "count 6, wanted 5")
+        assert len(data.open_data(folder, cache=cache)) == 4  # the broken one stays left out
         refused(lambda: data.open_data(cache / "bugs-8", img_size=16), "img_size 8, wanted 16")
         for content in (b"short", b""):
             (cache / "bugs-8/train/images.npy").write_bytes(content)
             refused(lambda: data.open_data(cache / "bugs-8"), "damaged")
+
+
+def test_folders_are_read_as_people_keep_them():
+    with scratch() as tmp:
+        pool = make_folder(tmp / "pool", classes=("ant", "bee", "wasp"), each=2)
+        train, picture = tmp / "set/train", pool / "train/ant/0.png"
+        (train / "ant/images").mkdir(parents=True)  # Tiny ImageNet's <class>/images/*
+        (train / "bee").symlink_to(pool / "train/bee")
+        (train / "ant/back").symlink_to(train)
+        (train / "ant/images/loop").symlink_to("loop")
+        for name in ("images/a.PNG", "b.jfif", "._b.jfif", "c.txt", "c", ".DS_Store", "d.avif", "../loose.png"):
+            shutil.copy(picture, train / "ant" / name)
+        os.makedirs(os.fsencode(train) + b"/caf\xe9/part")  # Latin-1, of an old archive
+        shutil.copy(picture, os.fsencode(train) + b"/caf\xe9/part/\xe9t\xe9.png")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            classes, files, labels = data.find_images(train)
+        assert classes == ["ant", "bee", "caf\udce9"] and labels.tolist() == [0, 0, 0, 1, 1, 2]
+        assert [Path(file).name for file in files[:5]] == ["b.jfif", "d.avif", "a.PNG", "0.png", "1.png"]
+        assert said.getvalue().count("\n") == 1 and "passed over" in said.getvalue(), said.getvalue()
+        for words in ("2 hidden", "1 .txt", "1 without a suffix", "1 links back up", "1 links to nothing",
+                      "1 in no class folder"):
+            assert words in said.getvalue(), said.getvalue()
+        some = data.open_data(tmp / "set", cache=tmp / "cache")
+        assert (len(some), some.class_names) == (6, classes)
+        assert data.open_data(tmp / "cache/set-8").class_names == classes
+        (tmp / "set/validation").symlink_to(pool / "train")
+        assert data.open_data(tmp / "set", "test", cache=tmp / "cache").class_names == ["ant", "bee", "wasp"]
+        assert data.find_images(pool / "train/bee")[0] == [""], "pictures alone are of one class without a name"
+        (tmp / "flat").mkdir()
+        (tmp / "flat/train").symlink_to(pool / "train/bee")
+        refused(lambda: data.open_data(tmp / "flat", cache=tmp / "cache"), "no class folder")
+        for rank, lines in (("0", 1), ("1", 0)):
+            said = run("-c", "import sys, data; data.find_images(sys.argv[1])", train, RANK=rank)
+            assert said.returncode == 0 and said.stdout.count("passed over") == lines, said
+
+
+def test_images_of_64_px_are_pixels_when_told_so():
+    with scratch() as tmp:
+        folder = make_folder(tmp / "bugs", size=(70, 64))
+        refused(lambda: data.open_data(folder, cache=tmp / "cache"), "256 px")
+        some = data.open_data(folder, cache=tmp / "cache", pixels=True)
+        assert (some.img_size, some.pixels) == (64, True) and some.images([0]).shape == (1, 3, 64, 64)
+        assert not data.is_small(folder) and data.is_small(tmp / "cache/bugs-64")
+        with mock.patch.object(data, "default_cache", lambda path, size, pixels, *_: tmp / f"built-{size}-{pixels}"):
+            data.main(["--data", str(folder), "--pixels", "--img_size", "32", "--device", "cpu"])
+        assert data.open_data(tmp / "built-32-True").images([0]).shape == (1, 3, 32, 32)
+
+
+def test_the_advice_about_a_broken_image_helps():
+    with scratch() as tmp, mock.patch.object(data, "default_cache", lambda path, size, *_: tmp / f"cache {size}"):
+        folder = make_folder(tmp / "my bugs", size=(40, 32))
+        make_folder(folder, size=(30, 20), split="test")
+        (folder / "test/ant/0.png").write_bytes(b"")
+        said = refused(lambda: data.open_data(folder, "test", 32), "test/ant/0.png", "broken", "--skip_broken")
+        words = shlex.split(said.split("python data.py ")[1].split(" leaves it out")[0])
+        data.main([*words, "--device", "cpu"])
+        assert len(data.open_data(folder, "test", 32)) == 5
+        with mock.patch.object(Image, "open", side_effect=OSError(errno.EIO, "Input/output error")):
+            for skip in (False, True):  # a disk that fails now does not make a picture broken for ever
+                try:
+                    data.open_data(folder, "train", 32, skip_broken=skip)
+                    raise AssertionError("accepted")
+                except OSError as error:
+                    assert error.errno == errno.EIO
+        assert len(data.open_data(folder, "train", 32)) == 6
 
 
 def test_a_damaged_cache_is_not_believed():
@@ -1560,8 +1718,6 @@ def test_a_damaged_cache_is_not_believed():
             built = data.open_data(folder, cache=tmp / "cache")
             assert len(built) == 6
             here = tmp / "cache/bugs-8/train"
-            meta = json.loads((here / "cache.json").read_text())
-            (here / "cache.json").write_text(json.dumps({**meta, "complete": False}))
             (here / name).unlink() if content is None else (here / name).write_bytes(content)
             refused(lambda: data.open_data(folder, cache=tmp / "cache"), "damaged")
             shutil.rmtree(here)
@@ -1570,6 +1726,8 @@ def test_a_damaged_cache_is_not_believed():
 def test_cifar10_binary_files():
     with scratch() as tmp:
         refused(lambda: data.open_cifar10("train", root=tmp), "--get cifar10")
+        (tmp / "cifar-10-batches-py").mkdir()
+        refused(lambda: data.open_cifar10("train", root=tmp), "--get cifar10", "cifar-10-batches-py", "pickle")
         (tmp / "cifar-10-binary.tar.gz").write_bytes(b"half a download")
         refused(lambda: data.open_cifar10("train", root=tmp), "wrong checksum")
         records = np.zeros((10_000, 3073), np.uint8)
@@ -1648,13 +1806,92 @@ def test_latent_cache_by_command():
         refused(lambda: data.main([str(word) for word in command[1:]]), "img_size 64, wanted 128")
 
 
+class StubVAE(torch.nn.Module):
+    """Averages in place of the encoder."""
+    def moments(self, x):
+        return torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
+
+
+def test_latents_are_computed_again_only_for_pictures_that_changed():
+    with scratch() as tmp, mock.patch.object(data, "default_cache", lambda path, size, *_: tmp / f"lat-{size}"):
+        folder = make_folder(tmp / "bugs", size=(64, 64))
+        (tmp / "vae").write_bytes(b"x")
+        build = ["--data", str(folder), "--vae", str(tmp / "vae"), "--img_size", "64", "--device", "cpu"]
+        with mock.patch.object(data, "load_vae", lambda path: StubVAE()):
+            (folder / "train/bee/2.png").write_bytes(b"")
+            refused(lambda: data.main(build), "bee/2.png", "broken", "--img_size 64 --device cpu --skip_broken")
+            (folder / "train/bee/2.png").unlink()  # the other way to go on
+            data.main(build)
+            whole = data.open_data(folder, img_size=64)
+            assert len(whole) == 5
+            Image.new("RGB", (64, 64), "red").save(folder / "train/ant/1.png")  # one changes, one goes, one comes
+            (folder / "train/ant/0.png").unlink()
+            shutil.copy(folder / "train/bee/0.png", folder / "train/ant/9.png")
+            refused(lambda: data.open_data(folder, img_size=64), "2 of 5 pictures", "python data.py --data", str(tmp))
+            assert len(data.open_data(tmp / "lat-64")) == 5, "by its own path it is what it was"
+            with mock.patch.object(data, "read_image", side_effect=data.read_image) as reads:
+                data.main(build)
+            assert reads.call_count == 2, "hours of encoding are not lost"
+        after = data.open_data(folder, img_size=64)
+        read = lambda some, i: some.read(np.array([i]), np.array([0]))
+        assert len(after) == 5 and torch.equal(read(after, 3), read(whole, 3))
+        assert (read(after, 0)[0, :3, 0, 0] == torch.tensor([1, -1, -1])).all()
+        assert torch.equal(read(after, 2), read(after, 3)) and after.labels.tolist() == [0, 0, 0, 1, 1]
+        (folder / "train/ant/9.png").unlink()  # nothing to encode: opened at once
+        assert len(data.open_data(folder, img_size=64)) == 4
+
+
+def test_the_latents_of_mars_main_cache_become_a_cache():
+    with scratch() as tmp:
+        rng, want = np.random.default_rng(0), []
+        for name in ("n01440764", "n01443537"):
+            (tmp / "npz" / name).mkdir(parents=True)
+            for i in range(2):
+                pair = rng.normal(size=(2, 32, 4, 4)).astype(np.float32)
+                np.savez(tmp / f"npz/{name}/{i}.JPEG.npz", moments=pair[0], moments_flip=pair[1])
+                want.append(pair.astype(np.float16))
+        refused(lambda: data.open_data(tmp / "npz"), f"python data.py --data {tmp / 'npz'}")
+        (tmp / "npz/n01440764/cut.npz").write_bytes(b"PK")
+        command = ["--data", str(tmp / "npz"), "--out", str(tmp / "lat"), "--device", "cpu"]
+        refused(lambda: data.main(command), "cut.npz", "--skip_broken")
+        np.savez(tmp / "npz/n01440764/cut.npz", moments=pair[0] * np.nan, moments_flip=pair[1])
+        refused(lambda: data.main(command), "cut.npz", "finite")
+        np.savez(tmp / "npz/n01440764/cut.npz", moments=np.zeros((32, 8, 8)), moments_flip=np.zeros((32, 8, 8)))
+        refused(lambda: data.main(command), "cut.npz", "(2, 32, 8, 8)")
+        data.main([*command, "--skip_broken"])
+        latents = data.open_data(tmp / "lat")
+        assert (latents.img_size, latents.pixels, latents.labels.tolist()) == (64, False, [0, 0, 1, 1])
+        for flip in (0, 1):
+            assert (latents.read(np.arange(4), np.full(4, flip)).numpy() == np.stack(want)[:, flip]).all()
+        refused(lambda: data.main([*command, "--vae", "x"]), "no --vae")
+
+
+def test_class_names_are_read_as_people_write_them():
+    with scratch() as tmp:
+        for text in ('["tench", "shark"]', "tench\nshark\n", "\ufefftench\r\nshark", '{"1": "shark", "0": "tench"}',
+                     '{"0": ["n01440764", "tench"], "1": ["n01484850", "shark"]}', "n01440764 tench\nn01484850 shark",
+                     '[["n01440764", "tench"], ["n01484850", "shark"]]'):
+            (tmp / "names").write_bytes(text.encode())
+            assert data.read_class_names(tmp / "names", ["a", "b"]) == ["tench", "shark"], text
+        for text in ("", "tench\n\nshark", '["a", ""]', '{"1": "tench", "2": "shark"}', "[1, 2]", "{0: 'tench'}",
+                     "[[]]"):
+            (tmp / "names").write_text(text)
+            refused(lambda: data.read_class_names(tmp / "names"), "names", "class names")
+        (tmp / "names").write_bytes(b"\xff\xfet\0")  # UTF-16
+        refused(lambda: data.read_class_names(tmp / "names"), "class names")
+
+
 def test_data_commands_refuse_bad_input():
     done = run("data.py", "--data", "nowhere", "--vae", "x")
     assert done.returncode == 2 and "no such folder" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     for line, words in [("", "nothing to do"), ("--get mar_tiny", "unknown"), ("--data . --img_size 0", "at least 1"),
-                        ("--data . --img_size 256", "--vae"), ("--data . --img_size 40 --vae x", "64"),
-                        ("--data . --img_size 72 --vae x", "16"), ("--dat x", "--dat")]:
+                        ("--data . --img_size 256", "no folder 'train'"), ("--dat x", "--dat")]:
         refused(lambda: data.main(line.split()), words)
+    with scratch() as tmp:
+        folder = str(make_folder(tmp / "bugs"))
+        for line, words in [("--img_size 256", "--vae"), ("--img_size 40 --vae x", "no --vae"),
+                            ("--img_size 72 --vae x", "16"), ("--pixels --img_size 64 --out x", "no --out")]:
+            refused(lambda: data.main(["--data", folder, *line.split()]), words)
 
 
 class FlakyServer(http.server.BaseHTTPRequestHandler):
