@@ -33,7 +33,7 @@ import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
@@ -233,9 +233,11 @@ def adm_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, size):
-    """-> uint8 array (3,size,size); UserError naming the file when it cannot be decoded."""
+def read_image(path, size, upright=False):
+    """-> uint8 array (3,size,size); UserError naming the file when it cannot be decoded. upright: turned as EXIF says,
+    which ADM and MAR do not do for training pictures."""
     with decoding(path), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image) if upright else image
         return np.array(adm_crop(to_rgb(image), size)).transpose(2, 0, 1)                # HWC -> CHW
 
 

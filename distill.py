@@ -37,7 +37,7 @@ from fid import feature_statistics, judge, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
                    image_keys, load_mar, mask_counts, read_checkpoint, replacing, save_checkpoint, take, token_orders,
                    uniform, write_json)
-from sample import draw_together, matrix_rate, save_grid
+from sample import draw_together, save_grid
 
 # Which random number is for what (see model.py: noise is a function of picture, purpose, token, channel)
 TEACHER_T, TEACHER_EPS, DROP, NOISE, CRITIC_T, CRITIC_EPS, STUDENT_T, STUDENT_EPS = (TRAIN + 64 * i for i in range(8))
@@ -436,7 +436,7 @@ def train_teacher(args, config, data, device, rank, world, resumed):
     if args.compile:
         compile_blocks(model)
     gradients = Gradients(model)
-    flops, rate = plan(config, args, world, device, "teacher")["flops"], matrix_rate(device) * world
+    flops, rate = plan(config, args, world, device, "teacher")["flops"], 1.0
     bad, clock, clock_step, stop = torch.tensor(NEVER, device=device), time.time(), start, on_sigterm()
     bar = tqdm(range(start, args.teacher_steps), initial=start, total=args.teacher_steps, desc="teacher", unit="step",
                disable=rank > 0 or None, mininterval=1)
@@ -519,7 +519,7 @@ def distil(args, data, teacher, device, rank, world, watch, resumed):
     if args.compile:
         compile_blocks(student, critic, teacher)
     gradients, critic_gradients = Gradients(student), Gradients(critic)
-    flops, rate = plan(teacher.config, args, world, device, "student")["flops"], matrix_rate(device) * world
+    flops, rate = plan(teacher.config, args, world, device, "student")["flops"], 1.0
     ar_steps = args.ar_steps if args.ar_steps_aware else None
     distillation_gradient = gsim_gradient if args.loss == "gsim" else vsd_gradient
     bad, clock, clock_step = torch.tensor(NEVER, device=device), time.time(), start
