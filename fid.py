@@ -1013,7 +1013,8 @@ def checkpoint_source(path, given, args, device, vae):
     what the checkpoint was made for."""
     file, model = read_checkpoint(path), load_mar(path)
     K = given["ar_steps"]
-    flags = argparse.Namespace(**{**vars(args), **given, "ckpt": path, "ar_steps": K and [K], "bench": False})
+    flags = argparse.Namespace(**{**vars(args), **given, "ckpt": path, "ar_steps": K and [K], "teacher": False,
+                                  "bench": False, "teacher_ar_steps": None})
     fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
     check_vae(model, vae)
     how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,

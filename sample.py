@@ -22,6 +22,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import sys
 import time
 import unicodedata
 import zipfile
@@ -142,11 +144,11 @@ def compile_or_refuse(*models):
 # A grid of pictures
 
 GAP, PAPER, INK = 4, (255, 255, 255), (30, 30, 30)  # px between pictures; colours of pictures' surroundings and of text
-LETTERS = 24  # of a title: more would leave no room for pictures
+LETTERS = 24  # of a row's title: more would leave no room for pictures
 
 
-def title_of(name, otherwise="?"):
-    """A name in at most LETTERS letters of Pillow's font: e for é, ? for what it lacks; `otherwise` for ? alone."""
+def title_of(name, otherwise="?", most=LETTERS):
+    """A name in at most `most` letters of Pillow's font: e for é, ? for what it lacks; `otherwise` for ? alone."""
     font = ImageFont.load_default(14)
     missing = bytes(font.getmask("\uffff"))  # the box it draws for a letter that it lacks
 
@@ -156,7 +158,7 @@ def title_of(name, otherwise="?"):
         return c if c and c.isprintable() else "?"
 
     title = "".join(map(letter, unicodedata.normalize("NFC", name)))
-    title = title if len(title) <= LETTERS else title[:LETTERS - 3] + "..."
+    title = title if len(title) <= most else title[:most - 3] + "..."
     return title if title.strip("? .") else otherwise
 
 
@@ -329,10 +331,12 @@ def save_samples(model, labels, path, rank, world, batch, **how):
 
 
 def export(model, file, path):
-    """Write a network as LTH14/mar does: "model" and "model_ema" under its names of weights. Its own loader wants no
-    more; what else is in `file` lets load_mar and this program go on knowing a student from a teacher."""
+    """Write a network as LTH14/mar does, whose loader wants "model" and "model_ema" under its names of weights.
+
+    The config, and what else a file of ours says, come along: so load_mar still knows a student from a teacher.
+    """
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
-    ours = {key: file[key] for key in ("stage", "step", "args", "class_names") if key in file and "config" in file}
+    ours = {key: file[key] for key in ("stage", "step", "args", "class_names") if "stage" in file and key in file}
     save_checkpoint({**ours, "config": asdict(model.config), "model": state, "model_ema": state}, path)
 
 
@@ -415,9 +419,9 @@ def draw_panel(pen, left, top, title, curves):
     values = [v for _, curve in curves for v in curve.values()]
     first, last, low, high = min(steps), max(steps), min(values), max(values)
     pen.rectangle([x0, y0, x1, y1], outline=INK, width=2)
-    for place, text, anchor in (((x0, top + 12), title, "la"), ((x0 - 10, y0), f"{high:.4g}", "rt"),
-                                ((x0 - 10, y1), f"{low:.4g}", "rb"), ((x0, y1 + 10), f"{first}", "la"),
-                                ((x1, y1 + 10), f"step {last}", "ra")):
+    for place, text, anchor in (((x0, top + 12), title, "la"), ((x0 - 10, y0), f"{high:.3g}", "rt"),
+                                ((x0 - 10, y1), f"{low:.3g}", "rb"), ((x0, y1 + 10), f"{first}", "la"),
+                                ((x1, y1 + 10), f"{last}", "ra")):
         pen.text(place, text, INK, font, anchor)
     for colour, curve in curves:
         points = np.array(sorted(curve.items()), float)  # (n, 2)
@@ -443,7 +447,7 @@ def save_panels(runs, out):
     pen = ImageDraw.Draw(canvas)
     for i, (title, _) in enumerate(runs):
         pen.line([(60, 40 * i + 36), (110, 40 * i + 36)], colours[i], 6)
-        pen.text((126, 40 * i + 36), title, INK, ImageFont.load_default(28), anchor="lm")
+        pen.text((126, 40 * i + 36), title_of(title, most=50), INK, ImageFont.load_default(28), anchor="lm")
     for i, key in enumerate(panels):
         curves = [(colour, run[key]) for colour, (_, run) in zip(colours, runs) if key in run]
         left, top = i % COLUMNS * PANEL[0], legend + i // COLUMNS * PANEL[1]
@@ -542,7 +546,7 @@ def fill_in(args, file, config):
 
     args: the namespace of `parse`, or one with the same names (fid.py); file: the checkpoint; config: its MARConfig.
     """
-    made = file["args"] if "config" in file else {"guidance": {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0)}
+    made = file["args"] if "stage" in file else {"guidance": {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0)}
     if file.get("stage", "teacher") != "teacher" and not args.bench:  # public files, and random weights, are teachers
         for flag in ("head_steps", "guidance"):
             if getattr(args, flag) not in (None, 1):
@@ -652,6 +656,7 @@ def main():
     if rank == 0:
         check_num_output(out) if job == "num" else check_output(out, [".gif" if job == "gif" else ".png"])
     if job == "num":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.array(classes)[np.arange(args.num) % len(classes)]
         generate = graphed(model, min(args.batch, args.num), **how) if args.graph else None
