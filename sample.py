@@ -281,10 +281,12 @@ def draw_rounds(model, labels, rank, world, batch, **how):
 
     A round ends by sending, so no shared disk is needed; the ranks wait for the slowest, but all do equal work.
     """
-    for start in range(0, len(labels), world * batch):
-        part = labels[start:start + world * batch]
-        padded = np.pad(part, (0, -len(part) % world), "edge")  # ranks get equal shares
-        yield draw_together(model, padded, rank, world, start, batch=batch, **how)[:len(part)]
+    with tqdm(total=len(labels), unit="img", disable=rank > 0) as bar:
+        for start in range(0, len(labels), world * batch):
+            part = labels[start:start + world * batch]
+            padded = np.pad(part, (0, -len(part) % world), "edge")  # ranks get equal shares
+            yield draw_together(model, padded, rank, world, start, batch=batch, **how)[:len(part)]
+            bar.update(len(part))
 
 
 def save_npz(rounds, labels, side, path):
@@ -320,14 +322,14 @@ def save_folder(rounds, labels, folder):
 
 def save_samples(model, labels, path, rank, world, batch, **how):
     """Pictures of `labels` (N,) numpy, drawn by all ranks, to an .npz or, where `path` names none, into a folder."""
-    with tqdm(total=len(labels), unit="img", disable=rank > 0) as bar:
-        rounds = draw_rounds(model, labels, rank, world, batch, progress=bar, **how)
-        if rank > 0:
-            list(map(len, rounds))  # take part in drawing and sending, write nothing
-        elif path.endswith(".npz"):
-            save_npz(rounds, labels, model.config.img_size, path)
-        else:
-            save_folder(rounds, labels, path)
+    rounds = draw_rounds(model, labels, rank, world, batch, **how)
+    if rank > 0:
+        for _ in rounds:  # take part in drawing and sending, write nothing
+            pass
+    elif path.lower().endswith(".npz"):
+        save_npz(rounds, labels, model.config.img_size, path)
+    else:
+        save_folder(rounds, labels, path)
 
 
 def export(model, file, path):
@@ -362,6 +364,8 @@ def bench(model, args, device):
     """A table of seconds an image. Student and teacher differ in head steps and guidance alone: one network is both."""
     teacher_ar_steps = args.teacher_ar_steps or args.ar_steps
     mask_counts(model.config.seq_len, max(teacher_ar_steps))  # complains when K is above the number of tokens
+    if args.compile:
+        compile_or_refuse(model)
     on_cuda = device.type == "cuda"
     print(f"{torch.cuda.get_device_name(device) if on_cuda else f'CPU, {torch.get_num_threads()} threads'}; "
           f"{'bf16 transformer, TF32 head' if on_cuda else 'float32'}{'; compiled blocks' * args.compile}"
@@ -519,7 +523,7 @@ def parse():
     if args.edit and not os.path.isfile(args.edit):
         raise UserError(f"--edit: no such file: {args.edit}")
     if len(args.ar_steps or []) > 1 and job in ("gif", "num", "edit"):
-        raise UserError(f"several --ar_steps make a grid and a table; --{job} takes one")
+        raise UserError(f"several --ar_steps make a grid; --{job} takes one")
     if job != "curves" and bool(args.ckpt) == bool(args.size):
         raise UserError("give --ckpt (a run's student.pt or teacher.pt, or a public MAR checkpoint)"
                         + " or --size, one of them" * args.bench)
@@ -627,8 +631,6 @@ def main():
         bf16_weights(model)
     elif args.graph:
         raise UserError("--graph: a CUDA graph needs a GPU: leave it out on the CPU")
-    if args.compile:
-        compile_or_refuse(model)
     if job == "bench":
         return bench(model, args, device)
     vae = load_vae(args.vae).to(device) if args.vae else None
@@ -657,6 +659,8 @@ def main():
         check_num_output(out) if job == "num" else check_output(out, [".gif" if job == "gif" else ".png"])
     if job == "num":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
+        if args.compile:
+            compile_or_refuse(model)
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.array(classes)[np.arange(args.num) % len(classes)]
         generate = graphed(model, min(args.batch, args.num), **how) if args.graph else None

@@ -55,8 +55,7 @@ from fid import load_or_train_classifier
 from model import (CHAIN, MAR, ORDERS, SIZES, START, MARConfig, UserError, alpha_sigma, bf16_weights, compile_blocks,
                    cosine_schedule, diffusion_loss, gaussian, graphed, image_keys, load_mar, read_checkpoint,
                    reveal_plan, save_checkpoint, token_orders, write_json)
-from sample import (CURVES, GAP, LETTERS, draw, image_seeds, read_log, save_grid, seconds_of, title_of, to_uint8,
-                    unmasking)
+from sample import CURVES, GAP, LETTERS, draw, read_log, save_grid, seconds_of, title_of, to_uint8, unmasking
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would drown the verdicts
 HERE = Path(__file__).resolve().parent
