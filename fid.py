@@ -683,12 +683,12 @@ def openai_clip(state, path):
 def read_clip(path):
     """The state dict of an OpenAI file, which is a TorchScript archive, or of a plain one -> (state, is plain)."""
     need_file(path, "clip")
-    plain = not (zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl")
-                                                  for name in zipfile.ZipFile(path).namelist()))
     try:
+        inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        plain = not any(name.endswith("/constants.pkl") for name in inside)
         # TorchScript's own reader, not Python's pickle; only the numbers are taken, its forward is never called
         state = read_checkpoint(path) if plain else torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError as error:
+    except (RuntimeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no whole TorchScript archive: {str(error).splitlines()[0][:100]}") from None
     return {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}, plain
 
@@ -1224,7 +1224,7 @@ def statistics_in(path, arrays):
     mu, sigma = (np.asarray(arrays[k], np.float64) for k in ("mu", "sigma"))
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         raise UserError(f"{path}: mu is {mu.shape}, sigma {sigma.shape}: not statistics of inception's 2048 features")
-    if not np.allclose(sigma, sigma.T, atol=1e-4 * np.abs(sigma).max()):
+    if not np.allclose(sigma, sigma.T, atol=1e-4 * np.nanmax(np.abs(sigma)), equal_nan=True):
         raise UserError(f"{path}: its sigma is not symmetric, so no covariance")
     return mu, sigma
 
@@ -1462,7 +1462,7 @@ def conventions(row, reference, models, args):
         lines.append(f"is: 10 splits, {args.is_order} order, logits without bias")
     if "kid" in row:
         count, size = kid_subsets(row["n"], len(reference["features"]))
-        lines.append(f"kid: (x.y/2048 + 1)^3, unbiased, mean of {count} subsets of {size}")
+        lines.append(f"kid: mean of {count} subset{'s' * (count > 1)} of {size}, unbiased, (x.y/2048 + 1)^3")
     if "precision" in row:
         lines.append("precision: share of the generated inside the reference's manifold, recall: the reverse, k = 3, "
                      "inception's 2048 features")
@@ -1533,6 +1533,10 @@ def main():
     vae = load_vae(args.vae).to(device) if args.vae else None
     wanted = list(rows_wanted(args, judged))
     sources = [open_source(path, given, args, device, vae) for path, given in wanted]  # all, before hours go into one
+    for metric, least in {"is": 10, "prc": 4}.items():
+        few = [source for source in sources if source.count < least]
+        if few and metric in args.metrics and "inception" in args.judges:
+            raise UserError(f"{few[0].name}: {few[0].count} images, and {metric} needs {least}: leave it out of --metrics")
     sides = {source.side for source in sources}
     if args.ref and os.path.isdir(args.ref) and len(sides) > 1:
         raise UserError(f"--ref is cropped to the size of the samples, and these are of {sorted(sides)} px: judge them "
