@@ -140,9 +140,12 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
 
 
+SPLITS = {"train": ["train"], "test": ["test", "val", "validation"]}  # names of the folder, the first that is there
+
+
 def split_folder(path, split):
     """The folder of a split: PATH/train, or PATH/test, else PATH/val. UserError when there is none."""
-    names = ["train"] if split == "train" else ["test", "val"]
+    names = SPLITS[split]
     for name in names:
         if (Path(path) / name).is_dir():
             return Path(path) / name
@@ -886,7 +889,7 @@ def own(folder, rank=0):
     """Make `folder`, and make it this command's own until the command ends, however that may be; rank 0 does so for all
     ranks. UserError where another has it."""
     os.makedirs(folder, exist_ok=True)
-    if rank > 0 or folder in OWNED:
+    if rank > 0 or os.path.abspath(folder) in OWNED:
         return
     lock = open(Path(folder) / ".lock", "a+")
     try:
@@ -900,14 +903,14 @@ def own(folder, rank=0):
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
-    OWNED[folder] = lock
+    OWNED[os.path.abspath(folder)] = lock
 
 
 def disown(folder):
     """Delete a folder that is ours. It loses its name first: who makes it anew shall find nothing half deleted."""
     gone = f"{folder}.{os.getpid()}"
     os.rename(folder, gone)
-    OWNED.pop(folder).close()
+    OWNED.pop(os.path.abspath(folder)).close()
     shutil.rmtree(gone)
 
 

@@ -43,7 +43,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, Parser, check_numbers, disown, file_hash, find_images, load_vae, open_data, own,
+from data import (PUBLIC, SPLITS, Parser, check_numbers, disown, file_hash, find_images, load_vae, open_data, own,
                   rank_and_world, read_class_names, read_image, run_main, setup, train_indices)
 from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, save_checkpoint,
                    write_json)
@@ -416,7 +416,7 @@ def train_classifier(data, seed, device, batch=128):
     Its `.reference` is (mu, sigma) of its features of 10,000 training images: what `judge` compares with.
     """
     indices = np.arange(len(data))
-    if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in ("test", "val")):
+    if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in SPLITS["test"]):
         test = open_data(data.name, "test", data.img_size, alone=True)  # rank 0 trains, the others wait elsewhere
         if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
             raise UserError(f"{data.name}: the classes of its test split are not those of train: "
@@ -1035,7 +1035,7 @@ def file_key(path):
     if os.path.isdir(path):
         return [file_key(file) for file in sorted(Path(path).iterdir())]
     stat = os.stat(path)
-    return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns]
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 def read_npz(path, *names):
@@ -1077,7 +1077,7 @@ def read_judged(path):
             file.seek(24)  # of a PNG: its bit depth, of which Pillow says nothing and silently drops the low byte
             mode = "16-bit" if image.format == "PNG" and file.read(1) == b"\x10" else image.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: broken image ({str(error).splitlines()[0][:80]})") from None
+        raise UserError(f"{path}: broken image ({(str(error) or type(error).__name__).splitlines()[0][:80]})") from None
     if mode != "RGB":
         raise UserError(f"{path} is {mode}, judged images must be 8-bit RGB: convert them, or do so by --size")
     return pixels.transpose(2, 0, 1)  # HWC -> CHW
@@ -1086,7 +1086,7 @@ def read_judged(path):
 def folder_source(path, size=None):
     """Every image below a folder. size: crop to it as ADM does, any mode to RGB; None: as they are, all of one size.
 
-    The key has size and time of every file: 0.2 s for 50,000.
+    The key has size and time of every file: a stat each, little beside decoding it.
     """
     classes, files, labels = find_images(path)
     if not len(files):
@@ -1183,24 +1183,24 @@ def collect(source, judges, folder, args, rank, world):
         labels = None if source.labels is None else torch.as_tensor(source.labels[start:stop]).long()
         for i in range(0, stop - start, args.batch):
             pick = slice(i, i + args.batch)
-            said = [f(images[pick], None if labels is None else labels[pick], source.class_names)
-                    for f in judges.values()]
-            parts.append({k: v.cpu().numpy() for part in said for k, v in part.items()})
-        said = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        for name, values in said.items():
+            answers = [f(images[pick], None if labels is None else labels[pick], source.class_names)
+                       for f in judges.values()]
+            parts.append({k: v.cpu().numpy() for part in answers for k, v in part.items()})
+        answers = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        for name, values in answers.items():
             bad = int((~np.isfinite(values)).reshape(len(values), -1).any(1).sum())
             if bad:
                 raise UserError(f"{source.name}: {name} is NaN or infinite for {bad} of images {start} to {stop - 1}: "
                                 "the judge's weights are damaged")
-        save_npz(path, **said)
+        save_npz(path, **answers)
         done += stop - start
         bar.set_postfix_str(f"{done * world / (time.time() - began):.1f} images/s")
     if world > 1:
         dist.barrier()  # every shard is on disk
     if rank > 0:
         return None
-    said = [read_npz(folder / f"{start}.npz") for start, _ in shards]
-    return {k: np.concatenate([part[k] for part in said]) for k in said[0]}
+    answers = [read_npz(folder / f"{start}.npz") for start, _ in shards]
+    return {k: np.concatenate([part[k] for part in answers]) for k in answers[0]}
 
 
 def save_npz(path, **arrays):
@@ -1426,22 +1426,22 @@ def rows_wanted(args, judged):
                 yield path, {"ar_steps": K, "guidance": g, "head_steps": None if beside else args.head_steps}
 
 
-def make_row(source, said, models, reference, args):
+def make_row(source, answers, models, reference, args):
     """One row of the table from what the judges said of every image: what was judged, its figures, their meaning."""
     row = {"name": source.name, "n": source.count, "made_by": source.made_by}
-    if "pool" in said:
-        row |= inception_row(said["pool"], models["inception"], reference, args)
+    if "pool" in answers:
+        row |= inception_row(answers["pool"], models["inception"], reference, args)
         if args.save_stats:
-            mu, sigma = mean_and_covariance(said["pool"])
+            mu, sigma = mean_and_covariance(answers["pool"])
             save_npz(args.save_stats, n=source.count, made_from=json.dumps([source.key, args.inception_hash]),
                      mu=mu.astype(np.float32), sigma=sigma)  # torch-fidelity compares these types
     for name in ("clip", "pickscore", "imagereward"):
-        if name in said:
-            row[name] = float(said[name].astype(np.float64).mean())
-    if "features" in said:
-        row["fd"] = frechet_distance(*mean_and_covariance(said["features"]), *models["classifier"].reference)
-        if "hit" in said:
-            row["accuracy"] = float(said["hit"].mean())
+        if name in answers:
+            row[name] = float(answers[name].astype(np.float64).mean())
+    if "features" in answers:
+        row["fd"] = frechet_distance(*mean_and_covariance(answers["features"]), *models["classifier"].reference)
+        if "hit" in answers:
+            row["accuracy"] = float(answers["hit"].mean())
         elif source.labels is not None:
             print(f"note: {source.name}: its folders are not the classifier's classes, so no accuracy", flush=True)
     few = min(source.count, (reference or {}).get("n") or source.count)
@@ -1536,7 +1536,7 @@ def main():
     for metric, least in {"is": 10, "prc": 4}.items():
         few = [source for source in sources if source.count < least]
         if few and metric in args.metrics and "inception" in args.judges:
-            raise UserError(f"{few[0].name}: {few[0].count} images, and {metric} needs {least}: leave it out of --metrics")
+            raise UserError(f"{few[0].name}: {few[0].count} images, and {metric} needs {least}: more, or leave it out")
     sides = {source.side for source in sources}
     if args.ref and os.path.isdir(args.ref) and len(sides) > 1:
         raise UserError(f"--ref is cropped to the size of the samples, and these are of {sorted(sides)} px: judge them "
@@ -1545,21 +1545,21 @@ def main():
     reference, images = open_reference(args.ref, args, max(sides)) if args.ref else (None, None)
     rows, folders = [], []
 
-    def look(source, judges, key):
-        """What `judges` say of a source; its shards stay until all is done: a call that was stopped in its last row
-        must not draw the first again."""
+    def ask(source, judges, key):
+        """`collect`, with shards that stay until all is done: a call stopped in its last row must not draw the first
+        again."""
         folders.append(shard_folder(source, key, args, rank))
         return collect(source, judges, folders[-1], args, rank, world)
 
     if images:
-        said = look(images, {"inception": judges["inception"]}, key["inception"])
-        reference = complete_reference(reference, images, said["pool"]) if rank == 0 else None
+        answers = ask(images, {"inception": judges["inception"]}, key["inception"])
+        reference = complete_reference(reference, images, answers["pool"]) if rank == 0 else None
     for path, given in wanted:
         source = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
         began = time.time()
-        said = look(source, judges, key)
+        answers = ask(source, judges, key)
         if rank == 0:
-            rows.append(make_row(source, said, models, reference, args) | {"seconds": round(time.time() - began, 1)})
+            rows.append(make_row(source, answers, models, reference, args) | {"seconds": round(time.time() - began, 1)})
             rows[-1] |= {"ckpt": path} if path in args.ckpt else {}
             rows[-1] |= {flag: given[flag] for flag in swept(args) if given[flag] is not None}
     if rank > 0:

@@ -2111,7 +2111,8 @@ def test_clip_tokens_agree_with_openai():
     assert same("\u201cit\u2019s\u201d \ufb01ne", "\"it's\" fine") and same("cafe\u0301", "caf\u00e9")  # ftfy's work
     assert not same("caf\u00c3\u00a9", "caf\u00e9")  # mojibake: the one class of text that needs ftfy itself
     # what a control character, a ligature with a quote in it, a terminal's colour became before the public split
-    for text, clean in [("\x85", "\u2026"), ("\x92s", "'s"), ("\u0149", "'n"), ("\ufb05", "\u017ft"), ("\x1b[1;31mA", "a")]:
+    pairs = [("\x85", "\u2026"), ("\x92s", "'s"), ("\u0149", "'n"), ("\ufb05", "\u017ft"), ("\x1b[1;31mA", "a")]
+    for text, clean in pairs:
         assert tokenizer.clean(text) == clean, (text, tokenizer.clean(text))
     assert [*tokenizer.split("a\u0345b")] == ["a", "b"] and same("caf\udce9", "caf?")  # a byte of no encoding
     long = tokenizer(["dog " * 200])[0]
