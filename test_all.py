@@ -2010,8 +2010,6 @@ def test_kid_is_unbiased():
 
 def test_kid_has_a_std_only_where_its_subsets_differ():
     a, b = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
-    assert fid.kid_subsets(60, 60) == (1, 60) and fid.kid_subsets(50000, 60) == (100, 60)
-    close(fid.kernel_distance(a, b)[0], fid.kernel_distance(a, b, subsets=7)[0], 1e-9)
     assert fid.kernel_distance(a, b)[1] is None and fid.kernel_distance(a, b[:20])[1] is None
     assert fid.kernel_distance(a, b, subset_size=20)[1] > 0
 
@@ -2308,7 +2306,7 @@ def test_fid_command_on_npz_folder_and_statistics():
         assert {"fid", "is", "kid", "precision", "recall"} <= set(ab) and (ab["n"], bb["n"]) == (40, 30)
         assert abs(bb["fid"]) < 1e-3 and bb["precision"] == bb["recall"] == 1
         for word in ("warning", "against 30 of 30 images of", "share of the generated inside", "torch-fidelity order",
-                     "mean of 100 subsets of 30,", "mean of 1 subset of 30,"):
+                     "mean of 100 subsets of 30,"):
             assert word in judged.printed, word
         assert "kid_std" not in ab and fid.OTHER_RESIZE not in judged.printed
         close(judged("a.npz", "--ref", "folder")[0]["fid"], ab["fid"], 1e-9)  # the same pictures as files
@@ -2477,8 +2475,8 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                               "i16": Image.fromarray(np.zeros((16, 16), np.uint16)), "cut": Image.fromarray(good[0]),
                               "sizes": Image.new("RGB", (20, 16)), "single": None, "empty": None}.items():
             Path(name).mkdir()
-            if name != "empty":
-                Image.fromarray(good[0]).save(f"{name}/a.png")
+            for i in range({"empty": 0, "single": 1}.get(name, 9)):
+                Image.fromarray(good[i]).save(f"{name}/a{i}.png")
             if picture:
                 picture.save(f"{name}/b.png")
         Path("cut/b.png").write_bytes(Path("cut/b.png").read_bytes()[:300])
