@@ -13,6 +13,7 @@ Killed at any moment, the same command goes on where it stopped. Nothing is down
 """
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -21,6 +22,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 import tarfile
 import time
@@ -196,6 +198,17 @@ def find_images(folder, suffixes=SUFFIXES):
             raise UserError(f"{folder}/{name}: no images in it, and each folder there is a class: remove it")
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     return list(found), [file for files in found.values() for file in files], labels
+
+
+def find_images(folder):
+    """Every image below a folder, links followed -> (class names, files, labels). The class is the first folder."""
+    found = []
+    for root, _, names in os.walk(folder, followlinks=True):
+        first = os.path.relpath(root, folder).split(os.sep)[0].strip(".")
+        found += [(first, os.path.join(root, name)) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    found.sort()
+    classes = sorted({first for first, _ in found})
+    return classes, [file for _, file in found], np.array([classes.index(first) for first, _ in found], np.int64)
 
 
 def list_images(path, split):
@@ -971,6 +984,38 @@ def run_main(main):
 def rank_and_world():
     """torchrun's numbers of this process and of all; (0, 1) without it, or where they are set to nothing."""
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
+OWNED = {}  # {folder: its lock, open}
+
+
+def own(folder, rank=0):
+    """Make `folder`, and make it this command's own until the command ends, however that may be; rank 0 does so for all
+    ranks. UserError where another has it."""
+    os.makedirs(folder, exist_ok=True)
+    if rank > 0 or os.path.abspath(folder) in OWNED:
+        return
+    lock = open(Path(folder) / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that was killed the system lets go
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f"{folder} is in use by {lock.read() or 'another process'}: wait until that has ended, or give "
+                        "another --out") from None
+    except OSError:  # some network disks have no locks
+        pass
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    OWNED[os.path.abspath(folder)] = lock
+
+
+def disown(folder):
+    """Delete a folder that is ours. It loses its name first: who makes it anew shall find nothing half deleted."""
+    gone = f"{folder}.{os.getpid()}"
+    os.rename(folder, gone)
+    OWNED.pop(os.path.abspath(folder)).close()
+    shutil.rmtree(gone)
 
 
 def setup(device="auto"):

@@ -4,7 +4,7 @@ ImageReward. What they say agrees with the public implementations, which test_al
 Needs samples (a folder of images, an .npz of sample.py --num) or a checkpoint, from which they are drawn as they are
 judged; and the judges' public weights, which are fetched only when asked for:
 
-    python fid.py --get inception adm_reference                # once; also: clip bpe pickscore pickscore_config ...
+    python data.py --get inception adm_reference               # once; also: clip bpe pickscore pickscore_config ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
@@ -14,9 +14,12 @@ judged; and the judges' public weights, which are fetched only when asked for:
     python fid.py --ckpt teacher.pt --guidance 1 2 3 4 ...     # and against guidance
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 
-The same call again goes on where a stopped one was. Figures with their conventions go to OUT/results.json.
+The same call again goes on where a stopped one was. Rows, with what they were made by and what they mean, are added to
+OUT/results.json; the same thing judged again replaces its row.
 """
 import argparse
+import fcntl
+import functools
 import gzip
 import hashlib
 import html
@@ -24,11 +27,10 @@ import json
 import math
 import os
 import re
-import shutil
-import struct
 import time
 import unicodedata
 import zipfile
+import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,14 +43,16 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SUFFIXES, Parser, check_numbers, file_hash, get, load_vae, open_data, read_class_names,
-                  read_image, run_main, setup, train_indices)
+from data import (PUBLIC, SPLITS, Parser, check_numbers, disown, file_hash, find_images, load_vae, open_data, own,
+                  rank_and_world, read_class_names, read_image, run_main, setup, train_indices)
 from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, save_checkpoint,
                    write_json)
 from sample import check_output, check_vae, draw, draw_together, fill_in, save_grid, save_panels
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
+JUDGES = ["inception", "clip", "pickscore", "imagereward", "classifier"]
+METRICS = ["fid", "is", "kid", "prc"]  # of inception; prc: precision and recall
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
@@ -117,7 +121,8 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     """KID: squared MMD of features a (N, F) and b (M, F) under (x.y / F + 1)^3, unbiased -> (mean, std) over subsets.
 
     Subsets are drawn as torch-fidelity draws them, by its seed. Unlike FID it has no bias from few images, so it may
-    be negative. Binkowski et al. 2018, arXiv 1801.01401.
+    be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
+    Binkowski et al. 2018, arXiv 1801.01401.
     """
     a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
@@ -131,7 +136,7 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
         # the diagonal, a picture with itself, is what would bias the estimate
         within = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (size * (size - 1))
         values.append(float(within - 2 * k_xy.mean()))
-    return float(np.mean(values)), float(np.std(values))
+    return float(np.mean(values)), float(np.std(values)) if size < min(len(a), len(b)) else None
 
 
 def squared_distances(a, a_norm, b, b_norm):
@@ -187,8 +192,10 @@ def renamed(state, table):
 
 def need_file(path, name):
     """The path, if it is a file; else a UserError that says how to get it."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, and the file {os.path.basename(PUBLIC[name][1])} is wanted")
     if not os.path.isfile(path):
-        raise UserError(f"no such file: {path}; get it by: python fid.py --get {name}")
+        raise UserError(f"no such file: {path}; get it by: python data.py --get {name}")
     return path
 
 
@@ -222,7 +229,7 @@ def max_pool(x):
 
 
 # The blocks as tables: a row is a branch, their outputs are concatenated. In a row: (name, channels, kernel, stride,
-# padding) one after the other; a list of two lists splits the branch; a bare function pools first.
+# padding) one after the other; a list of two tuples splits the branch; a bare function pools first.
 ROW, COLUMN, ROW3, COLUMN3 = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0)), ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
 
 
@@ -376,7 +383,8 @@ class Classifier(nn.Module):
 
     def __init__(self, num_classes, img_size, width=24):
         super().__init__()
-        self.num_classes, self.img_size, self.accuracy = num_classes, img_size, None
+        self.num_classes, self.img_size = num_classes, img_size
+        self.accuracy = self.reference = None  # `train_classifier` finds them
         layers, channels = [], 3
         for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
@@ -397,10 +405,13 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data, seed, device, batch=128):
-    """Train a Classifier on a data set of pixels -> it, in eval mode, with `.accuracy` on images it has not seen: the
-    test split, or every 20th training image where there is none."""
+    """Train a Classifier on a data set of pixels -> it, in eval mode.
+
+    Its `.accuracy` is that on images it has not seen: the test split, or every 20th training image where there is none.
+    Its `.reference` is (mu, sigma) of its features of 10,000 training images: what `judge` compares with.
+    """
     indices = np.arange(len(data))
-    if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in ("test", "val")):
+    if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in SPLITS["test"]):
         test = open_data(data.name, "test", data.img_size, alone=True)  # rank 0 trains, the others wait elsewhere
         if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
             raise UserError(f"{data.name}: the classes of its test split are not those of train: "
@@ -434,7 +445,27 @@ def train_classifier(data, seed, device, batch=128):
     hits = [net(test.images(part).to(device))[1].argmax(1).cpu() == torch.as_tensor(test.labels[part])
             for part in np.array_split(held, -(-len(held) // 500))]
     net.accuracy = float(torch.cat(hits).float().mean())
+    net.reference = feature_statistics(net, data)
     return net
+
+
+def fingerprint(data):
+    """(256, 3) mean colours of images spread evenly over a data set: other pictures under the same names change it,
+    another decoder of JPEG hardly."""
+    return data.images(np.linspace(0, len(data) - 1, 256).astype(int)).float().mean((2, 3)) / 255
+
+
+def load_classifier(path):
+    """The Classifier in a file of `load_or_train_classifier`, without its data set, on the CPU. `.reference` is None in
+    files of before it was kept."""
+    saved = read_checkpoint(path)
+    if not {"made_from", "accuracy", "model"} <= set(saved):
+        raise UserError(f"{path} holds no classifier but {sorted(map(str, saved))[:6]}")
+    made_from = saved["made_from"]
+    net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
+    net.accuracy = saved["accuracy"]
+    net.reference = tuple(x.numpy() for x in saved["reference"]) if "reference" in saved else None
+    return net.to(memory_format=torch.channels_last)
 
 
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
@@ -452,13 +483,15 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
         saved = read_checkpoint(path)
         if saved.get("made_from") != made_from:
             raise UserError(f"{path} was made from {saved.get('made_from')}, wanted is {made_from}: delete that file")
-        net = Classifier(data.num_classes, data.img_size)
-        net.load_state_dict(saved["model"])
-        net.accuracy = saved["accuracy"]
-        return net.to(device).eval().requires_grad_(False)
+        if "fingerprint" in saved and (saved["fingerprint"] - fingerprint(data)).abs().max() > 0.02:
+            raise UserError(f"{path} was made from other pictures than {data.name} holds now: delete that file")
+        net = load_classifier(path).to(device)
+        net.reference = net.reference or feature_statistics(net, data)
+        return net
     net = train_classifier(data, seed, device)
     os.makedirs(folder, exist_ok=True)
-    save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.cpu().state_dict()}, path)
+    save_checkpoint({"made_from": made_from, "fingerprint": fingerprint(data), "accuracy": net.accuracy,
+                     "reference": tuple(map(torch.from_numpy, net.reference)), "model": net.cpu().state_dict()}, path)
     print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
     return net.to(device)
 
@@ -616,50 +649,119 @@ HF_NAMES = COMMON + [
     (r"^text_model\.final_layer_norm", "text.norm"), (r"^text_projection\.weight", "text_proj")]
 
 
-def build_clip(state, path, image_heads, text_heads, image_act, text_act, eps=1e-5):
-    """A CLIP whose sizes are read off a renamed state dict; heads and activation are in no shape."""
+def build_clip(state, path, image_heads, text_heads, image_act, text_act, image_eps=1e-5, text_eps=1e-5):
+    """A CLIP whose sizes are read off a renamed state dict; heads, activation and eps are in no shape."""
     try:
         sizes = {}
-        for tower in ("image", "text"):
+        for tower, heads, act, eps in (("image", image_heads, image_act, image_eps),
+                                       ("text", text_heads, text_act, text_eps)):
             depth = len({name.split(".")[2] for name in state if name.startswith(f"{tower}.blocks.")})
             mlp, width = state[f"{tower}.blocks.0.fc1.weight"].shape
-            sizes[tower] = {"width": width, "depth": depth, "mlp": mlp, "eps": eps}
-        image = {**sizes["image"], "patch": state["image.patch.weight"].shape[-1], "act": image_act,
-                 "tokens": len(state["image.position"]), "heads": image_heads(sizes["image"]["width"])}
-        text = {**sizes["text"], "vocabulary": len(state["text.tokens.weight"]), "act": text_act,
-                "tokens": len(state["text.position"]), "heads": text_heads(sizes["text"]["width"])}
+            if heads(width) < 1 or width % heads(width):
+                raise UserError(f"{path}: {heads(width)} heads do not divide the {tower} tower's width of {width}")
+            sizes[tower] = {"width": width, "depth": depth, "mlp": mlp, "eps": eps, "act": act, "heads": heads(width),
+                            "tokens": len(state[f"{tower}.position"])}
+        image = {**sizes["image"], "patch": state["image.patch.weight"].shape[-1]}
+        text = {**sizes["text"], "vocabulary": len(state["text.tokens.weight"])}
         embed = state["image_proj"].shape[1]
     except KeyError as error:
         raise UserError(f"{path} is no CLIP file: {error.args[0]} missing") from None
     return fill_model(lambda: CLIP(image, text, embed), state, path)
 
 
-def load_clip(path):
-    """An OpenAI CLIP: their .pt files, which are TorchScript archives, or a plain state dict in their names."""
-    need_file(path, "clip")
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        try:
-            # TorchScript's own reader, not Python's pickle; only the numbers are taken, its forward is never called
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-        except RuntimeError as error:
-            raise UserError(f"{path} is no whole TorchScript archive: {str(error).splitlines()[0][:100]}") from None
-    else:
-        state = read_checkpoint(path)
-    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    heads = lambda width: width // 64  # in all of OpenAI's
+def openai_clip(state, path):
+    """A CLIP of a state dict in OpenAI's names: all of theirs have heads of 64 and the quick GELU."""
+    heads = lambda width: width // 64
     return build_clip(renamed(state, OPENAI_NAMES), path, heads, heads, quick_gelu, quick_gelu)
 
 
-def load_pickscore(folder):
-    """A Hugging Face CLIP folder, as PickScore's: config.json beside model.safetensors or pytorch_model.bin."""
-    folder = Path(folder)
+def read_clip(path):
+    """The state dict of an OpenAI file, which is a TorchScript archive, or of a plain one -> (state, is plain)."""
+    need_file(path, "clip")
     try:
-        config = json.loads(Path(need_file(folder / "config.json", "pickscore_config")).read_text())
-        vision, text = config["vision_config"], config["text_config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is no CLIP configuration: {error}") from None
-    state = read_checkpoint(folder / "model.safetensors" if (folder / "model.safetensors").exists() else
-                            need_file(folder / "pytorch_model.bin", "pickscore"))
+        inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        plain = not any(name.endswith("/constants.pkl") for name in inside)
+        # TorchScript's own reader, not Python's pickle; only the numbers are taken, its forward is never called
+        state = read_checkpoint(path) if plain else torch.jit.load(path, map_location="cpu").state_dict()
+    except (RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no whole TorchScript archive: {str(error).splitlines()[0][:100]}") from None
+    return {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}, plain
+
+
+# Widths of image tower, text tower and common space, tokens a text, vocabulary. B/32 and B/16; L/14 and L/14@336px
+OPENAI_SIZES = {(768, 512, 512, 77, 49408), (1024, 768, 768, 77, 49408)}
+
+
+def load_clip(path):
+    """An OpenAI CLIP: their .pt files, which are TorchScript archives, or a plain state dict (torch file or
+    .safetensors) in their names.
+
+    open_clip's and LAION's files have the same names and, for ViT-B and ViT-L, the same shapes. Most of theirs were
+    trained with GELU, which no file tells: scores would be slightly wrong. So a plain state dict is taken for OpenAI's
+    and that is printed, and whatever OpenAI never made (ViT-H, ViT-g, other contexts or vocabularies) is refused.
+    """
+    state, plain = read_clip(path)
+    clip = openai_clip(state, path)
+    sizes = (len(clip.image_proj), *clip.text_proj.shape, len(clip.text.position), len(clip.text.tokens.weight))
+    if sizes not in OPENAI_SIZES:
+        raise UserError(f"{path} is no CLIP of OpenAI's, who made none of sizes {sizes}; those of open_clip and LAION "
+                        "have another activation or other heads, which no file tells")
+    if plain and rank_and_world()[0] == 0:
+        print(f"{path}: a plain state dict, taken for OpenAI's: quick GELU, heads of 64. Of open_clip and LAION most "
+              "are not so", flush=True)
+    return clip
+
+
+def hf_tower(config, tower, heads, path):
+    """(heads, activation, eps) of one tower in a Hugging Face CLIP configuration.
+
+    As in transformers, `<tower>_config_dict` has the whole say where it is there, and what is left out has the default.
+    """
+    part = config.get(f"{tower}_config_dict")
+    part = config.get(f"{tower}_config") if part is None else part
+    if not isinstance(part, dict):
+        raise UserError(f"{path} is no CLIP configuration: its {tower}_config is {json.dumps(part)[:40]}")
+    acts = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+    act, eps = part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5)
+    heads = part.get("num_attention_heads", heads)
+    if act not in list(acts) or type(heads) is not int or type(eps) is not float:
+        raise UserError(f"{path}: {tower}_config has hidden_act {act} (known: {', '.join(acts)}), num_attention_heads "
+                        f"{heads}, layer_norm_eps {eps}")
+    return heads, acts[act], eps
+
+
+def read_sharded(folder, names):
+    """{name: tensor} of a Hugging Face folder: of the first file in it of `names`, or of the shards that its index
+    (the name and .index.json) lists; None where there is neither."""
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return read_checkpoint(folder / name)
+        if index.exists():
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                return {name: value for shard in shards for name, value in read_checkpoint(folder / shard).items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is no index of shards: {str(error)[:100]}") from None
+    return None
+
+
+def load_pickscore(folder):
+    """A Hugging Face CLIP folder, as PickScore's: config.json beside model.safetensors or pytorch_model.bin, in one
+    file or in shards with an index."""
+    folder = Path(folder)
+    path = need_file(folder / "config.json", "pickscore_config")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no CLIP configuration but a {type(config).__name__}")
+    image = hf_tower(config, "vision", 12, path)
+    text = hf_tower(config, "text", 8, path)
+    state = read_sharded(folder, ["model.safetensors", "pytorch_model.bin"])
+    if state is None:
+        need_file(folder / "model.safetensors", "pickscore")
     state = renamed({k: v for k, v in state.items() if not k.endswith("position_ids")}, HF_NAMES)
     for name in [name for name in state if ".self_attn.q_proj." in name]:  # three matrices there, one here
         parts = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
@@ -668,28 +770,22 @@ def load_pickscore(folder):
     for name in ("image_proj", "text_proj"):  # stored as nn.Linear: the transpose of OpenAI's
         if name in state:
             state[name] = state[name].T.contiguous()
-    acts = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-    names = [part.get("hidden_act", "quick_gelu") for part in (vision, text)]  # left out means Hugging Face's default
-    if not set(names) <= set(acts):
-        raise UserError(f"{folder / 'config.json'}: hidden_act {names}, known are {list(acts)}")
-    return build_clip(state, folder, lambda _: vision.get("num_attention_heads", 12),
-                      lambda _: text.get("num_attention_heads", 8), *(acts[name] for name in names),
-                      vision.get("layer_norm_eps", 1e-5))
+    return build_clip(state, folder, lambda _: image[0], lambda _: text[0], image[1], text[1], image[2], text[2])
 
 
 class Tokenizer:
     """CLIP's byte-pair encoding: Tokenizer(bpe_path)(texts) -> ids (N, 77) long.
 
-    The public code cleans text with ftfy and splits it with `regex`. Here the standard library does both: quotes
-    straightened, ligatures and full-width letters taken apart, control characters dropped, NFC. What it does not do is
-    ftfy's repair of mojibake (text once decoded by the wrong code page, as "cafÃ©"): such text gives other ids.
+    The public code cleans text with ftfy and splits it with `regex`. Here the standard library does both, alike for
+    every character of Unicode 14. What is not done is ftfy's repair of mojibake (text once decoded by the wrong code
+    page, as "cafÃ©"), and its rule that text with a "<" is HTML, whose entities it leaves until after its other work.
     """
 
     def __init__(self, path):
         try:
             with gzip.open(need_file(path, "bpe"), "rt", encoding="utf-8") as file:
                 merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
             raise UserError(f"{path} is no gzipped merge table: {error}") from None
         if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
             raise UserError(f"{path} is not CLIP's merge table: it has {len(merges)} pairs, 48894 are wanted")
@@ -707,16 +803,21 @@ class Tokenizer:
     @staticmethod
     def clean(text):
         text = html.unescape(html.unescape(text))
+        text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text)  # a terminal's colours
+        # as browsers do: a control character of Latin-1 is meant as what Windows has in its place
+        text = re.sub("[\x80-\x9f]", lambda m: html.unescape(f"&#{ord(m[0])};"), text)
+        # ligatures and full-width letters are taken apart before quotes are straightened: U+0149 has one in it
+        text = re.sub("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06\uff01-\uffef\u3000]",
+                      lambda m: unicodedata.normalize("NFKC", m[0]), text.replace("\ufb05", "\u017ft"))
         text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))
-        text = re.sub("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\uff01-\uffef\u3000]",
-                      lambda m: unicodedata.normalize("NFKC", m[0]), text)
         text = re.sub("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
         return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
     @staticmethod
     def split(text):
         """Words by the public pattern: special tokens, 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
-        kinds = "".join({"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "_" if c.isspace() else "x") for c in text)
+        space = lambda c: c.isspace() or c == "\u0345"  # which `regex` counts in none of the pattern's kinds
+        kinds = "".join({"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "_" if space(c) else "x") for c in text)
         at = 0
         while at < len(text):
             special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)").match(text, at)
@@ -730,7 +831,7 @@ class Tokenizer:
         """One word -> its byte-pair pieces: the earliest merge of the table first, until none applies."""
         if word in self.known:
             return self.known[word]
-        parts = [self.byte[b] for b in word.encode()]
+        parts = [self.byte[b] for b in word.encode(errors="replace")]  # a class's name may hold bytes of no encoding
         parts[-1] += "</w>"
         while len(parts) > 1:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
@@ -854,9 +955,10 @@ class WordPiece:
 
     @staticmethod
     def words(text):
-        """Lower case without accents, split at spaces, around punctuation and around every Chinese character."""
-        text = unicodedata.normalize("NFD", "".join(c for c in text if c.isspace() or
-                                                    unicodedata.category(c)[0] != "C" and c != "\ufffd").lower())
+        """Lower case without accents, split at spaces, around punctuation and around every Chinese character. Of the
+        control characters tab, newline and return are spaces, the others are dropped."""
+        text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd")
+        text = unicodedata.normalize("NFD", text.lower())
         out = []
         for c in text:
             category = unicodedata.category(c)
@@ -894,17 +996,15 @@ class WordPiece:
 TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
 
 
-def prompt_scorer(kind, class_names, template=TEMPLATE, weights=None, vocabulary=None, device="cpu"):
+def prompt_scorer(kind, class_names, template, weights, vocabulary, device="cpu"):
     """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels: rl.py's rewards.
 
-    kind: clip, pickscore or imagereward; weights and vocabulary: where the public files lie, None for where --get puts
-    them. The prompts of all classes are read once, here.
+    kind: clip, pickscore or imagereward; weights and vocabulary: where the public files lie. The prompts of all
+    classes are read once, here.
     """
     if "{class}" not in template:
         raise UserError(f"the prompt {template!r} has no {{class}} in it")
     prompts = [template.replace("{class}", name) for name in class_names]
-    weights = weights or WEIGHTS[kind]
-    vocabulary = vocabulary or WEIGHTS["imagereward_vocab" if kind == "imagereward" else "bpe"]
     if kind == "imagereward":
         ids, mask = (x.to(device) for x in WordPiece(vocabulary)(prompts))  # (classes, 35)
         model = load_imagereward(weights).to(device)
@@ -920,52 +1020,47 @@ def prompt_scorer(kind, class_names, template=TEMPLATE, weights=None, vocabulary
 # ----------------------------------------------------------------------------------------------------------------------
 # What is judged: a source gives uint8 images by number, so that ranks and resumed runs can take any part
 
-Source = namedtuple("Source", "name count side labels class_names read key")
-# labels (N,) or None; read(start, stop) -> uint8 (n, 3, H, W); key: what the images come from, for shards and caches
+Source = namedtuple("Source", "name count side labels class_names read key made_by")
+# labels (N,) or None, numbers of class_names (None: the user's own numbers); read(start, stop) -> uint8 (n, 3, H, W);
+# key: all that the images depend on, for shards; made_by: {setting: value} of what was drawn or cropped here
 
 
 def file_key(path):
+    """Place, size and time of a file, or of every file in a folder."""
+    if os.path.isdir(path):
+        return [file_key(file) for file in sorted(Path(path).iterdir())]
     stat = os.stat(path)
-    return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns]
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
-def read_npz(path):
-    """{name: array} of an .npz; what is stored without compression is mapped, not read: 50,000 samples are 10 GB."""
-    arrays = {}
+def read_npz(path, *names):
+    """{name: array} of all that an .npz holds, or of those of `names` that it has."""
     try:
-        with zipfile.ZipFile(path) as archive, np.load(path) as loaded, open(path, "rb") as raw:
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                if info.compress_type != zipfile.ZIP_STORED or info.file_size < 1 << 20:
-                    arrays[name] = loaded[name]  # numpy's default refuses pickled objects
-                    continue
-                with archive.open(info) as file:
-                    v1 = np.lib.format.read_magic(file) == (1, 0)
-                    shape, fortran, kind = (np.lib.format.read_array_header_1_0 if v1 else
-                                            np.lib.format.read_array_header_2_0)(file)
-                    start = file.tell()
-                raw.seek(info.header_offset + 26)  # the local header repeats the name, and may pad it differently
-                start += info.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4)))
-                arrays[name] = np.memmap(path, kind, "r", start, shape, "F" if fortran else "C")
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, struct.error) as error:
-        raise UserError(f"{path} is no whole .npz file: {str(error)[:100]}") from None
-    return arrays
+        with np.load(path) as file:  # numpy's default refuses pickled objects
+            return {name: file[name] for name in names or file.files if name in file.files}
+    except Exception as error:  # numpy raises a dozen kinds for a bad file; all mean the same to the user
+        raise UserError(f"{path} is no whole .npz file: {str(error)[:100] or type(error).__name__}") from None
 
 
-def npz_source(path, arrays=None):
-    """arr_0 uint8 (N, H, W, 3), and labels (N,) where there are some: what sample.py --num and ADM's scripts write."""
-    arrays = arrays or read_npz(path)
+def npz_source(path, arrays):
+    """arr_0 uint8 (N, H, W, 3), and labels (N,) where there are some: what sample.py --num and ADM's scripts write.
+
+    The images of one source are in memory, in every process: 9.8 GB for 50,000 of 256 px. They are read once to be
+    checked and again when their turn comes.
+    """
     if "arr_0" not in arrays:
         raise UserError(f"{path} has no arr_0 but {sorted(arrays)}: images are expected there as uint8 (N, H, W, 3)")
     images = arrays["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, wanted is uint8 (N, H, W, 3), RGB in 0..255")
-    read = lambda start, stop: torch.from_numpy(images[start:stop].transpose(0, 3, 1, 2).copy())  # NHWC -> NCHW
     labels = arrays.get("labels", arrays.get("arr_1"))  # sample.py's name, ADM's
-    labels = labels if labels is not None and labels.shape == (len(images),) else None
-    return Source(str(path), len(images), images.shape[1], labels, None, read, file_key(path))
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        labels = None
+    if labels is not None and labels.min(initial=0) < 0:
+        raise UserError(f"{path}: class {labels.min()} among its labels; classes are numbered from 0")
+    again = functools.lru_cache(lambda: read_npz(path, "arr_0")["arr_0"])
+    read = lambda start, stop: torch.from_numpy(again()[start:stop].transpose(0, 3, 1, 2).copy())  # NHWC -> NCHW
+    return Source(str(path), len(images), images.shape[1], labels, None, read, file_key(path), {})
 
 
 def read_judged(path):
@@ -977,16 +1072,19 @@ def read_judged(path):
             file.seek(24)  # of a PNG: its bit depth, of which Pillow says nothing and silently drops the low byte
             mode = "16-bit" if image.format == "PNG" and file.read(1) == b"\x10" else image.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: broken image ({str(error).splitlines()[0][:80]})") from None
+        raise UserError(f"{path}: broken image ({(str(error) or type(error).__name__).splitlines()[0][:80]})") from None
     if mode != "RGB":
         raise UserError(f"{path} is {mode}, judged images must be 8-bit RGB: convert them, or do so by --size")
     return pixels.transpose(2, 0, 1)  # HWC -> CHW
 
 
 def folder_source(path, size=None):
-    """Every image below a folder. size: crop to it as ADM does, any mode to RGB; None: as they are, all of one size."""
-    files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
+    """Every image below a folder. size: crop to it as ADM does, any mode to RGB; None: as they are, all of one size.
+
+    The key has size and time of every file: a stat each, little beside decoding it.
+    """
+    classes, files, labels = find_images(path)
+    if not len(files):
         raise UserError(f"{path}: no images in it")
     side = size or read_judged(files[0]).shape[1]
 
@@ -1000,11 +1098,10 @@ def folder_source(path, size=None):
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
             return torch.from_numpy(np.stack(list(pool.map(one, files[start:stop]))))
 
-    classes = sorted({file.parent.name for file in files})
-    labels = np.array([classes.index(file.parent.name) for file in files]) if len(classes) > 1 else None
-    names = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()
-    key = [str(Path(path).resolve()), size, len(files), names, max(file.stat().st_mtime_ns for file in files)]
-    return Source(str(path), len(files), side, labels, classes if labels is not None else None, read, key)
+    if len(classes) < 2:
+        classes, labels = None, None
+    key = [size, hashlib.sha256(json.dumps([file_key(file) for file in files]).encode()).hexdigest()]
+    return Source(str(path), len(files), side, labels, classes, read, key, {"size": size} if size else {})
 
 
 def checkpoint_source(path, given, args, device, vae):
@@ -1028,16 +1125,19 @@ def checkpoint_source(path, given, args, device, vae):
         return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
     key = [file_key(path), args.vae and file_key(args.vae), how]
     name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
-    return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key)
+    return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key, how)
 
 
 def open_source(path, given, args, device, vae):
     """A path of the command line -> Source, checked and not yet read. given: this row's flags for a checkpoint."""
     if path in args.ckpt:
-        return checkpoint_source(path, given, args, device, vae)
-    if not os.path.isdir(path) and not path.endswith(".npz"):
+        source = checkpoint_source(path, given, args, device, vae)
+    elif os.path.isdir(path):
+        source = folder_source(path, args.size)
+    elif path.endswith(".npz"):
+        source = npz_source(path, read_npz(path))
+    else:
         raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
-    source = folder_source(path, args.size) if os.path.isdir(path) else npz_source(path)
     if source.count < 2:
         raise UserError(f"{path}: {source.count} image(s); a distribution has at least 2, a good figure thousands")
     return source
@@ -1049,14 +1149,11 @@ def open_source(path, given, args, device, vae):
 SHARD = 256  # images whose results are one file: what a kill can lose, a process
 
 
-def shard_folder(source, key, args):
-    """Where a stopped run finds what the judges loaded from `key` have said of a source; made if it is not there."""
+def shard_folder(source, key, args, rank):
+    """Where a stopped call finds what the judges loaded from `key` have said of a source; made if it is not there."""
     made_from = json.dumps([source.key, source.count, key], sort_keys=True)
     folder = Path(args.out) / "shards" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    own(folder, rank)  # two calls that judge the same would delete each other's
     return folder
 
 
@@ -1064,9 +1161,11 @@ def shard_folder(source, key, args):
 def collect(source, judges, folder, args, rank, world):
     """What every judge says of every image -> {name: array (N, ...)} on rank 0, None on the others.
 
-    judges: {name: f(uint8 images, labels) -> {name: tensor (n, ...)}}. Shards go to the ranks in turns; each is a file
-    in `folder`, written once it is whole. The caller deletes them when nothing can be lost any more.
+    judges: {name: f(uint8 images, labels, class names) -> {name: tensor (n, ...)}}. Shards go to the ranks in turns;
+    each is a file in `folder`, written once it is whole. The caller deletes them when nothing can be lost any more.
     """
+    if world > 1:
+        dist.barrier()  # rank 0 has made the folder
     shards = [(start, min(start + SHARD, source.count)) for start in range(0, source.count, SHARD)]
     bar = tqdm(shards[rank::world], desc=source.name[:40], unit="shard", disable=rank > 0, mininterval=1)
     began, done = time.time(), 0
@@ -1079,25 +1178,24 @@ def collect(source, judges, folder, args, rank, world):
         labels = None if source.labels is None else torch.as_tensor(source.labels[start:stop]).long()
         for i in range(0, stop - start, args.batch):
             pick = slice(i, i + args.batch)
-            said = [f(images[pick], None if labels is None else labels[pick]) for f in judges.values()]
-            parts.append({k: v.cpu().numpy() for part in said for k, v in part.items()})
-        save_npz(path, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
+            answers = [f(images[pick], None if labels is None else labels[pick], source.class_names)
+                       for f in judges.values()]
+            parts.append({k: v.cpu().numpy() for part in answers for k, v in part.items()})
+        answers = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        for name, values in answers.items():
+            bad = int((~np.isfinite(values)).reshape(len(values), -1).any(1).sum())
+            if bad:
+                raise UserError(f"{source.name}: {name} is NaN or infinite for {bad} of images {start} to {stop - 1}: "
+                                "the judge's weights are damaged")
+        save_npz(path, **answers)
         done += stop - start
         bar.set_postfix_str(f"{done * world / (time.time() - began):.1f} images/s")
     if world > 1:
         dist.barrier()  # every shard is on disk
     if rank > 0:
         return None
-    said = []
-    for start, _ in shards:
-        with np.load(folder / f"{start}.npz") as file:  # closed at once: so many may not be open together
-            said.append(dict(file))
-    return {k: np.concatenate([part[k] for part in said]) for k in said[0]}
-
-
-def made_of(source, args):
-    """What statistics were made from, as text."""
-    return json.dumps([source.key, source.count, args.inception_hash])
+    answers = [read_npz(folder / f"{start}.npz") for start, _ in shards]
+    return {k: np.concatenate([part[k] for part in answers]) for k in answers[0]}
 
 
 def save_npz(path, **arrays):
@@ -1109,6 +1207,9 @@ def save_npz(path, **arrays):
 # by name too: what numpy 1 has written, numpy 2 finds in another module
 NUMPY_ARRAYS = [np.ndarray, np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64)),
                 *[(np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]]
+# whose statistics a file holds cannot be seen in it
+OTHER_RESIZE = ("must come from TF1's bilinear resize, as ADM's, MAR's, torch-fidelity's and our own do; pytorch-fid's "
+                "and clean-fid's legacy files come from another, by which a folder has FID 112 against itself")
 
 
 def statistics_in(path, arrays):
@@ -1118,57 +1219,49 @@ def statistics_in(path, arrays):
     mu, sigma = (np.asarray(arrays[k], np.float64) for k in ("mu", "sigma"))
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         raise UserError(f"{path}: mu is {mu.shape}, sigma {sigma.shape}: not statistics of inception's 2048 features")
+    if not np.allclose(sigma, sigma.T, atol=1e-4 * np.nanmax(np.abs(sigma)), equal_nan=True):
+        raise UserError(f"{path}: its sigma is not symmetric, so no covariance")
     return mu, sigma
 
 
-def open_reference(path, inception, args, rank, world, side):
-    """--ref -> {"mu", "sigma", "features" (for KID, precision, recall; or None), "text"} on rank 0, None elsewhere.
+def open_reference(path, args, side):
+    """--ref -> ({"mu", "sigma", "n", "text"} of a file of statistics or {}, Source of its images or None).
 
-    Statistics of images are kept next to them, in <path>.inception.npz, with what they were made from.
+    n is None where the file does not say it. The Source is None, too, where no figure needs the images.
     """
-    arrays = {}
+    arrays, source, out = {}, None, {}
     if os.path.isdir(path):
         source = folder_source(path, side)
-    elif str(path).endswith(".npz"):
+    elif path.endswith(".npz"):
         arrays = read_npz(path)
         source = npz_source(path, arrays) if "arr_0" in arrays else None
     else:  # torch-fidelity's cache, {"mu", "sigma"} by torch.save: numpy's arrays, which are plain data
         with torch.serialization.safe_globals(NUMPY_ARRAYS):
-            arrays, source = read_checkpoint(path), None
+            arrays = read_checkpoint(path)
     if source is None and not {"fid", "is"} & set(args.metrics):
         raise UserError(f"{path} holds no images: --metrics {' '.join(args.metrics)} compare with images in --ref")
-    out = {"features": None, "text": f"mu, sigma of {path} (their n is not in the file)"}
     if source is None or "mu" in arrays:
-        out["mu"], out["sigma"] = statistics_in(path, arrays)
-        if "n" in arrays:
-            out["text"] = f"mu, sigma of {path}, n = {int(arrays['n'])}"
-    if source is None or ("mu" in out and not {"kid", "prc"} & set(args.metrics)):
-        return out
-    cache = Path(f"{str(path).rstrip('/')}.inception.npz")
-    made_from = made_of(source, args)
-    kept = read_npz(cache) if cache.exists() else {}
-    if str(kept.get("made_from")) == made_from:
-        mu, sigma, features = kept["mu"], kept["sigma"], np.asarray(kept["features"])
-    else:
-        folder = shard_folder(source, args.inception_hash, args)
-        said = collect(source, {"inception": inception}, folder, args, rank, world)
-        if rank > 0:
-            return None
-        mu, sigma = mean_and_covariance(said["pool"])
-        # KID and the manifolds need the features themselves; 10,000 of them is what ADM's reference has
-        features = said["pool"][np.linspace(0, source.count - 1, min(source.count, 10000)).astype(int)]
-        try:
-            save_npz(cache, mu=mu, sigma=sigma, features=features, n=source.count, made_from=made_from)
-        except UserError as error:  # a folder of data may well be read-only
-            print(f"note: {error}; these statistics will be made anew each time", flush=True)
-        shutil.rmtree(folder)
-    resize = f", ADM centre crop to {side} px" if os.path.isdir(path) else ""
-    images = f"{source.count} images of {path}{resize}"
-    if "mu" not in out:
-        out.update(mu=mu, sigma=sigma, text=f"mu, sigma of {images}")
-    out["features"] = features
-    out["text"] += f"; KID, precision, recall against {len(features)} of {images}"
-    return out
+        mu, sigma = statistics_in(path, arrays)
+        n = int(arrays["n"]) if "n" in arrays else None
+        text = f"mu, sigma of {path}{f', n = {n}' if n else ' (their n is not in the file)'}"
+        ours = "made_from" in arrays or source is not None  # --save_stats; ADM's, which have images beside them
+        out = {"mu": mu, "sigma": sigma, "n": n, "text": text if ours else f"{text}, which {OTHER_RESIZE}"}
+        if not {"kid", "prc"} & set(args.metrics):
+            source = None
+    return out, source
+
+
+def complete_reference(out, source, pool):
+    """The statistics of `open_reference` with what its images' features `pool` (N, 2048) add: mu and sigma where there
+    were none, and the "features" that KID and the manifolds need, 10,000 as in ADM's reference."""
+    if not out:
+        mu, sigma = mean_and_covariance(pool)
+        crop = "".join(f", ADM centre crop to {size} px" for size in source.made_by.values())
+        out = {"mu": mu, "sigma": sigma, "n": source.count,
+               "text": f"mu, sigma of {source.count} images of {source.name}{crop}"}
+    features = pool[np.linspace(0, source.count - 1, min(source.count, 10000)).astype(int)]
+    text = f"{out['text']}; KID, precision, recall against {len(features)} of {source.count} images of {source.name}"
+    return {**out, "features": features, "text": text}
 
 
 def inception_row(pool, inception, reference, args):
@@ -1179,47 +1272,52 @@ def inception_row(pool, inception, reference, args):
         row["is"], row["is_std"] = inception_score(logits, shuffle=args.is_order == "torch-fidelity")
     if reference and "fid" in args.metrics:
         row["fid"] = frechet_distance(*mean_and_covariance(pool), reference["mu"], reference["sigma"])
-    if reference and reference["features"] is not None:
+    if reference and "features" in reference:
         if "kid" in args.metrics:
             row["kid"], row["kid_std"] = kernel_distance(pool, reference["features"])
+            if row["kid_std"] is None:
+                del row["kid_std"]
         if "prc" in args.metrics:
             row["precision"], row["recall"] = precision_recall(pool, reference["features"])
     return row
 
 
 def make_judges(args, sources, device, rank, world):
-    """--judges -> ({name: f(images, labels)}, key, models for the figures)."""
+    """--judges -> ({name: f(images, labels, class names)}, key, models for the figures)."""
     judges, key, models = {}, {}, {}
+    place = lambda name: os.path.join(args.folder, WEIGHTS[name])
     for name in args.judges:
         if name == "inception":
-            models[name] = model = load_inception(args.inception).to(device)
-            key[name] = args.inception_hash = file_hash(args.inception)
-            judges[name] = lambda images, _, model=model: {"pool": model(images)[0]}
+            path = args.inception or place(name)
+            models[name] = model = load_inception(path).to(device)
+            key[name] = args.inception_hash = file_hash(path)
+            judges[name] = lambda images, *_, model=model: {"pool": model(images)[0]}
         elif name == "classifier":
-            if not args.data:
-                raise UserError("--judges classifier needs --data: the set whose classes it learns")
             data = open_data(args.data)
             folder = args.classifier or f"out/{Path(args.data).name}"
             for turn in (0, 1):  # rank 0 trains it where there is none, the others read the file
                 if turn == min(rank, 1):
-                    models[name] = model = load_or_train_classifier(data, folder, device=device)
+                    models[name] = load_or_train_classifier(data, folder, device=device)
                 if world > 1:
                     dist.barrier()
-            models["classifier_reference"] = feature_statistics(model, data)
             key[name] = file_key(Path(folder) / "classifier_0.pt")
 
-            def classify_shard(images, labels, model=model):
-                features, logits = classify(model, images)
-                hits = {} if labels is None else {"hit": logits.argmax(1) == labels}
-                return {"features": features, **hits}
+            def classify_shard(images, labels, names, net=models[name], own=data.class_names):
+                features, logits = classify(net, images)
+                if labels is None or names and not set(names) <= set(own):
+                    return {"features": features}  # a folder's classes are others, or are no classes
+                if names:  # numbered by another list, a folder's own
+                    labels = torch.tensor([own.index(name) for name in names])[labels]
+                return {"features": features, "hit": logits.argmax(1) == labels}
             judges[name] = classify_shard
         else:
             names = prompt_names(sources, args)
-            words = args.vocab if name == "imagereward" else args.bpe
-            score = prompt_scorer(name, names, args.prompt, getattr(args, name), words, device)
-            key[name] = [file_key(getattr(args, name)), names, args.prompt]
+            path = args.clip if name == "clip" and args.clip else place(name)
+            words = place("imagereward_vocab" if name == "imagereward" else "bpe")
+            score = prompt_scorer(name, names, args.prompt, path, words, device)
+            key[name] = [file_key(path), file_key(words), names, args.prompt]
 
-            def score_shard(images, labels, name=name, score=score):
+            def score_shard(images, labels, _, name=name, score=score):
                 return {name: score(images.to(device).float() / 255, labels.to(device))}
             judges[name] = score_shard
     return judges, key, models
@@ -1306,46 +1404,43 @@ class Watch:
 def parse():
     """The flags -> (args, what is to be judged), contradictions refused."""
     p = Parser("The judges of samples.")
+    # what is judged, by whom, against what
     p.add_argument("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
-    p.add_argument("--judges", nargs="+", choices=["inception", "clip", "pickscore", "imagereward", "classifier"],
-                   default=["inception"], help="who judges; each brings columns of the table")
-    p.add_argument("--metrics", nargs="+", choices=["fid", "is", "kid", "prc"], default=["fid", "is", "kid", "prc"],
-                   help="inception's figures; kid and prc (precision, recall) need images in --ref")
+    p.add_argument("--judges", nargs="+", choices=JUDGES, default=["inception"], help="each brings columns")
+    p.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="kid and prc need images in --ref")
     p.add_argument("--ref", help="reference: .npz or .pt of mu and sigma, an .npz of images, or a folder of images")
     p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     p.add_argument("--is_order", choices=["torch-fidelity", "adm"], default="torch-fidelity",
                    help="inception score: shuffled by seed 2020, or the splits as the images come")
     p.add_argument("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
+    # images drawn from --ckpt; None: as the checkpoint was made for
     p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, all classes alike often")
-    p.add_argument("--ar_steps", type=int, nargs="+", default=[None], metavar="K",
-                   help="--ckpt: AR steps, several: a row each; None: the checkpoint's")
-    p.add_argument("--plot", help="draw each figure against --ar_steps, or --guidance, whichever has several values, a "
-                   "curve a checkpoint, into this .png")
-    p.add_argument("--head_steps", type=int, help="--ckpt: denoising steps; None: the checkpoint's")
-    p.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="G",
-                   help="--ckpt: 1 = none, several: a row each; None: the checkpoint's")
-    p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt; None: the checkpoint's")
+    p.add_argument("--ar_steps", type=int, nargs="+", default=[None], metavar="K", help="AR steps, a row each")
+    p.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="G", help="1 = none, a row each")
+    p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt: guidance over the AR steps")
+    p.add_argument("--head_steps", type=int, help="--ckpt: denoising steps")
     p.add_argument("--temperature", type=float, default=1.0, help="--ckpt: scale of the noise")
     p.add_argument("--order", choices=ORDERS, default="random", help="--ckpt: in which tokens are revealed")
     p.add_argument("--seed", type=int, default=0, help="--ckpt: image i is that of (seed, i)")
     p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
+    p.add_argument("--plot", help="draw figures against --ar_steps or --guidance, a curve a checkpoint, into this .png")
+    # the judges' weights and words
+    p.add_argument("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
+    p.add_argument("--inception", help="this file instead of the one in --folder")
+    p.add_argument("--clip", help="this file instead: OpenAI's; a plain state dict is taken for theirs (quick GELU)")
     p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
     p.add_argument("--classifier", help="classifier: the folder where it is kept; None: out/<data>, as distill.py")
     p.add_argument("--class_names", help="JSON list for the prompts; None: the source's names, else ImageNet's")
     p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
-    for name in ("inception", "clip", "pickscore", "imagereward"):
-        p.add_argument(f"--{name}", default=WEIGHTS[name], help=f"weights of {name}; change it if they lie elsewhere")
-    p.add_argument("--vocab", default=WEIGHTS["imagereward_vocab"], help="imagereward: BERT's vocab.txt")
-    p.add_argument("--bpe", default=WEIGHTS["bpe"], help="clip, pickscore: CLIP's merge table")
+    # where and how
     p.add_argument("--out", default="out/fid", help="folder of results.json and, while it runs, of the shards")
     p.add_argument("--batch", type=int, default=64, help="images at once, a process; less if memory is short")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--get", nargs="+", default=[], metavar="NAME", help="download first: see data.py --get")
     args = p.parse_args()
     check_numbers(args, one="size num ar_steps head_steps batch")
     judged = args.samples + args.ckpt
-    if not judged and not args.get:
+    if not judged:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
     for path in judged + [args.ref] * bool(args.ref):
         if not os.path.exists(path):
@@ -1358,6 +1453,8 @@ def parse():
         raise UserError(f"--metrics {' '.join(args.metrics)} compare with a reference: give --ref")
     if args.ref and "inception" not in args.judges or args.data and "classifier" not in args.judges:
         raise UserError("--ref is for --judges inception, --data for --judges classifier: name that judge")
+    if "classifier" in args.judges and not args.data:
+        raise UserError("--judges classifier needs --data: the set whose classes it learns")
     if args.plot and not (args.ckpt and len(swept(args)) == 1):
         raise UserError("--plot draws figures against AR steps or guidance: give --ckpt and several of one of them")
     if args.save_stats and (len(judged) > 1 or swept(args) or "inception" not in args.judges):
@@ -1383,58 +1480,89 @@ def rows_wanted(args, judged):
                 yield path, {"ar_steps": K, "guidance": g, "head_steps": None if beside else args.head_steps}
 
 
-def judge_source(source, judges, folder, models, reference, args, rank, world):
-    """One row of the table, on rank 0; an empty one elsewhere. folder: for the shards."""
-    began = time.time()
-    said = collect(source, judges, folder, args, rank, world)
-    if rank > 0:
-        return {}
-    row = {"name": source.name, "n": source.count, "seconds": round(time.time() - began, 1)}
-    if "pool" in said:
-        row |= inception_row(said["pool"], models["inception"], reference, args)
+def make_row(source, answers, models, reference, args):
+    """One row of the table from what the judges said of every image: what was judged, its figures, their meaning."""
+    row = {"name": source.name, "n": source.count, "made_by": source.made_by}
+    if "pool" in answers:
+        row |= inception_row(answers["pool"], models["inception"], reference, args)
         if args.save_stats:
-            mu, sigma = mean_and_covariance(said["pool"])
-            save_npz(args.save_stats, mu=mu, sigma=sigma, n=source.count, made_from=made_of(source, args))
+            mu, sigma = mean_and_covariance(answers["pool"])
+            save_npz(args.save_stats, n=source.count, made_from=json.dumps([source.key, args.inception_hash]),
+                     mu=mu.astype(np.float32), sigma=sigma)  # torch-fidelity compares these types
     for name in ("clip", "pickscore", "imagereward"):
-        if name in said:
-            row[name] = float(said[name].astype(np.float64).mean())
-    if "features" in said:
-        row["fd"] = frechet_distance(*mean_and_covariance(said["features"]), *models["classifier_reference"])
-        if "hit" in said:
-            row["accuracy"] = float(said["hit"].mean())
-    if source.count < 2048 and {"fid", "fd"} & set(row):
-        print(f"warning: {source.name}: {source.count} images. Below 2,048 FID and FD say more about n than about the "
-              "images: compare with equal n only", flush=True)
-    return row
+        if name in answers:
+            row[name] = float(answers[name].astype(np.float64).mean())
+    if "features" in answers:
+        row["fd"] = frechet_distance(*mean_and_covariance(answers["features"]), *models["classifier"].reference)
+        if "hit" in answers:
+            row["accuracy"] = float(answers["hit"].mean())
+        elif source.labels is not None:
+            print(f"note: {source.name}: its folders are not the classifier's classes, so no accuracy", flush=True)
+    few = min(source.count, (reference or {}).get("n") or source.count)
+    if few < 2048 and {"fid", "fd", "kid"} & set(row):
+        print(f"warning: {source.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
+              "the images, and KID scatters: compare with equal n only", flush=True)
+    return {**row, "conventions": conventions(row, reference, models, args)}
 
 
-def conventions(args, reference, models):
-    """What the figures mean, in lines; printed and saved with every result."""
+def conventions(row, reference, models, args):
+    """What the figures of a row mean, in lines; printed and saved with them."""
     lines = []
     if "inception" in models:
-        lines += [f"inception: 2015-12-05, weights sha256 {args.inception_hash[:8]}, resized to 299 by TF1 bilinear "
-                  "without half-pixel centres, (x-128)/128, float32; generated set: the rows, reference: --ref",
-                  f"reference: {reference['text'] if reference else 'none, so no FID'}",
-                  f"is: 10 splits, {args.is_order} order, logits without bias; kid: (x.y/2048 + 1)^3, unbiased, mean "
-                  "of 100 subsets of 1000; precision: share of the generated inside the reference's manifold, recall: "
-                  "the reverse, k = 3, inception's 2048 features"]
-    for name in [name for name in ("clip", "pickscore") if name in args.judges]:
+        lines.append(f"inception: 2015-12-05, weights sha256 {args.inception_hash[:8]}, resized to 299 by TF1 bilinear "
+                     "without half-pixel centres, (x-128)/128, float32")
+        lines.append(f"reference: {reference['text'] if reference else 'none, so no FID'}")
+    if "is" in row:
+        lines.append(f"is: 10 splits, {args.is_order} order, logits without bias")
+    if "kid" in row:
+        size = min(1000, row["n"], len(reference["features"]))
+        lines.append(f"kid: mean of 100 subsets of {size}, unbiased, (x.y/2048 + 1)^3")
+    if "precision" in row:
+        lines.append("precision: share of the generated inside the reference's manifold, recall: the reverse, k = 3, "
+                     "inception's 2048 features")
+    if "clip" in row:
+        lines.append(f"clip: {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64")
+    for name in [name for name in ("clip", "pickscore") if name in row]:
         lines.append(f"{name}: exp(logit_scale) * cosine with the prompt {args.prompt!r}; pixels by bicubic")
-    if "imagereward" in args.judges:
+    if "imagereward" in row:
         lines.append(f"imagereward: normalised as published, prompt {args.prompt!r}")
-    if "classifier" in models:
+    if "fd" in row:
         lines.append(f"fd, accuracy: by the classifier of {args.data} (its own test accuracy "
                      f"{models['classifier'].accuracy:.4f}); fd to 10,000 training images; not comparable with FID")
     return lines
 
 
 def print_table(rows):
-    """Figures by row; the columns are those that some row has."""
-    columns = list(dict.fromkeys(k for row in rows for k in row if k not in ("name", "ckpt", "is_std", "kid_std")))
+    """Figures by row, under what they mean; the columns are those that some row has."""
+    print("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
+    others = ("name", "ckpt", "is_std", "kid_std", "made_by", "conventions")
+    columns = list(dict.fromkeys(k for row in rows for k in row if k not in others))
     print("".join(f"{c:>12}" for c in columns) + "  of")
     for row in rows:
         cells = [f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns]
         print("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}", flush=True)
+
+
+def read_results(out):
+    """The rows in out/results.json; [] where none are."""
+    path = Path(out) / "results.json"
+    try:
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no table of results: move it away, or choose another --out") from None
+
+
+def add_results(out, rows):
+    """Put rows into out/results.json. They replace those of the same samples judged the same way; others stay."""
+    same = lambda row: [row.get(key) for key in ("name", "n", "conventions")]
+    folder = os.open(out, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # another call may end in the same moment
+    try:
+        kept = [row for row in read_results(out) if same(row) not in [same(new) for new in rows]] + rows
+        lines = list(dict.fromkeys(line for row in kept for line in row.get("conventions", [])))
+        write_json(Path(out) / "results.json", {"rows": kept, "conventions": lines})
+    finally:
+        os.close(folder)
 
 
 def curves_against(flag, rows, path):
@@ -1448,40 +1576,54 @@ def curves_against(flag, rows, path):
 
 
 def main():
-    """Judge every row that was asked for, print the table with its conventions, write results.json."""
+    """Judge every row that was asked for, print the table with its conventions, add it to results.json."""
     args, judged = parse()
-    get(args.get)
-    if not judged:
-        return
     device, rank, world = setup(args.device)
+    os.makedirs(args.out, exist_ok=True)
+    read_results(args.out)  # complains now, not after the work
     for path, suffix in ((args.plot, ".png"), (args.save_stats, ".npz")):
         if path and rank == 0:
             check_output(path, [suffix])
     vae = load_vae(args.vae).to(device) if args.vae else None
     wanted = list(rows_wanted(args, judged))
     sources = [open_source(path, given, args, device, vae) for path, given in wanted]  # all, before hours go into one
+    for metric, least in {"is": 10, "prc": 4}.items():
+        few = [source for source in sources if source.count < least]
+        if few and metric in args.metrics and "inception" in args.judges:
+            raise UserError(f"{few[0].name}: {few[0].count} images, and {metric} needs {least}: more, or leave it out")
     sides = {source.side for source in sources}
     if args.ref and os.path.isdir(args.ref) and len(sides) > 1:
         raise UserError(f"--ref is cropped to the size of the samples, and these are of {sorted(sides)} px: judge them "
                         "in calls of their own, or crop folders by --size")
     judges, key, models = make_judges(args, sources, device, rank, world)
-    reference = open_reference(args.ref, judges["inception"], args, rank, world, max(sides)) if args.ref else None
+    reference, images = open_reference(args.ref, args, max(sides)) if args.ref else (None, None)
     rows, folders = [], []
+
+    def ask(source, judges, key):
+        """`collect`, with shards that stay until all is done: a call stopped in its last row must not draw the first
+        again."""
+        folders.append(shard_folder(source, key, args, rank))
+        return collect(source, judges, folders[-1], args, rank, world)
+
+    if images:
+        answers = ask(images, {"inception": judges["inception"]}, key["inception"])
+        reference = complete_reference(reference, images, answers["pool"]) if rank == 0 else None
     for path, given in wanted:
         source = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
-        folders.append(shard_folder(source, key, args))
-        rows.append(judge_source(source, judges, folders[-1], models, reference, args, rank, world))
-        rows[-1] |= {"ckpt": path} if path in args.ckpt else {}
-        rows[-1] |= {flag: given[flag] for flag in swept(args) if given[flag] is not None}
+        began = time.time()
+        answers = ask(source, judges, key)
+        if rank == 0:
+            rows.append(make_row(source, answers, models, reference, args) | {"seconds": round(time.time() - began, 1)})
+            rows[-1] |= {"ckpt": path} if path in args.ckpt else {}
+            rows[-1] |= {flag: given[flag] for flag in swept(args) if given[flag] is not None}
     if rank > 0:
         return
-    print("\n".join(lines := conventions(args, reference, models)))
     print_table(rows)
-    write_json(Path(args.out) / "results.json", {"rows": rows, "conventions": lines})
+    add_results(args.out, rows)
     if args.plot:
         save_panels([(path, curves_against(*swept(args), rows, path)) for path in args.ckpt], args.plot)
-    for folder in folders:  # only now: a call that was stopped in its last row must not draw the first again
-        shutil.rmtree(folder, ignore_errors=True)  # the same source may have been named twice
+    for folder in set(folders):
+        disown(folder)  # deletes it
 
 
 if __name__ == "__main__":

@@ -2509,6 +2509,12 @@ def test_kid_is_unbiased():
     assert abs(np.mean(values)) < 4 * error, (np.mean(values), error)  # with the diagonals left in it is 25 errors off
 
 
+def test_kid_has_a_std_only_where_its_subsets_differ():
+    a, b = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    assert fid.kernel_distance(a, b)[1] is None and fid.kernel_distance(a, b[:20])[1] is None
+    assert fid.kernel_distance(a, b, subset_size=20)[1] > 0
+
+
 def test_precision_and_recall_are_not_swapped():
     draw = torch.Generator().manual_seed(0)
     real = torch.randn(400, 2, generator=draw)
@@ -2539,11 +2545,18 @@ def test_inception_agrees_with_torch_fidelity():
         refused(lambda: fid.load_inception(folder / "other.pth"), "extra unexpected", "fc.bias is (3,), not (1008,)")
 
 
+def tiny_clip(path):
+    """What `load_clip` builds, of a file with sizes that OpenAI never made."""
+    return fid.openai_clip(fid.read_clip(path)[0], path)
+
+
 def test_clip_agrees_with_openai_at_full_and_tiny_size():
     for name in ("clip_tiny", "clip_vit_b32"):
         with scratch() as folder, torch.no_grad():
             about, path = public(name, folder, "clip.pt")
-            clip, z = fid.load_clip(path), fixture(name)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                clip, z = tiny_clip(path) if name == "clip_tiny" else fid.load_clip(path), fixture(name)
+            assert name == "clip_tiny" or "taken for OpenAI's: quick GELU, heads of 64" in said.getvalue()
             image, text = clip.encode_image(floats(z["images"])), clip.encode_text(z["tokens"].long())
             close(image, z["image_features"]), close(text, z["text_features"])
             close(torch.stack([clip.score(floats(z["images"]), t.expand_as(image)) for t in text], 1), z["logits"])
@@ -2572,7 +2585,7 @@ def test_clip_loads_from_a_half_precision_torchscript_archive():
         tree = Tree({**{k: v.half() for k, v in state.items()}, **extras})
         torch.jit.save(torch.jit.trace(tree, torch.ones(1)), folder / "ViT.pt")
         torch.save({k: v.half() for k, v in state.items()}, folder / "plain.pt")
-        a, b = fid.load_clip(folder / "ViT.pt"), fid.load_clip(folder / "plain.pt")
+        a, b = tiny_clip(folder / "ViT.pt"), tiny_clip(folder / "plain.pt")
         pixels = torch.rand(2, 3, 32, 32)
         close(a.encode_image(pixels), b.encode_image(pixels), 0)
         assert a.logit_scale.dtype == torch.float32  # what was stored as fp16 is computed in fp32
@@ -2580,6 +2593,12 @@ def test_clip_loads_from_a_half_precision_torchscript_archive():
         refused(lambda: fid.load_clip(folder / "cut.pt"), "cut.pt")
         torch.save({"visual.proj": torch.ones(2, 2)}, folder / "part.pt")
         refused(lambda: fid.load_clip(folder / "part.pt"), "missing")
+        write_safetensors(state, folder / "plain.safetensors")
+        c, d = tiny_clip(folder / "plain.safetensors"), fid.openai_clip(state, "")
+        close(c.encode_image(pixels), d.encode_image(pixels), 0)
+        for path in ("plain.pt", "ViT.pt"):  # an archive, too, may be of weights that are not OpenAI's
+            refused(lambda: fid.load_clip(folder / path), "no CLIP of OpenAI's", "heads")
+        refused(lambda: fid.load_clip(folder), "is a folder")
 
 
 def test_clip_tokens_agree_with_openai():
@@ -2590,6 +2609,11 @@ def test_clip_tokens_agree_with_openai():
     same = lambda a, b: torch.equal(*tokenizer([a, b]))
     assert same("\u201cit\u2019s\u201d \ufb01ne", "\"it's\" fine") and same("cafe\u0301", "caf\u00e9")  # ftfy's work
     assert not same("caf\u00c3\u00a9", "caf\u00e9")  # mojibake: the one class of text that needs ftfy itself
+    # what a control character, a ligature with a quote in it, a terminal's colour became before the public split
+    pairs = [("\x85", "\u2026"), ("\x92s", "'s"), ("\u0149", "'n"), ("\ufb05", "\u017ft"), ("\x1b[1;31mA", "a")]
+    for text, clean in pairs:
+        assert tokenizer.clean(text) == clean, (text, tokenizer.clean(text))
+    assert [*tokenizer.split("a\u0345b")] == ["a", "b"] and same("caf\udce9", "caf?")  # a byte of no encoding
     long = tokenizer(["dog " * 200])[0]
     assert long[76] == 49407 and (long[1:76] == long[1]).all()  # cut, the end marked
 
@@ -2608,6 +2632,31 @@ def test_pickscore_agrees_with_transformers():
             image, text = model.encode_image(floats(z["images"])), model.encode_text(z["tokens"].long())
             close(image, z["image_features"]), close(text, z["text_features"])
             close(torch.stack([model.score(floats(z["images"]), t.expand_as(image)) for t in text]), z["scores"])
+            assert (model.image.norm_post.eps, model.text.norm.eps) == (1e-5, 1e-5)
+        # in shards with an index, each tower with an eps of its own; transformers lets *_config_dict have the whole say
+        names = sorted(state)
+        for i in (0, 1):
+            torch.save({name: state[name] for name in names[i::2]}, folder / f"shard{i}.bin")
+        index = {"weight_map": {name: f"shard{i}.bin" for i in (0, 1) for name in names[i::2]}}
+        (folder / "shards").mkdir()
+        (folder / "shards/pytorch_model.bin.index.json").write_text(json.dumps(index))
+        for i in (0, 1):
+            os.rename(folder / f"shard{i}.bin", folder / f"shards/shard{i}.bin")
+        right = {**config["text_config"], "layer_norm_eps": 1e-3}
+        for text in ({"text_config": right}, {"text_config": {"hidden_act": "quick_gelu"}, "text_config_dict": right},
+                     {"text_config": None, "text_config_dict": right}):
+            (folder / "shards/config.json").write_text(json.dumps({**config, **text}))
+            model = fid.load_pickscore(folder / "shards")
+            assert (model.image.norm_post.eps, model.text.norm.eps) == (1e-5, 1e-3)
+            close(model.encode_image(floats(z["images"])), z["image_features"])
+            assert model.text.blocks[0].act is torch.nn.functional.gelu
+        for text, word in ((None, "null"), ([], "[]"), ({**right, "num_attention_heads": 7}, "7 heads"),
+                           ({**right, "hidden_act": "relu"}, "relu"), ({**right, "layer_norm_eps": None}, "None")):
+            (folder / "shards/config.json").write_text(json.dumps({**config, "text_config": text}))
+            refused(lambda: fid.load_pickscore(folder / "shards"), word)
+        os.remove(folder / "shards/shard1.bin")
+        (folder / "shards/config.json").write_text(json.dumps(config))
+        refused(lambda: fid.load_pickscore(folder / "shards"), "no such file", "shard1.bin")
         whole = (folder / "model.safetensors").read_bytes()
         for bad in (whole[:-100], b"\xff" * 8 + whole[8:], b"", whole.replace(b'"F32"', b'"F99"', 1)):
             (folder / "model.safetensors").write_bytes(bad)
@@ -2630,7 +2679,8 @@ def test_wordpiece_on_hand_made_cases():
     with scratch() as folder:
         (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
         ids, mask = fid.WordPiece(folder / "vocab.txt")(
-            ["A  high-quality", "unaffable", "unaffables", "Caf\u00c9!!", "a\u732b$a", "na\u00efve\0\u200b", "a " * 50])
+            ["A  high-quality", "unaffable", "unaffables", "Caf\u00c9!!", "a\u732b$a", "na\u00efve\0\u200b", "a " * 50,
+             "un\x0baff\x85able\x1c", "a\ta\u3000a\ra"])
         named = [" ".join(words[i] for i in row[m > 0]) for row, m in zip(ids, mask.bool().numpy())]
     assert named[0] == "[CLS] a high - quality [SEP]"       # lower case, punctuation stands alone
     assert named[1] == "[CLS] un ##aff ##able [SEP]"        # longest piece first
@@ -2638,12 +2688,14 @@ def test_wordpiece_on_hand_made_cases():
     assert named[3] == "[CLS] cafe ! ! [SEP]"               # accents go
     assert named[4] == "[CLS] a \u732b $ a [SEP]"           # Chinese characters and ASCII signs stand alone
     assert named[5] == "[CLS] naive [SEP]"                  # control and format characters go
-    assert ids.shape == (7, 35) and mask[6].all() and ids[6, 34] == 3  # cut to 35, the end marked
+    assert named[7] == "[CLS] un ##aff ##able [SEP]"        # ... those that Python takes for spaces, too
+    assert named[8] == "[CLS] a a a a [SEP]"                # spaces: tab, newline, return, category Zs
+    assert ids.shape == (9, 35) and mask[6].all() and ids[6, 34] == 3  # cut to 35, the end marked
 
 
 def test_scores_are_differentiable_in_the_pixels():
     with scratch() as folder:
-        clip = fid.load_clip(public("clip_tiny", folder, "clip.pt")[1]).double()
+        clip = tiny_clip(public("clip_tiny", folder, "clip.pt")[1]).double()
     torch.manual_seed(0)
     pixels, text = torch.rand(2, 3, 40, 50, dtype=torch.float64, requires_grad=True), torch.randn(2, 32).double()
     (slope,) = torch.autograd.grad(clip.score(pixels, text).sum(), pixels)  # through resize and crop
@@ -2682,6 +2734,26 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from()
         refused(lambda: fid.load_or_train_classifier(data, folder), "classifier_0.pt", "cifar10")
 
 
+def test_classifier_keeps_the_statistics_of_its_data():
+    data = open_data("shapes")
+    with scratch() as folder:
+        path = folder / "classifier_0.pt"
+        path.write_bytes(shapes_classifier())
+        alone, net = fid.load_classifier(path), fid.load_or_train_classifier(data, folder)
+        assert alone.accuracy == net.accuracy > 0.9
+        mu, sigma = fid.feature_statistics(net, data)
+        close(alone.reference[0], mu, 1e-6), close(alone.reference[1], sigma, 1e-6)
+        close(net.reference[1], sigma, 1e-6)
+        saved = read_checkpoint(path)
+        save_checkpoint({k: v for k, v in saved.items() if k not in ("reference", "fingerprint")}, path)  # an old file
+        assert fid.load_classifier(path).reference is None
+        close(fid.load_or_train_classifier(data, folder).reference[1], sigma, 1e-6)
+        save_checkpoint({**saved, "fingerprint": saved["fingerprint"].flip(0)}, path)  # the pictures were others
+        refused(lambda: fid.load_or_train_classifier(data, folder), "other pictures", "delete")
+        save_checkpoint({"model": {}}, path)
+        refused(lambda: fid.load_classifier(path), "no classifier")
+
+
 # A stand-in for Inception in the tests of the command: 2,048 features of a picture without its 24 million weights.
 class Quick(torch.nn.Module):
     def __init__(self):
@@ -2707,11 +2779,14 @@ def judging(*argv):
             Path("weights").write_bytes(b"quick")
 
             def judged(*argv):
+                """The rows of this call alone, although it adds them to those of the calls before."""
                 sys.argv = ["fid.py", "--inception", "weights", "--device", "cpu", *map(str, argv)]
+                results = Path("out/fid/results.json")
+                results.unlink(missing_ok=True)
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
                     fid.main()
                 judged.printed = printed.getvalue()
-                return json.loads(Path("out/fid/results.json").read_text())["rows"]
+                return json.loads(results.read_text())["rows"]
             yield judged
         finally:
             fid.load_inception, sys.argv = load, old[0]
@@ -2731,18 +2806,82 @@ def test_fid_command_on_npz_folder_and_statistics():
         ab, bb = judged("a.npz", "b.npz", "--ref", "b.npz")  # a table
         assert {"fid", "is", "kid", "precision", "recall"} <= set(ab) and (ab["n"], bb["n"]) == (40, 30)
         assert abs(bb["fid"]) < 1e-3 and bb["precision"] == bb["recall"] == 1
-        for word in ("warning", "against 30 of 30 images of", "share of the generated inside", "torch-fidelity order"):
+        for word in ("warning", "against 30 of 30 images of", "share of the generated inside", "torch-fidelity order",
+                     "mean of 100 subsets of 30,"):
             assert word in judged.printed, word
+        assert "kid_std" not in ab and fid.OTHER_RESIZE not in judged.printed
         close(judged("a.npz", "--ref", "folder")[0]["fid"], ab["fid"], 1e-9)  # the same pictures as files
-        Image.fromarray(pictures(1, seed=9)[0]).save("folder/class0/new.png")
-        judged("a.npz", "--ref", "folder", "--metrics", "kid")  # not from the statistics kept, which are of 30
-        assert np.load("folder.inception.npz")["n"] == 31
+        Image.fromarray(pictures(1, seed=9)[0]).save("folder/class0/000.png")  # another under the same name
+        assert judged("a.npz", "--ref", "folder")[0]["fid"] != ab["fid"]
         judged("b.npz", "--save_stats", "stats.npz", "--metrics", "is")
         torch.save({k: np.load("stats.npz")[k] for k in ("mu", "sigma")}, "stats.pt")  # arrays, as torch-fidelity
         for file in ("stats.npz", "stats.pt"):  # ADM's and MAR's form, torch-fidelity's
             row = judged("a.npz", "--ref", file)[0]
-            close(row["fid"], ab["fid"], 1e-9)
+            close(row["fid"], ab["fid"], 1e-6)  # mu is kept in float32
             assert "kid" not in row  # needs images, not only their statistics
+            assert (fid.OTHER_RESIZE in judged.printed) == (file == "stats.pt")  # whose that is it does not say
+        stats = np.load("stats.npz")
+        assert (stats["mu"].dtype, stats["sigma"].dtype) == (np.float32, np.float64)  # torch-fidelity compares them
+
+
+def test_results_are_added_to():
+    with judging() as judged:
+        np.savez("a.npz", arr_0=pictures(20)), np.savez("b.npz", arr_0=pictures(20, seed=1))
+        tiny_mar(Path("."), "teacher")
+        rows = judged("a.npz", "--metrics", "is")
+        with mock.patch.object(Path, "unlink"):  # `judged` leaves what is there
+            rows = judged("b.npz", "--metrics", "is")
+            assert [row["name"] for row in rows] == ["a.npz", "b.npz"]
+            np.savez("a.npz", arr_0=pictures(20, seed=2))
+            again = judged("a.npz", "--metrics", "is")
+            assert [row["name"] for row in again] == ["b.npz", "a.npz"] and again[1]["is"] != rows[0]["is"]
+            flags = ("--ckpt", "teacher.pt", "--metrics", "is", "--ar_steps", 2, "--head_steps", 3, "--seed", 5)
+            judged(*flags, "--num", 10), judged(*flags, "--num", 12)  # other figures, so other rows
+            rows = judged(*flags, "--num", 12)
+            assert [row["n"] for row in rows] == [20, 20, 10, 12]
+            assert rows[3]["made_by"] == {"ar_steps": 2, "head_steps": 3, "guidance": 2.0, "temperature": 1.0,
+                                          "seed": 5, "guidance_schedule": "constant", "orders": "random"}
+            assert any("torch-fidelity order" in line for line in rows[3]["conventions"])
+        Path("out/fid/results.json").write_text("[]")
+        with mock.patch.object(Path, "unlink"):
+            refused(lambda: judged("a.npz", "--metrics", "is"), "no table of results")
+
+
+def test_a_folder_has_one_owner():
+    with scratch() as folder:
+        place = folder / "place"
+        code = "import sys, time, data; data.own(sys.argv[1]); print('mine', flush=True); time.sleep(99)"
+        other = subprocess.Popen([sys.executable, "-c", code, place], cwd=HERE, stdout=subprocess.PIPE)
+        try:
+            assert other.stdout.readline() == b"mine\n"
+            refused(lambda: data.own(place), str(place), "in use", f"process {other.pid} on")
+            data.own(place, rank=1)  # of one run rank 0 owns for all
+        finally:
+            other.kill(), other.wait()
+        data.own(place), data.own(place)  # a dead process owns nothing; what is mine is mine
+        (place / "0.npz").write_bytes(b"")
+        data.disown(place)
+        assert not [*folder.iterdir()]
+        data.own(place)
+        data.disown(place)
+
+
+def test_shards_depend_on_all_that_was_judged_and_who_judged():
+    with scratch() as folder:
+        (folder / "ants").mkdir()
+        (folder / "ants/a.png").write_bytes(b"one"), (folder / "ants/b.png").write_bytes(b"two")
+        key = fid.file_key(folder / "ants")
+        (folder / "ants/a.png").write_bytes(b"ant")  # as long, under the same name; the folder's own time stays
+        assert fid.file_key(folder / "ants") != key
+
+
+def test_a_judge_that_says_nan_is_not_believed():
+    with judging():
+        np.savez("a.npz", arr_0=pictures(4))
+        source, args = fid.npz_source("a.npz", fid.read_npz("a.npz")), argparse.Namespace(batch=2)
+        judges = {"clip": lambda images, *_: {"clip": torch.tensor([1, torch.nan])}}
+        refused(lambda: fid.collect(source, judges, Path("."), args, 0, 1), "a.npz", "clip is NaN or infinite for 2")
+        assert not Path("0.npz").exists()
 
 
 def test_fid_judges_a_checkpoint_and_goes_on_after_a_stop():
@@ -2769,7 +2908,7 @@ def test_fid_judges_a_checkpoint_and_goes_on_after_a_stop():
             fid.draw = real
         assert seen == [0, 256, 512, 512], seen  # only the shard that was lost is drawn again
         close(np.load("stats.npz")["mu"], want, 0)
-        assert not list(Path("out/fid/shards").iterdir())
+        assert not [*Path("out/fid/shards").iterdir()]
         # a call of several rows keeps the first until all are there
         several = ("--ckpt", "student.pt", "--num", 300, "--ar_steps", 2, 3, "--metrics", "is")
         seen.clear()
@@ -2790,6 +2929,17 @@ def test_fid_draws_quality_against_ar_steps():
         assert [row["ar_steps"] for row in rows] == [2, 4] and rows[0]["fd"] != rows[1]["fd"]
         assert Image.open("k.png").width == 840  # two panels: fd and accuracy
         refused(lambda: judged("--ckpt", "student.pt", *flags, "--ar_steps", 2, "--plot", "k.png"), "--plot", "several")
+        for kind in ("disc", "square"):  # two of the eight classes: 0 and 1 to the folder, 0 and 2 to the judge
+            for i in range(8):
+                path = Path("folder", kind, "deeper", f"{i}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture = data.draw_shapes([8 * i + SHAPES.index(kind)])[0].permute(1, 2, 0).numpy()
+                Image.fromarray(picture).save(path)
+        (row,) = judged("folder", *flags[:-2])
+        assert row["accuracy"] > 0.8 and row["n"] == 16
+        os.rename("folder/disc", "folder/part")
+        (row,) = judged("folder", *flags[:-2])
+        assert "accuracy" not in row and "are not the classifier's classes" in judged.printed
         tiny_mar(Path("."), "teacher", img_size=16, patch_size=4, num_classes=8)
         rows = judged("--ckpt", "teacher.pt", "student.pt", *flags, "--ar_steps", 2, "--guidance", 3, "--head_steps", 5)
         assert "head_steps 5, guidance 3.0" in rows[0]["name"] and "head_steps 1, guidance 1.0" in rows[1]["name"]
@@ -2826,11 +2976,18 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                               "i16": Image.fromarray(np.zeros((16, 16), np.uint16)), "cut": Image.fromarray(good[0]),
                               "sizes": Image.new("RGB", (20, 16)), "single": None, "empty": None}.items():
             Path(name).mkdir()
-            if name != "empty":
-                Image.fromarray(good[0]).save(f"{name}/a.png")
+            for i in range({"empty": 0, "single": 1}.get(name, 9)):
+                Image.fromarray(good[i]).save(f"{name}/a{i}.png")
             if picture:
                 picture.save(f"{name}/b.png")
         Path("cut/b.png").write_bytes(Path("cut/b.png").read_bytes()[:300])
+        np.savez("skew.npz", mu=np.zeros(2048), sigma=np.eye(2048) + np.eye(2048, k=1))
+        np.savez("three.npz", arr_0=good[:3])
+        np.savez("minus.npz", arr_0=good, labels=np.full(20, -1))
+        np.savez_compressed("packed.npz", arr_0=good)
+        packed = bytearray(Path("packed.npz").read_bytes())
+        packed[500:600] = bytes(100)  # zlib has errors of its own
+        Path("packed.npz").write_bytes(packed)
         np.savez("marked.npz", arr_0=good, labels=np.zeros(20, np.int64))
         Path("names.json").write_text('["ant"]')
         tiny_mar(Path("."))
@@ -2840,22 +2997,27 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                             ("rgba",): ["b.png", "RGBA"], ("l",): ["b.png is L"], ("i16",): ["b.png", "16"],
                             ("cut",): ["b.png", "broken"], ("sizes",): ["20 x 16"], ("nowhere",): ["no such file"],
                             ("good.npz", "--ref", "keys.npz"): ["mean", "mu and sigma"],
+                            ("three.npz",): ["3 images", "is needs 10"],
                             ("good.npz", "--ref", "width.npz"): ["(64,)", "2048"],
+                            ("good.npz", "--ref", "skew.npz"): ["sigma is not symmetric"],
+                            ("minus.npz",): ["class -1"], ("packed.npz",): ["packed.npz"],
                             ("good.npz", "--judges", "clip"): ["no labels"], (): ["nothing to judge"],
                             ("good.npz", "--judges", "classifier"): ["--data"],
                             ("good.npz", "--ref", "good.npz", "--judges", "clip"): ["inception"],
                             ("one.npz", "good.npz", "--save_stats", "s.npz"): ["one set"],
-                            ("good.npz", "--num", "1"): ["at least 2"],
+                            ("good.npz", "--num", "9"): ["--num", "--ckpt"],
+                            ("--ckpt", "student.pt", "--num", "1"): ["at least 2"],
                             ("marked.npz", "good.npz", "--judges", "clip", "--class_names", "names.json"):
                                 ["good.npz has no labels"],
                             ("good.npz", "none.npz"): ["none.npz"],  # before good.npz is judged
                             ("--ckpt", "student.pt", "--ar_steps", "2", "99"): ["ar_steps 99"],
                             ("good.npz", "--guidance", "2"): ["--guidance", "--ckpt"],
                             ("good.npz", "--metrics", "kid"): ["--ref"],
-                            ("good.npz", "--save_stats", "names.json/x.npz"): ["cannot write"],
-                            ("good.npz", "--out", "names.json"): ["names.json", "cannot write"]}.items():
+                            ("good.npz", "--save_stats", "names.json/x.npz"): ["cannot write"]}.items():
             refused(lambda: judged(*argv), *words)
         assert not Path("out/fid/results.json").exists()
+        names, good = Path("names.json").resolve(), Path("good.npz").resolve()
+        refuses(run("fid.py", good, "--out", names), "names.json", "exists")
         refuses(run("fid.py", Path("one.npz").resolve()), "1 image")  # and so it looks from outside: one line, code 2
 
 
@@ -3198,9 +3360,8 @@ class TinyImageReward(torch.nn.Module):
 def test_rl_every_reward_runs_with_both_estimators():
     need_shared()
     smooth = ["red:2", "classifier", "judge:0.5", "clip:0.1", "pickscore", "imagereward:0.01"]
-    load, fid.load_imagereward = fid.load_imagereward, lambda path: TinyImageReward()
-    with scratch() as folder, contextlib.ExitStack() as after:
-        after.callback(setattr, fid, "load_imagereward", load)
+    with (scratch() as folder, mock.patch.object(fid, "load_imagereward", lambda path: TinyImageReward()),
+          mock.patch.object(fid, "load_clip", tiny_clip)):
         write_student(folder)
         flags = ["--folder", write_judges(folder), "--steps", "1", "--eval_images", "16", "--pairs", "2", "--reward"]
         run_rl(folder, *flags, *smooth, "jpeg:0.1", "-jpeg:0.1", "--perturb", "pixel")
