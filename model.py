@@ -188,8 +188,8 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x, silu_y):
-        shift, scale, gate = self.adaLN_modulation[1](silu_y).chunk(3, dim=-1)
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
 
@@ -214,8 +214,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x, silu_y):
-        shift, scale = self.adaLN_modulation[1](silu_y).chunk(2, dim=-1)
+    def forward(self, x, y):
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
         return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
 
 
@@ -235,10 +235,10 @@ class Head(nn.Module):
         return self.time_embed(t) + self.cond_embed(c)
 
     def forward(self, x, y):  # (..., C), (..., W) -> (..., 2C)
-        x, silu_y = self.input_proj(x), F.silu(y)  # (..., W)
+        x = self.input_proj(x)  # (..., W)
         for block in self.res_blocks:
-            x = block(x, silu_y)
-        return self.final_layer(x, silu_y)
+            x = block(x, y)
+        return self.final_layer(x, y)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,13 +254,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, queries=None):  # (B, T, D); `queries` (B, Q, D): attend from these instead, to all of x
-        D = x.shape[2]
-        if queries is None:
-            q, k, v = self.qkv(x).chunk(3, dim=2)
-        else:
-            q = linear(queries, self.qkv.weight[:D], self.qkv.bias[:D])
-            k, v = linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=2)
+    def forward(self, x, keep=None):  # (B, T, D); keep (B, Q): only these positions ask, all of x answers
+        q, k, v = self.qkv(x).chunk(3, dim=2)
+        if keep is not None:
+            q = take(q, keep)
         q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, T or Q, D/heads)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B, T or Q, D)
@@ -293,7 +290,7 @@ class Block(nn.Module):
         if keep is None:
             x = x + self.attn(y)
         else:
-            x = take(x, keep) + self.attn(y, take(y, keep))
+            x = take(x, keep) + self.attn(y, keep)
         return x + self.mlp(self.norm2(x))
 
 
@@ -761,7 +758,7 @@ def by_onednn(model):
     another order.
     """
     for module in model.modules():
-        if type(module) is nn.Linear and ONEDNN:
+        if type(module) is nn.Linear:
             module.__class__ = Linear
 
 
@@ -790,17 +787,13 @@ ONEDNN = torch.backends.mkldnn.is_available()
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
-def linear(x, weight, bias):
-    if x.is_cpu and ONEDNN and not torch.compiler.is_compiling() and x.numel() * len(weight) > 4e6:
-        return ByOneDNN.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
     """nn.Linear by oneDNN: (..., in) -> (..., out)."""
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        if x.is_cpu and ONEDNN and not torch.compiler.is_compiling() and x.numel() * len(self.weight) > 4e6:
+            return ByOneDNN.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 def bf16_weights(model):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data import (LATENT_SCALE, Parser, check_numbers, load_vae, rank_and_world, read_class_names, read_image, run_main,
                   setup)
-from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, compile_blocks, graphed, linear, load_mar, mask_counts,
+from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, compile_blocks, graphed, load_mar, mask_counts,
                    read_checkpoint)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def matrix_rate(device, rounds=5):
     """FLOP/s of a large matrix product here, at the transformer's precision: what MFU is a share of."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, bias = torch.ones(size, size, device=device, dtype=dtype), torch.ones(size, device=device, dtype=dtype)
-    work = lambda: linear(a, a, bias)
+    work = lambda: torch.nn.functional.linear(a, a, bias)
     # a limit is the best that is seen, not the median: a moment of other work would make shares of more than 100 %
     return 2 * size**3 / min(seconds_of(work, device) for _ in range(rounds))
 

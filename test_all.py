@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,7 +47,7 @@ import model as model_file
 import rl
 import sample
 from data import PUBLIC, SHAPES, open_data, run_main, setup, train_indices
-from distill import Gradients, log_line
+from distill import Gradients
 from fid import load_or_train_classifier
 from model import (CHAIN, MAR, ORDERS, SIZES, START, MARConfig, UserError, alpha_sigma, bf16_weights, compile_blocks,
                    cosine_schedule, diffusion_loss, gaussian, graphed, image_keys, load_mar, read_checkpoint,
@@ -254,7 +255,7 @@ def test_last_block_computes_only_what_is_asked():
     visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
     mask = torch.ones(3, 16).scatter(1, visible, 0.0)
     whole = model.condition(tokens, mask, labels)
-    part = model.context(tokens, visible, labels, predict)
+    part = model.transformer(tokens, visible, labels, predict)
     close(part, whole.gather(1, predict[:, :, None].expand(-1, -1, 32)), 1e-5)
 
 
@@ -346,14 +347,13 @@ def test_picture_depends_on_its_seed_and_not_on_the_batch():
 
 
 def test_one_product_by_onednn_and_by_mkl():
-    x, weight, bias = torch.randn(3, 100, 256), torch.randn(300, 256), torch.randn(300)  # 23 M multiply-adds: large
-    with torch.no_grad():
-        close(model_file.linear(x, weight, bias), x @ weight.T + bias, 1e-5)
-        close(model_file.linear(x.transpose(0, 1), weight, bias), (x @ weight.T + bias).transpose(0, 1), 1e-5)
-    gradients = []
-    for product in (model_file.linear, lambda x, weight, bias: x @ weight.T + bias):
-        leaves = [z.clone().requires_grad_() for z in (x, weight, bias)]
-        gradients.append(torch.autograd.grad(product(*leaves).square().sum(), leaves))
+    x, layer = torch.randn(3, 100, 256, requires_grad=True), torch.nn.Linear(256, 300)  # 23 M multiply-adds: large
+    by_onednn = copy.deepcopy(layer)
+    model_file.by_onednn(by_onednn)
+    assert type(layer) is torch.nn.Linear and type(by_onednn) is model_file.Linear
+    close(by_onednn(x.transpose(0, 1)), layer(x.transpose(0, 1)), 1e-5)
+    gradients = [torch.autograd.grad(product(x).square().sum(), [x, product.weight, product.bias])
+                 for product in (by_onednn, layer)]
     for ours, plain in zip(*gradients):
         close(ours, plain, 1e-5)
 
@@ -385,12 +385,12 @@ def test_bf16_weights_give_the_bits_of_autocast():
     model, tokens, labels = tiny_mar(), torch.randn(3, 16, 12), torch.tensor([0, -1, 3])
     orders = token_orders(image_keys(range(3)), 16)
     visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
-    plain = model.context(tokens, visible, labels, predict)
+    plain = model.transformer(tokens, visible, labels, predict)
     with torch.autocast("cpu", torch.bfloat16):  # stands in for CUDA's
-        by_autocast = model.context(tokens, visible, labels, predict)
+        by_autocast = model.transformer(tokens, visible, labels, predict)
         assert not torch.equal(by_autocast, plain)
         assert bf16_weights(model) is model
-        close(model.context(tokens, visible, labels, predict), by_autocast, 0.0)
+        close(model.transformer(tokens, visible, labels, predict), by_autocast, 0.0)
     kept = {name.split(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert {"class_emb", "fake_latent", "mask_token", "head_net", "z_proj_ln", "decoder_norm"} <= kept
     assert model.decoder_blocks[1].mlp.fc1.weight.dtype == model.z_proj.bias.dtype == torch.bfloat16
@@ -441,8 +441,8 @@ def test_cuda_graph_draws_the_pictures_of_eager_mode():
 def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
     """README, Speed: CPU seconds an image with random weights, in one thread, each shortcut of a student taken away
     in turn; and the teacher's. CPU and not wall seconds, so that a busy machine gives the same."""
-    def embed_each_row(self, n, c, c_null=None, guidance=1.0):
-        alpha, sigma = alpha_sigma(s := torch.full((len(n),), self.config.t_init))
+    def embed_each_token(self, n, c, c_null=None, guidance=1.0):
+        alpha, sigma = alpha_sigma(s := torch.full(n.shape[:-1], self.config.t_init))
         return (sigma * n - sigma * self.eps(sigma * n, s, c)) / alpha
 
     def whole_last_block(self, x, predict, tail=MAR.tail):
@@ -450,8 +450,8 @@ def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
         return model_file.take(tail(self, x, everything), predict)
 
     model, figures = MAR(SIZES[size]).eval().requires_grad_(False), []
-    without = {"nothing": (MAR, "generate", MAR.generate), "oneDNN": (model_file, "linear", F.linear),
-               "one row for the time step": (MAR, "one_step", embed_each_row),
+    without = {"nothing": (MAR, "generate", MAR.generate), "oneDNN": (model_file.Linear, "forward", torch.nn.Linear.forward),
+               "one time step for all": (MAR, "one_step", embed_each_token),
                "the last block's cut": (MAR, "tail", whole_last_block)}
     jobs = [("student", B, name, {}) for B in batches for name in without]
     jobs += [("teacher", 1, name, {"head_steps": 100, "guidance": 2.9}) for name in ("nothing", "oneDNN")]
@@ -545,8 +545,9 @@ def gsim_monte_carlo(distance, draws=4_000_000):
     x0 = mean + scale * torch.randn(draws, 1, generator=g, dtype=torch.float64)
     eps = torch.randn(draws, 1, generator=g, dtype=torch.float64)
     variance = alpha**2 * 0.25 + sigma**2  # of the student's x_t: the critic is exact, and no function of theta
-    loss = distill.gsim_loss(alpha * x0 + sigma * eps, eps, alpha, sigma, lambda x: -(x - alpha * 0.7) / variance,
-                             lambda x: -x, distance)
+    x_t = alpha * x0 + sigma * eps
+    eps_q, eps_p = sigma * (x_t - alpha * 0.7) / variance, sigma * x_t  # a score is -eps / sigma
+    loss = distill.gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance)
     return torch.stack(torch.autograd.grad(loss.mean(), (mean, scale)))
 
 
@@ -564,7 +565,14 @@ def test_gsim_is_the_gradient_of_the_score_divergence():
         assert ((part - exact).abs() > 0.1 * exact.abs()).all(), (part, exact)  # either alone is another gradient
 
 
-def test_gsim_gradient_is_the_derivative_of_the_loss_down_to_x0():
+def slope_at(name, x0, t, eps, eps_q, eps_p):
+    """distill.gsim_slope or vsd_slope at x0 for the noise predictions of functions eps_q and eps_p of x_t."""
+    alpha, sigma = (z.to(x0.dtype) for z in alpha_sigma(t))
+    x_t = (alpha * x0 + sigma * eps).requires_grad_()
+    return getattr(distill, name)(x0, x_t, eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
+
+
+def test_gsim_slope_is_the_derivative_of_the_loss_down_to_x0():
     """Finite differences in x0, through x_t = alpha x0 + sigma eps and two networks that are no Gaussians."""
     torch.manual_seed(0)
     A, B = torch.randn(2, 6, 6, dtype=torch.float64) / 2
@@ -574,15 +582,15 @@ def test_gsim_gradient_is_the_derivative_of_the_loss_down_to_x0():
     alpha, sigma = (z.double() for z in alpha_sigma(t))
 
     def loss(x0):
-        scores = (lambda x: -eps_q(x) / sigma), (lambda x: -eps_p(x) / sigma)
-        return distill.gsim_loss(alpha * x0 + sigma * eps, eps, alpha, sigma, *scores)
+        x_t = alpha * x0 + sigma * eps
+        return distill.gsim_loss(eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
 
-    v, said = distill.gsim_gradient(x0, t, eps, eps_q, eps_p)
+    slope, said = slope_at("gsim_slope", x0, t, eps, eps_q, eps_p)
     close(said, loss(x0), 1e-6)
-    close((v * way).sum(1), (loss(x0 + 1e-6 * way) - loss(x0 - 1e-6 * way)) / 2e-6, 1e-4)  # row by row
+    close((slope * way).sum(1), (loss(x0 + 1e-6 * way) - loss(x0 - 1e-6 * way)) / 2e-6, 1e-4)  # token by token
 
 
-def test_vsd_gradient_is_its_formula():
+def test_vsd_slope_is_its_formula():
     """The difference of the two x0 estimates, over the teacher's mean distance from the student's sample."""
     torch.manual_seed(0)
     (A, B), t = torch.randn(2, 6, 6), torch.tensor([20, 400, 973])
@@ -590,9 +598,20 @@ def test_vsd_gradient_is_its_formula():
     alpha, sigma = alpha_sigma(t)
     x_t = alpha * x0 + sigma * eps
     x0_q, x0_p = (x_t - sigma * (x_t @ A)) / alpha, (x_t - sigma * (x_t @ B)) / alpha
-    v, size = distill.vsd_gradient(x0, t, eps, lambda x: x @ A, lambda x: x @ B)
-    close(v, (x0_q - x0_p) / ((x0 - x0_p).abs().mean(1, keepdim=True) + 1e-3), 1e-4)
+    slope, size = slope_at("vsd_slope", x0, t, eps, lambda x: x @ A, lambda x: x @ B)
+    close(slope, (x0_q - x0_p) / ((x0 - x0_p).abs().mean(1, keepdim=True) + 1e-3), 1e-4)
     close(size, (x0_q - x0_p).norm(dim=1), 1e-4)
+
+
+def test_tokens_are_made_noisy_in_one_place():
+    """x_t = alpha x0 + sigma eps with a t of its own a token, and no noise that another purpose has."""
+    keys, places, x0 = image_keys(range(3)), torch.arange(5).expand(3, -1), torch.randn(3, 5, 7)
+    x_t, t, eps, alpha, sigma = distill.noised(x0, keys, distill.STUDENT, places, 20, 973)
+    assert t.shape == (3, 5) and alpha.shape == sigma.shape == (3, 5, 1) and len(t.unique()) > 10
+    close(alpha**2 + sigma**2, torch.ones(3, 5, 1), 1e-6), close(x_t, alpha * x0 + sigma * eps, 0.0)
+    purposes = [distill.TEACHER + i for i in range(8)] + [distill.NOISE, distill.CRITIC, distill.STUDENT]
+    draws = torch.stack([distill.noised(x0, keys, purpose, places)[2] for purpose in purposes]).flatten()
+    assert len(draws.unique()) > 0.999 * len(draws)
 
 
 def test_average_of_weights_and_levels_of_the_losses():
@@ -602,20 +621,21 @@ def test_average_of_weights_and_levels_of_the_losses():
     ema.weight.data.fill_(1.0), model.weight.data.fill_(2.0)
     distill.update_ema(ema, model, 0.9)
     assert abs(ema.weight.item() - 1.1) < 1e-6 and model.weight.item() == 2.0
-    steps = distill.random_steps(image_keys(range(5000)), distill.STUDENT_T, torch.arange(8).expand(5000, -1), 3, 12)
-    counts = torch.bincount(steps, minlength=14)[3:13]
+    steps = distill.random_steps(image_keys(range(5000)), distill.STUDENT, torch.arange(8).expand(5000, -1), 3, 12)
+    counts = torch.bincount(steps.flatten(), minlength=14)[3:13]
     assert counts.sum() == 40000 and (counts - 4000).abs().max() < 5 * 4000**0.5, counts
 
-    seen = {}
-    def noted(name, position):
-        real = getattr(distill, name)
-        return mock.patch.object(distill, name, lambda *a: (seen.setdefault(name, []).append(a[position]), real(*a))[1])
+    seen, real = {}, distill.noised
+    def noted(x0, keys, purpose, *rest):
+        found = real(x0, keys, purpose, *rest)
+        seen.setdefault(purpose - purpose % 64, []).append(found[1].flatten())  # the teacher's draws are TEACHER + i
+        return found
 
-    with scratch() as folder, noted("gsim_gradient", 1), noted("critic_loss", 2), noted("diffusion_loss", 3):
+    with scratch() as folder, mock.patch.object(distill, "noised", noted):
         blind_distill(folder, "--teacher_batch", 64, "--batch", 64)
-    for name, low, high in (("gsim_gradient", 20, 973), ("critic_loss", 0, 999), ("diffusion_loss", 0, 999)):
-        t = torch.cat(seen[name])
-        assert low <= t.min() < low + 15 and high - 15 < t.max() <= high and len(t) > 1500, (name, t.min(), t.max())
+    for purpose, low, high in ((distill.STUDENT, 20, 973), (distill.CRITIC, 0, 999), (distill.TEACHER, 0, 999)):
+        t = torch.cat(seen[purpose])
+        assert low <= t.min() < low + 15 and high - 15 < t.max() <= high and len(t) > 1500, (purpose, t.min(), t.max())
 
 
 def test_distillation_brings_the_student_to_the_data():
@@ -654,8 +674,8 @@ def test_distillation_gradients_vanish_when_student_is_teacher():
     alpha, sigma = alpha_sigma(t)
     x0, eps = torch.randn(n, 1), torch.randn(n, 1)
     exact = lambda x: sigma * x  # eps of data N(0, 1), for teacher and critic alike
-    assert distill.vsd_gradient(x0, t, eps, exact, exact)[0].abs().max() == 0
-    v, _ = distill.gsim_gradient(x0, t, eps, exact, exact)
+    assert slope_at("vsd_slope", x0, t, eps, exact, exact)[0].abs().max() == 0
+    v, _ = slope_at("gsim_slope", x0, t, eps, exact, exact)
     assert v.mean().abs() < 4 * v.std() / n**0.5 + 1e-6 and (v * x0).mean().abs() < 4 * (v * x0).std() / n**0.5 + 1e-6
 
 
@@ -665,8 +685,8 @@ def test_vsd_points_from_student_to_teacher():
     alpha, sigma = alpha_sigma(t)
     x0, eps = 1 + torch.randn(10_000, 1), torch.randn(10_000, 1)
     student, teacher = (lambda x: sigma * (x - alpha)), (lambda x: sigma * x)
-    for gradient in (distill.vsd_gradient, distill.gsim_gradient):
-        assert gradient(x0, t, eps, student, teacher)[0].mean() > 0, gradient
+    for name in ("vsd_slope", "gsim_slope"):
+        assert slope_at(name, x0, t, eps, student, teacher)[0].mean() > 0, name
 
 
 def test_guidance_of_one_is_none_and_zero_is_the_null_class():
@@ -692,72 +712,28 @@ def test_compiled_blocks_compute_the_same():
     for V in (5, 9):
         for model in (plain, compiled):
             model.zero_grad()
-            c = model.context(torch.ones(3, 16, 12), order[:, :V], labels, order[:, V:]).flatten(0, 1)
-            model.one_step(torch.ones(len(c), 12), c).square().sum().backward()
+            c = model.transformer(torch.ones(3, 16, 12), order[:, :V], labels, order[:, V:])  # (3, 16 - V, 32)
+            model.one_step(torch.ones(*c.shape[:2], 12), c).square().sum().backward()
         for p, q in zip(plain.parameters(), compiled.parameters()):
             close(q.grad, p.grad, 1e-4)
     close(compiled.generate(labels[:2], 4), plain.generate(labels[:2], 4), 1e-4)
     assert list(compiled.state_dict()) == list(plain.state_dict()), "checkpoints must not show it"
 
 
-@contextlib.contextmanager
-def plain_products():
-    """F.linear throughout: oneDNN's copies of its inputs have no storage that could be counted."""
-    model_file.ONEDNN, before = False, model_file.ONEDNN
-    try:
-        yield
-    finally:
-        model_file.ONEDNN = before
-
-
-def test_start_up_table_counts_parameters_flops_and_activations():
-    """What is told before a run: on meta tensors for B, L, H; FLOPs by hand; memory against what autograd keeps."""
-    for size, parameters in (("base", 207_924_768), ("large", 478_326_304), ("huge", 942_403_104)):
-        plan = distill.plan(SIZES[size], distill.parse_args(["--size", size]), 8, torch.device("cuda"), "student")
-        assert plan["parameters"] == parameters and plan["passes"] == 8  # teacher 2, student 3, critic 3
-        assert plan["optimiser"] == 2 * plan["gradients"] == 16 * parameters and plan["EMA"] == 4 * parameters
-
-    config, V, P = SIZES["base"], 56, 200
-    D, S, L, W = config.width, config.buffer_size, config.seq_len, config.head_width
-    full = lambda T: 24 * D * D * T + 4 * T * T * D  # qkv 6, projection 2, MLP 16 D^2 a token; q k^T and its use of v
-    last = 4 * D * D * (S + L) + 20 * D * D * P + 4 * P * (S + L) * D  # keys and values of all, the rest for P tokens
-    by_hand = (12 * full(S + V) + 11 * full(S + L) + last + 2 * config.token_dim * D * V + 2 * D * D * (S + V))
-    transformer, tail, head = distill.forward_flops(config, P)
-    assert transformer == by_hand and tail == last, (transformer, by_hand, tail, last)
-    # the head: 2 + 3 matrices a block, 2 to end with and 1 to embed the time, W x W; the condition D x W; 256 x W of t
-    assert head == 2 * (6 * 5 * W * W + 3 * W * W + D * W + 256 * W + 3 * 16 * W), head
-
-    args, kept = distill.parse_args(["--data", "shapes", "--teacher_batch", "32", "--draws", "2"]), {}
-    model = MAR(SIZES["shapes"])
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # by storage: views of one tensor cost its memory once
-        return tensor
-
-    P = round(np.mean([distill.masked_count(SIZES["shapes"], 0, step) for step in range(1000)]))
-    labels, keys = torch.arange(32) % 8, image_keys(range(32))
-    order = token_orders(keys, 16)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), plain_products():
-        distill.teacher_loss(model, torch.randn(32, 16, 48), labels, keys, order[:, P:], order[:, :P], 2)
-    real = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
-    told = distill.plan(SIZES["shapes"], args, 1, torch.device("cpu"), "teacher")["activations"]
-    assert 0.85 < told / real < 1.05, (told, real)  # what it leaves out: the loss's own (N, C) tensors
-    return f"activations told {told / 2**20:.1f} MiB, kept by autograd {real / 2**20:.1f}"
-
-
-def test_ar_steps_aware_masks_are_those_of_sampling():
-    counts = [distill.masked_count(SIZES["shapes"], 0, step, 4) for step in range(8000)]
-    for count, revealed in ((16, 2), (14, 3), (11, 5), (6, 6)):  # before the four steps; tokens revealed in each
-        assert abs(counts.count(count) / 8000 - revealed / 16) < 0.02, (count, counts.count(count))
-    assert len(set(counts)) == 4
-    whole = [distill.masked_count(SIZES["shapes"], 0, step, 1) for step in range(9)]
-    assert set(whole) == {16}  # one step: everything at once, from nothing
-    # under the linear schedule the scales, too, are those that sampling has: g - 1 = share here
-    model, seen = tiny_mar(), []
-    model.one_step = lambda n, c, c_null, g: seen.append(g - 1) or n
-    model.generate(torch.tensor([0]), 4, 1, 2.0, "linear")
-    assert np.allclose(seen, [distill.share_revealed(count, 16, 4) for count in (16, 14, 11, 6)])
+def test_flops_of_an_image_are_those_that_are_counted():
+    """The log's mfu: passes and head calls by the formula, beside what PyTorch counts of the public sizes."""
+    for size in ("base", "huge"):
+        config = SIZES[size]
+        P = round(0.85 * config.seq_len)
+        with torch.device("meta"):
+            model, label = MAR(config), torch.zeros(1, dtype=torch.long)
+            order = torch.zeros(1, config.seq_len, dtype=torch.long)
+            with FlopCounterMode(display=False) as transformer:
+                c = model.transformer(torch.empty(1, config.seq_len, 16), order[:, P:], label, order[:, :P])
+            with FlopCounterMode(display=False) as head:
+                model.head(torch.empty(1, P, 16), order[:, :P], c)
+        counted = 2 * transformer.get_total_flops() + 3 * head.get_total_flops()
+        assert 0.85 < distill.flops_an_image(config, passes=2, rows=3) / counted < 1.05, size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -842,7 +818,8 @@ def test_two_processes_train_as_one():
 class Blind:
     """Stands in for the judges of distill.py and rl.py, where only training is looked at."""
     rows = {}
-    __init__ = look = write = is_best = lambda *_, **__: None
+    __init__ = show = lambda *_, **__: None
+    look = lambda *_, **__: {}
 
 
 def one_and_twenty_steps_of_everything(folder, out):
@@ -908,6 +885,11 @@ def test_turns_and_parts_train_alike_on_two_processes():
             assert apart(two, one) < 1e-6 < apart(one, weights(folder, "teacher.pt")), (key, apart(two, one))
 
 
+def one_of(rank=0, world=1):
+    """What training_batch asks of a Run: who draws which share."""
+    return argparse.Namespace(rank=rank, world=world, upload=lambda x: x)
+
+
 class LossOf(torch.nn.Module):
     """A teacher's loss as a module's forward, which is what DistributedDataParallel takes hold of."""
 
@@ -952,7 +934,7 @@ def ours_beside_ddp(size, batch, rounds, micro_steps):
         return norm
 
     def data(step, parts):
-        z = distill.training_batch(shapes, model, batch, 0, step, device, rank, world)
+        z = distill.training_batch(shapes, model, batch, 0, step, one_of(rank, world))
         return list(zip(*(part.chunk(parts) for part in z)))
 
     norms = [(our_step(data(step, 2)), ddp_step(data(step, 2))) for step in range(4)]
@@ -1007,15 +989,16 @@ def test_accumulation_and_variants_run():
 
 
 def test_a_critic_may_go_on_from_the_teachers_trunk():
-    """--critic N: what the teacher's pass hands over before its last N blocks leads to the teacher's own context."""
+    """--critic N: what the teacher's pass hands over before its last N blocks leads to the teacher's own condition."""
     model, labels = tiny_mar(), torch.tensor([0, 1, 3])
     tokens, orders = torch.randn(3, 16, 12), token_orders(image_keys(range(3)), 16)
     visible, masked = orders[:, 11:].sort(dim=1).values, orders[:, :11].sort(dim=1).values
-    want = model.context(tokens, visible, labels, masked).flatten(0, 1)
+    want = model.transformer(tokens, visible, labels, masked)
     for blocks in ("full", 0, 1, 2):
         for g in (1, 2.0):
-            c_p, c_null, x_p = distill.teacher_contexts(model, tokens, visible, labels, masked, g, blocks)
-            close(c_p, want), close(model.tail(x_p, masked, blocks if blocks in (1, 2) else 1).flatten(0, 1), want)
+            c_p, c_null, x_p = distill.teacher_conditions(model, tokens, visible, labels, masked, g, blocks)
+            close(c_p, want), close(model.tail(x_p, masked, blocks if blocks in (1, 2) else 1), want)
+            close(distill.critic_conditions(model, tokens, visible, labels, masked, c_p, x_p, blocks), want)
             assert (c_null is None) == (g == 1)
 
 
@@ -1216,9 +1199,9 @@ def kill_at_random_moments(folder, program, kills):
         return code, code == -signal.SIGKILL and bool(writing(out, born))
 
     def outcome(out):
-        state = {**read_checkpoint(f"{out}/resume.pt"), "args": None, "seconds": None}
+        state = {**read_checkpoint(f"{out}/resume.pt"), "args": None}
         log = [{key: value for key, value in json.loads(line).items()
-                if not key.endswith("_s") and key != "mfu"}  # what a clock measured
+                if key != "images_per_s"}  # what a clock measured
                for line in open(f"{out}/log.jsonl")]
         return list(leaves([state, log, *(weights(Path(out), name) for name in ("student.pt", "teacher.pt")
                                           if os.path.exists(f"{out}/{name}"))]))
@@ -1278,12 +1261,14 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
         with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as f:
             while True:
                 f.write(bytes(4096))
-        args, row = argparse.Namespace(out=str(folder / "run")), {"loss": "0" * 8192}
+        args, row = distill.parse_args(["--data", "shapes", "--out", f"{folder}/other"]), {"loss": "0" * 8192}
+        run_that_logs = distill.Run(args, torch.device("cpu"), 0, 1, ["teacher"])
+        run_that_logs.stage, args.out = "teacher", f"{folder}/run"
         grid = [("x", torch.randint(0, 255, (9, 3, 64, 64)).byte())]
         write = {"results.json": lambda: write_json(folder / "run" / "results.json", row),
                  "student.pt": lambda: save_checkpoint({"x": torch.zeros(9999)}, folder / "run" / "student.pt"),
                  "grid.png": lambda: save_grid(grid, folder / "grid.png"),
-                 "log.jsonl": lambda: log_line(args, 0, None, **row)}
+                 "log.jsonl": lambda: run_that_logs.note(row)}
         for name, call in write.items():
             refused(call, "cannot write", name)
         assert (folder / "grid.png").read_text() == "old"
@@ -1300,10 +1285,10 @@ def distil_with_accidents(folder):
     life, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     accidents = {("0", 5): signal.SIGKILL, ("1", 8): signal.SIGTERM}
     for name in ("whole", "hurt"):
-        def batch(data, model, batch, seed, step, *rest):
+        def batch(data, model, batch, seed, step, run):
             if name == "hurt" and rank == "1" and not resume and (life, step) in accidents:
                 os.kill(os.getpid(), accidents[life, step])
-            return distill_batch(data, model, batch, seed, step, *rest)
+            return distill_batch(data, model, batch, seed, step, run)
 
         distill_batch = distill.training_batch
         resume = ["--resume"] if life == "0" and os.path.exists(f"{folder}/{name}/resume.pt") else []
@@ -1343,15 +1328,14 @@ def test_profile_of_a_step():
             times.append(time.process_time() - start)
         return statistics.median(times)
 
-    batch = lambda: distill.training_batch(shapes, model, args.batch, 0, 3, torch.device("cpu"), 0, 1)
+    batch = lambda: distill.training_batch(shapes, model, args.batch, 0, 3, one_of())
     tokens, labels, keys, visible, masked = batch()
     raw = seconds(lambda: shapes.batch(*train_indices(len(shapes), args.batch, 3, 0), torch.Generator()))
     with torch.no_grad():
-        forward = seconds(lambda: model.context(tokens, visible, labels, masked))
-    transformer = seconds(lambda: model.context(tokens, visible, labels, masked).sum().backward())
-    N, C = masked.numel(), model.config.token_dim
-    x, t = torch.randn(N, C, requires_grad=True), torch.randint(0, 1000, (N,))
-    c = torch.randn(N, model.config.width, requires_grad=True)
+        forward = seconds(lambda: model.transformer(tokens, visible, labels, masked))
+    transformer = seconds(lambda: model.transformer(tokens, visible, labels, masked).sum().backward())
+    x, t = torch.randn(*masked.shape, model.config.token_dim, requires_grad=True), torch.randint(0, 1000, masked.shape)
+    c = torch.randn(*masked.shape, model.config.width, requires_grad=True)
     head = seconds(lambda: model.eps(x, t, c).sum().backward())
     optimizer = distill.make_optimizer(model, 1e-4, (0.0, 0.99))
     gradients = Gradients(model)
@@ -3529,7 +3513,7 @@ def main():
             continue
         start, said = time.time(), io.StringIO()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran in this process may have taken it over
-        distill.on_sigterm.cache_clear()
+        distill.HEARD.clear()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # shown if the test fails
                 figures = test()
