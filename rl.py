@@ -344,7 +344,7 @@ def train(args, reference, score, run, watch, class_names):
             v, r, agreement = direction(score, x, labels, keys, args)
 
             # 3. L = mean(-<v, x> + kl * |x - x_ref|^2 / (2 s^2 dims)), v and x_ref constants, the mean over the images
-            #    of all parts. In the weights -L rises as the reward does, less the KL. Its slope at x ...
+            #    of all parts. Down L's slope the reward rises, at the price of the KL. The slope at x ...
             kl = (x - x_ref).square().mean() / (2 * S_KL**2)  # nats a dimension
             slope = (args.kl / (S_KL**2 * dims) * (x - x_ref) - v) / (len(x) * args.accumulate)
             # 4. ... is pushed back through the chain, last AR step first, into .grad
@@ -401,7 +401,7 @@ def is_best(row, rows, max_rise):
     if distance not in row:
         return False
     before, best = rows["before"], rows.get("best", rows["before"])
-    if {**best["made_by"], "step": None} != before["made_by"]:  # before --resume with other --eval_images, --seed, ...
+    if {**best["made_by"], "step": None} != before["made_by"]:  # made before a --resume with other --seed, ...
         best = before
     return row[distance] <= (1 + max_rise) * before[distance] and row["reward"] > best["reward"]
 
