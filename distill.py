@@ -637,7 +637,7 @@ class Run:
 
     def restore(self, stage, **targets):
         """Load what resume.pt holds of this stage under the names of `targets` into these networks and optimisers."""
-        resumed, self.step = self.resumed, 0
+        resumed, self.stage, self.step = self.resumed, stage, 0
         if not resumed or resumed["stage"] != stage:
             return
         self.step = resumed["step"]
@@ -695,7 +695,8 @@ class Run:
         speed = self.images * (self.step - self.clock_step) / (time.time() - self.clock)
         values["images_per_s"] = speed
         if self.device.type == "cuda":  # the share of an H100's 989 TFLOP/s in bf16, and the most memory there was
-            values["mfu"] = speed * self.flops / (989e12 * self.world)
+            if self.flops:
+                values["mfu"] = speed * self.flops / (989e12 * self.world)
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.note(values)
         if self.rank == 0:
@@ -738,8 +739,11 @@ class Run:
     def leave_if_told(self):
         """End after a signal, such as a cluster sends before it takes the machine away. The checkpoint is written."""
         if self.told:
-            print(f"stopped by {signal.Signals(self.told).name} at step {self.step}; --resume goes on from "
-                  f"{self.path('resume.pt')}", flush=True)
+            path = self.path("resume.pt")
+            if self.rank == 0:
+                print(f"stopped by {signal.Signals(self.told).name} at step {self.step}; "
+                      + (f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"),
+                      flush=True)
             raise SystemExit(SIGNALS[self.told])
 
 

@@ -1354,9 +1354,12 @@ class Watch:
         whole = lambda count: torch.arange(-(-count // run.world) * run.world) % config.num_classes  # equal shares
         self.labels, self.shown = whole(run.args.eval_images), whole(min(2 * config.num_classes, 20))
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
-        if run.args.resume and os.path.exists(run.path("results.json")):
+        if run.resumed and os.path.exists(run.path("results.json")):
+            # rows of steps that are going to be done again go, as the log's lines; best.pt stays, and so its row
+            done = 0 if run.resumed["stage"] == "teacher" else run.resumed["step"]
             with open(run.path("results.json")) as f:
-                self.rows = json.load(f)
+                self.rows = {name: row for name, row in json.load(f).items()
+                             if name == "best" or (row["made_by"]["step"] or 0) <= done}
 
     def look(self, name, model, step=None, **how):
         """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.

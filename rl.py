@@ -38,9 +38,11 @@ from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask
                    reveal_plan, take, token_orders)
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (model.py: noise is a function of picture, purpose, place)
-S_KL = 0.1  # width of the Gaussian around a picture that the KL is stated for, in the units of x
-KL = {"classifier": 0.1, "red": 0.05}  # --kl of a single reward, others KL_ELSE. Every pixel has to move for red; at
-KL_ELSE = 0.2  # 0.01 all pictures became red squares
+S_KL = 0.1  # s of the KL, in the units of x: KL(N(x, s^2 I) || N(x_ref, s^2 I)) = |x - x_ref|^2 / (2 s^2) nats
+# --kl of a single reward; of others, and of sums, KL_ELSE. Every pixel has to move for red, so its pull is weak, but at
+# 0.01 all pictures became red squares.
+KL = {"classifier": 0.1, "red": 0.05}
+KL_ELSE = 0.2
 
 # What `--data` changes; an explicit flag always wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
@@ -70,8 +72,8 @@ def parse_args(argv=None):
          help=f"what to raise, several are added up, jpeg:-1 lowers: {' '.join(REWARDS)}")
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
-    flag("--kl", type=float, default=None, help="pull towards the student of the start, in reward per nat and dimension; "
-         "raise it when FD rises, lower it when the reward does not "
+    flag("--kl", type=float, default=None, help="pull towards the student of the start, in reward per nat and "
+         "dimension; raise it when FD rises, lower it when the reward does not "
          f"(default {KL_ELSE}, of a single {', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
     flag("--max_fd_rise", type=float, default=0.2, help="share by which FD may lie above the start's in best.pt")
     # its gradient
@@ -101,8 +103,9 @@ def parse_args(argv=None):
     # system
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    known, _ = p.parse_known_args(argv)
-    p.set_defaults(**DEFAULTS.get(known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else "", {}))
+    known, _ = p.parse_known_args(argv)  # a first reading, for --data alone: it sets the defaults of the second
+    alike = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else ""
+    p.set_defaults(**DEFAULTS.get(alike, {}))
     args = p.parse_args(argv)
     check_numbers(args, one="pairs ar_steps batch accumulate chunk eval_every eval_images save_every log_every",
                   share="ema")
@@ -119,6 +122,7 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards: f(images (N, 3, H, W) float in [0, 1], labels (N,) long) -> (N,), on the images' device. To add one of your
 # own, add a line to REWARDS: a builder, called once with (args, data, class names, device), that returns such an f.
+# `data` is None where the student makes latents.
 
 
 def prompt_reward(kind):
@@ -137,6 +141,7 @@ def classifier_reward(seed):
             raise UserError("the classifier of the data set reads pixels, and this student makes latents: "
                             "use --reward clip, pickscore or imagereward")
         net = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", seed, device)
+        # net: -> features (N, F), logits (N, classes)
         return lambda images, labels: F.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
     return build
 
@@ -157,7 +162,7 @@ REWARDS = {
     "imagereward": prompt_reward("imagereward"),  # mean 0, variance 1; corrupts pictures when trained on: watch it
     "classifier": classifier_reward(seed=0),  # the one distill.py shows its figures by
     "judge": classifier_reward(seed=1),  # another one, to watch: what fools one network need not fool two
-    "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),
+    "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),  # nothing to build: the f itself
     "red": lambda *_: lambda images, labels: (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)),  # the toy
 }
 
@@ -212,15 +217,16 @@ def in_chunks(score, x, labels, chunk):
 
 @torch.no_grad()
 def reinforce_direction(score, x, labels, keys, args):
-    """From rewards alone. The policy is a Gaussian on the finished picture, a ~ N(x, s^2 I): its score function gives
+    """From rewards alone. The policy is a Gaussian on the finished picture, a = x + s e ~ N(x, s^2 I). Its score
+    function, d log p(a) / dx = e / s, and H antithetic pairs give
 
         v = 1 / (2 s H) sum_h [r(x + s e_h) - r(x - s e_h)] e_h,      e_h ~ N(0, I),
 
     the gradient of the reward smoothed by s, unbiased. A pair is its own baseline: what both of its pictures earn says
-    nothing about e and cancels. No division by the rewards' spread, which made it worse. 2H reward calls a picture.
-    v gets worse with the root of the dimensions, so latents are perturbed where there are some: 4,096 numbers at 256 px,
-    and not 196,608 pixels. Third result: q, the cosine between the v of the even pairs and that of the odd ones. A free
-    estimate: v's cosine with the true gradient is about sqrt(2 q / (1 + q)) (Spearman-Brown).
+    nothing about e and cancels. No division by the rewards' spread (GRPO's), which made it worse. 2H reward calls a
+    picture. v gets worse with the root of the dimensions, so latents are perturbed where there are some: 4,096 numbers
+    at 256 px, and not 196,608 pixels. Third result: q, the cosine between the v of the even pairs and that of the odd
+    ones. A free estimate: v's cosine with the true gradient is about sqrt(2 q / (1 + q)) (Spearman-Brown).
     """
     B, dims, s = len(x), x[0].numel(), args.noise_std
     together = max(1, args.chunk // (2 * B))  # pairs scored at once
@@ -230,15 +236,15 @@ def reinforce_direction(score, x, labels, keys, args):
         e = gaussian(keys, EXPLORE, h.expand(B, -1), dims)  # (B, h, dims)
         a = x.flatten(1)[:, None] + s * torch.cat([e, -e], dim=1)  # (B, 2h, dims)
         r = in_chunks(score, a.view(-1, *x.shape[1:]), labels.repeat_interleave(2 * len(h)), args.chunk).view(B, 2, -1)
-        gain = (r[:, 0] - r[:, 1]) / (2 * s * args.pairs)  # (B, h)
+        weight = (r[:, 0] - r[:, 1]) / (2 * s * args.pairs)  # (B, h), of each e in v
         for half in (0, 1):
-            halves[half] += torch.einsum("bh,bhd->bd", gain * (h % 2 == half), e)
+            halves[half] += torch.einsum("bh,bhd->bd", weight * (h % 2 == half), e)
     agreement = F.cosine_similarity(halves[0].flatten(), halves[1].flatten(), dim=0)
     return halves.sum(0).view_as(x), in_chunks(score, x, labels, args.chunk), agreement
 
 
 def pathwise_direction(score, x, labels, keys, args):
-    """By autograd: v = dr/dx. Exact, one reward call a picture, differentiable rewards only."""
+    """By autograd: v = dr/dx. Exact, so agreement is 1; one reward call a picture, differentiable rewards only."""
     v, rewards = [], []
     for part, part_labels in zip(x.split(args.chunk), labels.split(args.chunk)):
         part = part.detach().requires_grad_()
@@ -255,7 +261,8 @@ def pathwise_direction(score, x, labels, keys, args):
 @torch.no_grad()
 def retrace(model, x, labels, keys, ar_steps):
     """What `model` would have put at each AR step of another's pictures x (B, c, h, w), given the tokens put before it
-    and the same noise: -> like x. A finished picture holds the context of every step, because no token is ever changed.
+    and the same noise: -> like x. Teacher forcing, along the other's path. A finished picture holds the context of
+    every step, because no token is ever changed.
     """
     C, tokens = model.config.token_dim, model.patchify(x)  # (B, L, C)
     found = torch.zeros_like(tokens)
@@ -271,7 +278,7 @@ def backward_chain(model, x, slope, labels, keys, ar_steps, before_last=lambda: 
     As in `retrace` the picture is all that had to be kept of the rollout: the steps are run again, with a graph, last
     step first. When a step's turn comes, `slope` at its tokens is complete: the loss's own part, and what they did to
     all later tokens. This is exact backpropagation through the chain, in the memory of one step whatever K is.
-    before_last is called before the last backward: gradients.begin.
+    before_last is called before the last backward: gradients.begin, by which ranks exchange gradients beside it.
     """
     L, C = model.config.seq_len, model.config.token_dim
     tokens, slope = model.patchify(x), model.patchify(slope)  # (B, L, C)
@@ -308,24 +315,23 @@ def train(args, reference, score, run, watch, class_names):
     An update costs, an image, the K steps of the chain three times over (the student's, the reference's, the student's
     again with its backward) and 2 * pairs + 1 decodings and reward calls (pathwise: one, with its backward).
     """
-    student, ema = copy.deepcopy(reference).requires_grad_(True), copy.deepcopy(reference)  # eval mode: the noise of a
-    # picture must be the policy's alone
+    # all in eval mode: dropout would be noise that the policy knows nothing of, and no chain could be run again
+    student, ema = copy.deepcopy(reference).requires_grad_(True), copy.deepcopy(reference)
+    # no weight decay, which pulls towards 0: the KL pulls towards the start
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = dict(model=student, ema=ema, optimizer=optimizer)
     run.restore("rl", **state)
-    watch.look("before", reference)
-    run.leave_if_told()
-    watch.show(0)
+    look_first(args, reference, run, watch, ema, class_names)
     prepare(args, student, frozen=reference)
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
     dims = reference.config.latent_size**2 * reference.config.vae_channels
-    sums, since = torch.zeros(5, device=run.device), run.step
+    sums, since = torch.zeros(5, device=run.device), run.step  # for the log: sums over the updates since its last line
 
     for step in run.steps("rl", args.steps, args.batch):
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
 
-        # the gradient, from whole pictures
+        # the gradient, from whole pictures; `accumulate` parts of the batch, one after the other, where memory is short
         gradients.zero()
         parts = list(zip(*(z.chunk(args.accumulate) for z in episodes(reference.config, args, step, run))))
         for i, (labels, seeds) in enumerate(parts):
@@ -337,21 +343,22 @@ def train(args, reference, score, run, watch, class_names):
             # 2. the direction in which the reward rises: the one line in which the estimators differ
             v, r, agreement = direction(score, x, labels, keys, args)
 
-            # 3. L = -mean <v, x> + kl * |x - x_ref|^2 / (2 s^2 dims), with v and x_ref constants: its slope at x ...
-            kl = (x - x_ref).square().mean() / (2 * S_KL**2)
+            # 3. L = mean(-<v, x> + kl * |x - x_ref|^2 / (2 s^2 dims)), v and x_ref constants, the mean over the images
+            #    of all parts. Down L's slope the reward rises, at the price of the KL. The slope at x ...
+            kl = (x - x_ref).square().mean() / (2 * S_KL**2)  # nats a dimension
             slope = (args.kl / (S_KL**2 * dims) * (x - x_ref) - v) / (len(x) * args.accumulate)
-            # 4. ... is pushed back through the chain, last AR step first
+            # 4. ... is pushed back through the chain, last AR step first, into .grad
             last_part = i == len(parts) - 1
             backward_chain(student, x, slope, labels, keys, args.ar_steps,
                            gradients.begin if last_part else lambda: None)
             sums[:4] += torch.stack([r.mean(), r.std(correction=0), kl, agreement]) / args.accumulate
 
-        # the update
+        # the update: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         norm = gradients.finish(args.clip)
         optimizer.step()
         update_ema(ema, student, args.ema)
         sums[4] += norm
-        run.check(norm)
+        run.check(norm)  # a reward that is not finite makes such a norm: the next log line stops the run
 
         # log, look, save: only here does the loop wait for the device
         if run.due(args.log_every):
@@ -359,12 +366,23 @@ def train(args, reference, score, run, watch, class_names):
             run.log(reward=reward, reward_std=std, kl=kl, agreement=agreement, grad_norm=norm)
             sums.zero_()
             since = run.step
-        if run.due(args.eval_every, last=False):
+        if run.due(args.eval_every, last=False):  # the last one's is after the loop
             evaluate(args, run, watch, ema, class_names)
-        if run.due(args.save_every) or run.told:
+        if run.due(args.save_every) or run.told:  # told by a signal: the log line, or the evaluation, has asked
             run.save("student", ema, class_names, **state)
-    evaluate(args, run, watch, ema, class_names)
+    evaluate(args, run, watch, ema, class_names)  # a run that is resumed with nothing to do makes what is missing
     run.leave_if_told()
+
+
+def look_first(args, reference, run, watch, ema, class_names):
+    """The row "before", which all later ones are compared with. Where the run goes on: the row of its checkpoint's
+    step, if a signal broke off that evaluation. What results.json holds is not made again."""
+    watch.look("before", reference)
+    run.leave_if_told()
+    watch.show(0)
+    if 0 < run.step < args.steps and run.due(args.eval_every, last=False):
+        evaluate(args, run, watch, ema, class_names)
+        run.leave_if_told()
 
 
 def evaluate(args, run, watch, ema, class_names):
@@ -377,12 +395,14 @@ def evaluate(args, run, watch, ema, class_names):
 
 
 def is_best(row, rows, max_rise):
-    """The most reward yet, at a distance to the data not too far above the start's: what costs more was hacked. Where no
-    distance is measured (or not on this rank), nothing is best."""
+    """The most reward yet, at a distance to the data not too far above the start's: what costs more was hacked. Where
+    no distance is measured (or not on this rank), nothing is best."""
     distance = "fd" if "fd" in row else "fid"
     if distance not in row:
         return False
     before, best = rows["before"], rows.get("best", rows["before"])
+    if {**best["made_by"], "step": None} != before["made_by"]:  # made before a --resume with other --seed, ...
+        best = before
     return row[distance] <= (1 + max_rise) * before[distance] and row["reward"] > best["reward"]
 
 
@@ -391,8 +411,9 @@ def is_best(row, rows, max_rise):
 
 
 def make_figures(args, data, functions, weights, device):
-    """-> figures(images uint8 (N, 3, H, W), labels (N,)) for the Watch: the mean of each reward, their weighted sum
-    "reward", "diversity", and how far the pictures are from the data: "fd" and "accuracy" of pixels, "fid" of latents."""
+    """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward,
+    their weighted sum "reward", "diversity", and the distance to the data: of pixels "fd" and "accuracy", of latents
+    "fid"."""
     if data:  # seed 1: FD and accuracy come from a network that no reward has seen
         classifier = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", 1, device)
         reference = feature_statistics(classifier, data)
@@ -407,7 +428,8 @@ def make_figures(args, data, functions, weights, device):
                              labels.to(device), args.chunk).mean().item()
 
         row = {name: mean(f) for name, f in functions.items()}
-        row = {"reward": sum(w * row[name] for name, w in weights.items()), **row, "diversity": diversity(images, labels)}
+        reward = sum(weight * row[name] for name, weight in weights.items())
+        row = {"reward": reward, **row, "diversity": diversity(images, labels)}
         if data:
             row.update(judge(classifier, images, labels, reference))
         elif args.ref:
@@ -454,7 +476,8 @@ def main(argv=None):
     device, rank, world = setup(args.device)
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
-    run = Run(args, device, rank, world, stages=["rl"], same=["reward", "watch"])
+    # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
+    run = Run(args, device, rank, world, stages=["rl"], same=["reward", "watch", "prompt", "class_names", "ref"])
     run.check_divides(["batch"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
