@@ -200,17 +200,6 @@ def find_images(folder, suffixes=SUFFIXES):
     return list(found), [file for files in found.values() for file in files], labels
 
 
-def find_images(folder):
-    """Every image below a folder, links followed -> (class names, files, labels). The class is the first folder."""
-    found = []
-    for root, _, names in os.walk(folder, followlinks=True):
-        first = os.path.relpath(root, folder).split(os.sep)[0].strip(".")
-        found += [(first, os.path.join(root, name)) for name in names if Path(name).suffix.lower() in SUFFIXES]
-    found.sort()
-    classes = sorted({first for first, _ in found})
-    return classes, [file for _, file in found], np.array([classes.index(first) for first, _ in found], np.int64)
-
-
 def list_images(path, split):
     return find_images(split_folder(path, split))
 

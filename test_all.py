@@ -2139,7 +2139,7 @@ def measure_where_a_pictures_time_goes(size="base", K=8, batches=(1, 4), device=
         model.generate(labels, K, **{**how, "head_steps": min(2, how["head_steps"])})  # meets every shape
         seconds = seconds_of(draw_them, device)
         # another call for the shares: to time the parts the device is waited for after each, which slows the whole
-        with (mock.patch.object(model, "context", timed("transformer", model.transformer)),
+        with (mock.patch.object(model, "transformer", timed("transformer", model.transformer)),
               mock.patch.object(model, "one_step", timed("head", model.one_step)),
               mock.patch.object(model, "denoise", timed("head", model.denoise))):
             whole = seconds_of(draw_them, device)
