@@ -137,16 +137,17 @@ def grid_image(rows):
 
     Small pictures are enlarged to 96 px without smoothing, so that the pixels of a 16 px picture can be told apart.
     """
-    font, side = ImageFont.load_default(14), rows[0][1].shape[3]
-    side, left = side * max(1, 96 // side), max(font.getlength(title) + 16 if title else GAP for title, _ in rows)
-    width = math.ceil(left) + (side + GAP) * max(len(pictures) for _, pictures in rows)
+    font, size = ImageFont.load_default(14), rows[0][1].shape[3]
+    side = size * max(1, 96 // size)  # of a picture, as it is shown
+    left = max(math.ceil(font.getlength(title)) + 16 if title else GAP for title, _ in rows)
+    width = left + (side + GAP) * max(len(pictures) for _, pictures in rows)
     canvas = Image.new("RGB", (width, GAP + (side + GAP) * len(rows)), PAPER)
     for i, (title, pictures) in enumerate(rows):
         y = GAP + i * (side + GAP)
         ImageDraw.Draw(canvas).text((8, y + side / 2), title, INK, font, anchor="lm")
         for j, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):  # (H, W, 3) each
             tile = Image.fromarray(picture).resize((side, side), Image.NEAREST)
-            canvas.paste(tile, (math.ceil(left) + j * (side + GAP), y))
+            canvas.paste(tile, (left + j * (side + GAP), y))
     return canvas
 
 
@@ -230,14 +231,13 @@ def save_npz(rounds, labels, side, path):
 
     What a round brings is appended: whatever N is, memory holds one round. The file has its name once it is whole.
     """
-    N, part = len(labels), f"{path}.{os.getpid()}"
-    if shutil.disk_usage(Path(path).parent).free < N * side * side * 3:
-        raise UserError(f"{path} will have {N * side * side * 3 / 1e9:.1f} GB, more than is free there: other --out")
+    shape, part = (len(labels), side, side, 3), f"{path}.{os.getpid()}"
+    if shutil.disk_usage(Path(path).parent).free < math.prod(shape):
+        raise UserError(f"{path} will have {math.prod(shape) / 1e9:.1f} GB, more than is free there: other --out")
     try:
         with zipfile.ZipFile(part, "w") as archive:  # not compressed: can be mapped
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (N, side, side, 3)}
-                np.lib.format.write_array_header_1_0(file, header)
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 for pictures in rounds:
                     file.write(pictures.permute(0, 2, 3, 1).contiguous().numpy().data)  # (n, H, W, 3)
             with archive.open("labels.npy", "w") as file:
@@ -330,7 +330,7 @@ def save_panels(runs, path):
     """runs: list of (title, {quantity: {step: value}}) -> PNG: a panel a quantity, a colour a run."""
     names = list(dict.fromkeys(name for _, curves in runs for name in curves))  # in order of appearance
     if not names:
-        raise UserError(f"no numbers to draw in {', '.join(title for title, _ in runs)}: --curves wants a log.jsonl")
+        raise UserError("no numbers to draw: --curves wants the log.jsonl of runs")
     (W, H), legend, font = PANEL, 40 * len(runs) + 20, ImageFont.load_default(26)
     canvas = Image.new("RGB", (COLUMNS * W, math.ceil(len(names) / COLUMNS) * H + legend), PAPER)
     pen = ImageDraw.Draw(canvas)
