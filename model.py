@@ -867,7 +867,7 @@ def compile_blocks(*models):
         for block in [*model.encoder_blocks, *model.decoder_blocks, *model.head_net.res_blocks]:
             block.compile(dynamic=True)
     try:
-        x = torch.zeros(2, models[0].config.head_width, device=next(models[0].parameters()).device)
+        x = torch.zeros(2, 3, models[0].config.head_width, device=next(models[0].parameters()).device)
         models[0].head_net.res_blocks[0](x, x)
     except (RuntimeError, OSError) as error:  # of torch: no compiler, one that fails, no Triton, no room for its files
         reason = " ".join(str(error).split())[:150]
