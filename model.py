@@ -478,8 +478,10 @@ class MAR(nn.Module):
                 eps = null + guidance * (eps - null)
             x0 = math.sqrt(1 / now["abar"]) * x - math.sqrt(1 / now["abar"] - 1) * eps
             if self.config.pixels:
-                x0 = x0.clamp(-1, 1)  # pixels are known to lie there; without it a small head's errors at t near 999
-                # grow by 20,000 and never come back. MAR does not clamp latents, whose range nobody knows.
+                # pixels are known to lie there; without it a small head's errors at t near 999 grow by 20,000 and
+                # never come back. MAR does not clamp latents, whose range nobody knows. + 0 * x0: infinity becomes NaN,
+                # or a failed head would draw grey pictures
+                x0 = x0.clamp(-1, 1) + 0 * x0
             x = now["coef_x0"] * x0 + now["coef_xt"] * x
             if j > 0:
                 frac = (v + 1) / 2
@@ -654,7 +656,7 @@ def load_mar(path, ema=True, **config_overrides):
     public = "diffloss.net.input_proj.weight" in state
     if not wanted <= set(state) or not (public or "config" in file):
         raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
-    if public:
+    if "config" not in file:
         config = config_of_public(state, file.get("args"), config_overrides, path)
     else:
         unknown = set(file["config"]) - {f.name for f in fields(MARConfig)}
