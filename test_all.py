@@ -2188,6 +2188,7 @@ def test_pictures_that_are_not_finite_are_never_written():
         before = sorted(folder.iterdir())
         for name, count in (("nan", "4 of 4 pictures"), ("inf", "4 of 4 pictures"), ("class", "1 of 4 pictures")):
             refused(lambda: draw(load_mar(broken[name]), range(4), ar_steps=2), count, "not finite")
+        refused(lambda: draw(load_mar(broken["inf"]), range(4), ar_steps=2, head_steps=4), "4 of 4")  # no clamp hides it
         nan = ["--ckpt", broken["nan"], "--ar_steps", 2, "--per_class", 1, "--batch", 4, "--device", "cpu"]
         for *flags, out in (("--out", "x.png"), ("--gif", "x.gif"), ("--num", 6, "--out", "x.npz"),
                             ("--num", 6, "--out", "new")):
