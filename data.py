@@ -26,7 +26,7 @@ import socket
 import sys
 import tarfile
 import urllib.request
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -129,9 +129,8 @@ def split_folder(path, split):
     for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
-    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it; images belong in "
-                    f"{path}/{SPLITS[split][0]}/<class>/*.jpg (of MAR's latents, <class>/*.npz, "
-                    f"{command('--data', path)} makes a cache)")
+    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it, with <class>/*.jpg; of MAR's "
+                    f"latents, <class>/*.npz, {command('--data', path)} makes a cache")
 
 
 def walk(folder, suffixes, passed, above=()):
@@ -169,8 +168,7 @@ def find_images(folder, suffixes=SUFFIXES):
     if len(found) > 1 and "" in found:
         passed["in no class folder"] = len(found.pop(""))
     if passed:
-        reasons = [f"{count:,} {reason}" for reason, count in passed.most_common()]
-        say(f"passed over in {folder}: {', '.join(reasons[:9])}{', ...' if len(reasons) > 9 else ''}")
+        say(f"passed over in {folder}: {', '.join(f'{count:,} {reason}' for reason, count in passed.most_common(9))}")
     if not found:
         raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
     for name in sorted(os.listdir(folder)) if "" not in found else []:
@@ -192,7 +190,7 @@ def own_size(path, split, pixels=False):
     """px at which a folder is used unless told otherwise: its first image's if below 64 or if they are to be used as
     `pixels`, else 256, the public MAR's."""
     folder = split_folder(path, split)
-    for file in walk(folder, SUFFIXES, Counter()):  # a generator: to list all of ImageNet takes long
+    for file in walk(str(folder), SUFFIXES, Counter()):  # stops at the first: to list all of ImageNet takes long
         with contextlib.suppress(UserError), decoding(file), Image.open(file) as image:  # a broken one is passed by
             return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256
     raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
@@ -200,10 +198,9 @@ def own_size(path, split, pixels=False):
 
 def is_small(path):
     """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
-    try:
+    with contextlib.suppress(UserError):  # a latent cache has no images; of other faults open_data speaks
         return own_size(path, "train") < PIXEL_LIMIT
-    except UserError:  # a latent cache by its own path; or open_data will say what is wrong
-        return False
+    return False
 
 
 @contextlib.contextmanager
@@ -330,39 +327,28 @@ def write_rows(path, rows, values):
 
 
 def prepare_cache(out, settings, keys):
-    """Make room for the pictures that the cache in folder `out` lacks, whatever an earlier run left there. UserError
-    where the cache is of something else, or the disk too full."""
+    """Make room for the pictures that the cache in folder `out` lacks, whatever an earlier run left there."""
     meta, held = read_meta(out), np.empty(0, np.uint64)
     if meta:
         held = open_array(out / "keys.npy")
         open_array(out / "moments.npy", "r", len(held))
         if any(meta.get(name) != value for name, value in settings.items()):
-            raise UserError(f"{out}: this cache was made by other settings ({meta['img_size']} px, VAE "
-                            f"{meta.get('vae_sha256')}; wanted {settings}): delete it, or give another --out")
+            raise UserError(f"{out} was made otherwise ({meta['img_size']} px, VAE {meta.get('vae_sha256')}), wanted is "
+                            f"{settings}: delete it, or give another --out")
         if held.any() and not np.isin(keys, held).any():  # else another folder of this name would take ours for gone
-            raise UserError(f"{out}: this cache holds none of these pictures: delete it, or give another --out")
+            raise UserError(f"{out} holds none of these pictures: delete it, or give another --out")
     lacking = int((~np.isin(keys, held)).sum())
-    count = len(held) + max(0, lacking - int((held == 0).sum()))
     row = np.dtype((np.float16, (2, 32, settings["img_size"] // 16, settings["img_size"] // 16)))
     out.mkdir(parents=True, exist_ok=True)
     need, free = lacking * row.itemsize / 1e9, shutil.disk_usage(out).free / 1e9
     say(f"{out}: lacks {lacking:,} of {len(keys):,} pictures, {need:.2f} GB; if stopped, the same command goes on")
     if need > free:
         raise UserError(f"{out}: {need:.2f} GB are needed, {free:.2f} are free: make room, or give another --out")
+    count = len(held) + max(0, lacking - int((held == 0).sum()))
     lengthen(out / "moments.npy", count, row)
     lengthen(out / "keys.npy", count, np.dtype(np.uint64))
     if not meta:
         write_json(out / "cache.json", settings)
-
-
-def finish_cache(out, settings, class_names, labels, keys):
-    """Note which rows the pictures have now. Killed in between, the cache is unfinished, and not mislabelled."""
-    held, label = open_array(out / "keys.npy"), dict(zip(keys.tolist(), labels.tolist()))
-    write_json(out / "cache.json", settings)
-    with replacing(out / "labels.npy", "wb") as file:
-        np.save(file, np.array([label.get(key, GONE) for key in held.tolist()]))
-    broken = keys[~np.isin(keys, held)].tolist()
-    write_json(out / "cache.json", {**settings, "class_names": class_names, "broken": broken})
 
 
 def build_cache(args, settings, folder, pictures, read, encode, advice):
@@ -384,7 +370,6 @@ def build_cache(args, settings, folder, pictures, read, encode, advice):
     lacking = np.flatnonzero(~np.isin(keys, held))  # (n,) of the pictures
     rows = np.flatnonzero(held == 0)[:len(lacking)]  # (n,) of the cache
     mine = np.array_split(np.arange(len(lacking)), world)[rank]  # neighbours in the file: a disk likes that better
-    chunks = [mine[i:i + args.batch] for i in range(0, len(mine), args.batch)]
 
     def read_one(i):
         try:
@@ -394,21 +379,24 @@ def build_cache(args, settings, folder, pictures, read, encode, advice):
                 raise UserError(f"{error}; {advice} leaves it out") from None
             tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or not chunks, unit="img") as bar:
-        begin = lambda chunk: [pool.submit(read_one, i) for i in chunk]
-        coming = begin(mine[:args.batch])
-        for chunk, after in zip(chunks, [*chunks[1:], []]):
-            arrays = [future.result() for future in coming]
-            coming = begin(after)  # decoded while these are encoded: else GPU and CPU would wait for each other
-            good = chunk[[array is not None for array in arrays]]
+    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0, unit="img") as bar:
+        for start in range(0, len(mine), args.batch):
+            some = mine[start:start + args.batch]
+            arrays = list(pool.map(read_one, some))
+            good = some[[array is not None for array in arrays]]
             if len(good):
                 moments = encode(np.stack([array for array in arrays if array is not None]))
                 write_rows(out / "moments.npy", rows[good], moments)
                 write_rows(out / "keys.npy", rows[good], keys[lacking[good]])  # only now: a row with a key is whole
-            bar.update(len(chunk))
+            bar.update(len(some))
     barrier()
     if rank == 0:
-        finish_cache(out, settings, class_names, labels, keys)
+        held, label = open_array(out / "keys.npy"), dict(zip(keys.tolist(), labels.tolist()))
+        write_json(out / "cache.json", settings)  # else a kill here could leave labels of other class names
+        with replacing(out / "labels.npy", "wb") as file:
+            np.save(file, np.array([label.get(key, GONE) for key in held.tolist()]))
+        broken = keys[~np.isin(keys, held)].tolist()
+        write_json(out / "cache.json", {**settings, "class_names": class_names, "broken": broken})
         say(f"{out.parent} is finished: --data takes it, or the folder that it was made of")
 
 
@@ -430,13 +418,14 @@ def open_latents(name, split, img_size):
     """The latents of an image folder, from the cache that data.py made of it -> Data. UserError where they differ."""
     source, folder = split_folder(name, split), default_cache(name, img_size) / split
     build = command("--data", name, "--split", split, "--img_size", img_size, "--vae", PUBLIC["kl16"][1])
-    if not read_meta(folder):
+    meta = read_meta(folder)
+    if not meta:
         raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {build}; or use them "
                         "as pixels (--pixels)")
     latents, labels = open_cache(folder, name, split), open_array(folder / "labels.npy")
     held = open_array(folder / "keys.npy")[:len(labels)][labels != GONE]
     keys = picture_keys(source, list_images(source)[1])
-    new = (~np.isin(keys, np.append(held, np.array(read_meta(folder)["broken"], np.uint64)))).sum()
+    new = (~np.isin(keys, np.append(held, np.array(meta.get("broken", []), np.uint64)))).sum()
     gone = (~np.isin(held, keys)).sum()
     if new or gone:  # a picture that changed is both
         raise UserError(f"{name}: since its latents were computed {new:,} pictures came or changed, {gone:,} went or "
@@ -588,11 +577,11 @@ def read_class_names(path=None, own=None):
             names = [names[str(k)] for k in range(len(names))]
         names = [name if isinstance(name, str) else name[-1] for name in names]  # ["n01440764", "tench"]
         names = [re.sub(r"^n\d{8}\s+", "", name.strip()) for name in names]  # "n01440764 tench"
-        if not names or not all(names):  # an empty line would shift all that follow
-            raise ValueError(f"name {names.index('') if names else 0} is empty")
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path} holds no class names ({error}): wanted are a name a line, a JSON list, or JSON "
-                        '{"0": "tench", ...} or {"0": ["n01440764", "tench"], ...}') from None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        names = []
+    if not names or not all(names):  # an empty line would shift all that follow
+        raise UserError(f"{path} holds no class names, or an empty one: wanted are a name a line, a JSON list, or JSON "
+                        '{"0": "tench", ...} or {"0": ["n01440764", "tench"], ...}')
     if own and len(own) != len(names):
         raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
     return names
@@ -641,7 +630,8 @@ class SelfAttention(nn.Module):
 
 
 def middle(c):
-    return nn.ModuleDict({"block_1": ResnetBlock(c, c), "attn_1": SelfAttention(c), "block_2": ResnetBlock(c, c)})
+    layers = {"block_1": ResnetBlock(c, c), "attn_1": SelfAttention(c), "block_2": ResnetBlock(c, c)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Encoder(nn.Module):
@@ -649,17 +639,15 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, CHANNELS[0], 3, padding=1)
-        self.down, c = nn.ModuleList(), CHANNELS[0]
-        for level, width in enumerate(CHANNELS):
+        self.conv_in, self.down = nn.Conv2d(3, CHANNELS[0], 3, padding=1), nn.ModuleList()
+        for level, (c, width) in enumerate(zip((CHANNELS[0], *CHANNELS), CHANNELS)):
             last = level == len(CHANNELS) - 1
             stage = nn.ModuleDict({"block": nn.ModuleList([ResnetBlock(c, width), ResnetBlock(width, width)]),
                                    "attn": nn.ModuleList([SelfAttention(width) for _ in range(2 * last)])})
             if not last:
                 stage["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
             self.down.append(stage)
-            c = width
-        self.mid, self.norm_out, self.conv_out = middle(c), norm(c), nn.Conv2d(c, 32, 3, padding=1)
+        self.mid, self.norm_out, self.conv_out = middle(width), norm(width), nn.Conv2d(width, 32, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)  # (B, 128, H, W)
@@ -670,9 +658,7 @@ class Encoder(nn.Module):
                     h = stage["attn"][i](h)
             if "downsample" in stage:
                 h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # half; padded right and below
-        for layer in self.mid.values():
-            h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 32, H/16, W/16)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # (B, 32, H/16, W/16)
 
 
 class Decoder(nn.Module):
@@ -681,24 +667,19 @@ class Decoder(nn.Module):
     def __init__(self):
         super().__init__()
         c = CHANNELS[-1]
-        self.conv_in, self.mid = nn.Conv2d(16, c, 3, padding=1), middle(c)
-        self.up = nn.ModuleList()
-        for level, width in reversed(list(enumerate(CHANNELS))):
-            blocks = nn.ModuleList([ResnetBlock(c if i == 0 else width, width) for i in range(3)])
-            stage = nn.ModuleDict({"block": blocks})
+        self.conv_in, self.mid, self.up = nn.Conv2d(16, c, 3, padding=1), middle(c), nn.ModuleList()
+        for level, (width, above) in enumerate(zip(CHANNELS, (*CHANNELS[1:], c))):
+            blocks = [ResnetBlock(above, width), ResnetBlock(width, width), ResnetBlock(width, width)]
+            stage = nn.ModuleDict({"block": nn.Sequential(*blocks)})
             if level:
                 stage["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-            self.up.insert(0, stage)  # the public list is indexed by level and run from its end
-            c = width
-        self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
+            self.up.append(stage)
+        self.norm_out, self.conv_out = norm(CHANNELS[0]), nn.Conv2d(CHANNELS[0], 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)  # (B, 512, h, w)
-        for layer in self.mid.values():
-            h = layer(h)
-        for stage in reversed(self.up):
-            for block in stage["block"]:
-                h = block(h)
+        h = self.mid(self.conv_in(z))  # (B, 512, h, w)
+        for stage in reversed(self.up):  # the public list begins with the full size
+            h = stage["block"](h)
             if "upsample" in stage:
                 h = stage["upsample"]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, 16h, 16w)
@@ -736,9 +717,9 @@ def load_vae(path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Public files
 
-# Each can be fetched by hand from its url and put into its place; the same command then verifies it.
-# name: (url, place, bytes (about, unless there is a checksum), checksum as published). A checksum shorter than its hash
-# is a prefix: torch hub puts one into file names. "sha256:" alone: none is published, ours is written beside the file.
+# Each can be fetched by hand from its url and put into its place; the same command then checks it.
+# name: (url, place, bytes (about), checksum as published). A checksum shorter than its hash is a prefix: torch hub puts
+# one into file names. "sha256:" alone: none is published.
 HUB, OPENAI = "https://huggingface.co", "https://openaipublic.azureedge.net/clip/models"
 DROPBOX = "https://www.dropbox.com/scl/fi"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
@@ -746,15 +727,14 @@ CLIPS = {"clip_b32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2
          "clip_b16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
          "clip": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
          "clip_l14_336": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02")}
+MARS = {"mar_base": ("f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb", 1587 << 20),
+        "mar_large": ("pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt", 3650 << 20),
+        "mar_huge": ("1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o", 7191 << 20)}
 PUBLIC = {
     "kl16": (f"{DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
              "pretrained_models/vae/kl16.ckpt", 254 << 20, "sha256:"),
-    "mar_base": (f"{DROPBOX}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=0",
-                 "pretrained_models/mar/mar_base/checkpoint-last.pth", 1587 << 20, "sha256:"),
-    "mar_large": (f"{DROPBOX}/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=0",
-                  "pretrained_models/mar/mar_large/checkpoint-last.pth", 3650 << 20, "sha256:"),
-    "mar_huge": (f"{DROPBOX}/1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=0",
-                 "pretrained_models/mar/mar_huge/checkpoint-last.pth", 7191 << 20, "sha256:"),
+    **{name: (f"{DROPBOX}/{file}&dl=0", f"pretrained_models/mar/{name}/checkpoint-last.pth", size, "sha256:")
+       for name, (file, size) in MARS.items()},
     "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                   "weights-inception-2015-12-05-6726825d.pth",
                   "pretrained_models/fid/weights-inception-2015-12-05-6726825d.pth", None, "sha256:6726825d"),
@@ -765,14 +745,11 @@ PUBLIC = {
     "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
             "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
             "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
-    "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
-                  "pretrained_models/pickscore/model.safetensors", None, "sha256:"),
-    "pickscore_config": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/config.json",
-                         "pretrained_models/pickscore/config.json", None, "sha256:"),
-    "imagereward": (f"{HUB}/THUDM/ImageReward/resolve/main/ImageReward.pt",
-                    "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
-    "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
-                          "pretrained_models/imagereward/vocab.txt", None, "sha256:"),
+    **{name: (f"{HUB}/{file}", f"pretrained_models/{name.split('_')[0]}/{file.split('/')[-1]}", None, "sha256:")
+       for name, file in {"pickscore": "yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
+                          "pickscore_config": "yuvalkirstain/PickScore_v1/resolve/main/config.json",
+                          "imagereward": "THUDM/ImageReward/resolve/main/ImageReward.pt",
+                          "imagereward_vocab": "bert-base-uncased/resolve/main/vocab.txt"}.items()},
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "data/cifar-10-binary.tar.gz",
                 170_052_171, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
 }

@@ -1772,7 +1772,7 @@ def test_latent_cache_by_command():
             assert np.abs(row - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
         assert len(data.open_data(tmp / "lat")) == 6 and data.open_data(tmp / "lat").img_size == 64
         command[command.index("64")] = "128"
-        refused(lambda: data.main([str(word) for word in command[1:]]), "64 px", "wanted {'img_size': 128")
+        refused(lambda: data.main([str(word) for word in command[1:]]), "64 px", "{'img_size': 128")
         refused(lambda: data.open_data(tmp / "lat", img_size=128), "64 px, not 128")
 
 
@@ -1812,7 +1812,7 @@ def test_latents_are_computed_again_only_for_pictures_that_changed():
             other = make_folder(tmp / "other/bugs", size=(64, 64))
             refused(lambda: data.main([build[0], str(other), *build[2:]]), "holds none of these pictures")
             (tmp / "vae").write_bytes(b"y")
-            refused(lambda: data.main(build), "other settings", "vae_sha256")
+            refused(lambda: data.main(build), "made otherwise", "vae_sha256")
         rows = lambda some, label: some.read(of := np.flatnonzero(some.labels == label), of * 0)
         assert torch.equal(rows(after, 1), rows(whole, 1)) and sorted(after.labels) == [0, 0, 0, 1, 1]
         ants = rows(after, 0)[:, :3, 0, 0]
