@@ -333,7 +333,7 @@ def prepare_cache(out, settings, keys):
         held = open_array(out / "keys.npy")
         open_array(out / "moments.npy", "r", len(held))
         if any(meta.get(name) != value for name, value in settings.items()):
-            raise UserError(f"{out} was made otherwise ({meta['img_size']} px, VAE {meta.get('vae_sha256')}), wanted is "
+            raise UserError(f"{out} was made otherwise ({meta['img_size']} px, VAE {meta.get('vae_sha256')}), not "
                             f"{settings}: delete it, or give another --out")
         if held.any() and not np.isin(keys, held).any():  # else another folder of this name would take ours for gone
             raise UserError(f"{out} holds none of these pictures: delete it, or give another --out")
@@ -785,9 +785,6 @@ def fetch(name, url, part):
 def get(names, folder="."):
     """Download public files by name into `folder`; each is checked before it gets its name."""
     for name in names:
-        if name not in PUBLIC:
-            raise UserError(f"--get {name}: unknown; known are {' '.join(PUBLIC)}")
-    for name in names:
         url, place, size, checksum = PUBLIC[name]
         path, part = Path(folder) / place, Path(folder) / f"{place}.part"
         print(f"{name}: {url}\n  -> {path}; {f'{size / 2**20:,.0f} MiB' if size else 'size not published'}", flush=True)
@@ -983,7 +980,8 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
     # downloads
-    parser.add_argument("--get", nargs="+", default=[], metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
+    parser.add_argument("--get", nargs="+", default=[], choices=list(PUBLIC), metavar="NAME",
+                        help=f"download: {', '.join(PUBLIC)}")
     parser.add_argument("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = parser.parse_args(argv)
     check_numbers(args, one="img_size batch")
