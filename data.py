@@ -500,8 +500,8 @@ def open_data(name, split="train", img_size=None, pixels=False):
 def open_images(name, split, img_size):
     """The pictures of a folder, in memory -> Data. Nothing is kept on the disk, so nothing can be out of date.
 
-    Every process decodes all of them at each start, and holds N * 3 * img_size^2 bytes: 50,000 JPEGs of 32 px take
-    TODO s by one thread of a slow core, TODO s by two, and 154 MB.
+    Every process decodes all of them at each start, and holds N * 3 * img_size^2 bytes. 50,000 JPEGs of 32 px: 19 CPU
+    seconds (40 s by one thread, 32 s by two, on two slow cores that had other work), and 154 MB.
     """
     class_names, files, labels = list_images(split_folder(name, split))
     images = np.empty((len(files), 3, img_size, img_size), np.uint8)  # (N, 3, S, S)
