@@ -18,6 +18,7 @@ import functools
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import shlex
@@ -824,7 +825,8 @@ def check_numbers(args, one="", share=""):
     """Refuse numbers that cannot be meant: negative ones and NaN; of flags named in `one` 0; in `share` 1 and more."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
-            low, high = int(name in one.split()), 1 if name in share.split() else 2**31
+            low = int(name in one.split())
+            high = 1 if name in share.split() else 2**31 if isinstance(number, int) else math.inf
             if isinstance(number, (int, float)) and not low <= number < high:  # false for NaN too
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
 

@@ -33,8 +33,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, run_main, setup, train_indices
-from fid import Watch, feature_statistics, judge, load_or_train_classifier
+from data import PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, own, run_main, setup, train_indices
+from fid import Watch, judge, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
                    image_keys, load_mar, mask_counts, read_checkpoint, replacing, save_checkpoint, take, token_orders,
                    uniform, write_json)
@@ -63,6 +63,7 @@ def parse_args(argv=None):
     flag = p.add_argument
     # files and data
     flag("--data", default="data/imagenet", help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache")
+    flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size; not for large ones")
     flag("--out", default=None, help="folder of the run (default out/<name of the data>)")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
@@ -107,8 +108,9 @@ def parse_args(argv=None):
     # system
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    known, _ = p.parse_known_args(argv)
-    p.set_defaults(**DEFAULTS.get(known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else "", {}))
+    known, _ = p.parse_known_args(argv)  # a first reading: --data sets the defaults of the second
+    alike = known.data if known.data in DEFAULTS else "cifar10" if known.pixels or is_small(known.data) else ""
+    p.set_defaults(**DEFAULTS.get(alike, {}))
     if known.teacher != PUBLIC["mar_base"][1]:  # a teacher is given: none is trained, whatever the data's default
         p.set_defaults(teacher_steps=0)
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
@@ -150,8 +152,11 @@ def training_batch(data, model, batch, seed, step, run):
     return model.patchify(run.upload(x)), run.upload(labels), keys, visible, masked
 
 
-def micro_batches(batch, parts, *gradients):
-    """A batch in `parts`. Before the last, each of `gradients` learns that its next backward is the update's last."""
+def micro_batches(batch, parts, gradients):
+    """A batch in `parts`. `gradients` are zeroed, and learn before the last part that their next backward is the
+    update's last."""
+    for g in gradients:
+        g.zero()
     for i, part in enumerate(zip(*(z.chunk(parts) for z in batch))):
         if i == parts - 1:
             for g in gradients:
@@ -217,7 +222,10 @@ def vsd_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
     x0_p = (x_t - sigma * eps_p) / alpha
     difference = sigma / alpha * (eps_p - eps_q)
     slope = difference / ((x0 - x0_p).abs().mean(-1, keepdim=True) + 1e-3)
-    return slope, difference.square().sum(-1).sqrt()
+    return slope.detach(), difference.square().sum(-1).sqrt().detach()
+
+
+SLOPES = {"gsim": gsim_slope, "vsd": vsd_slope}
 
 
 def critic_loss(eps_q, eps):
@@ -235,22 +243,22 @@ def distil(args, teacher, data, run, watch):
     Transformer passes an update, in forward equivalents: teacher 2 (with its null class), student 3, critic 3, or with
     --critic N three times what N blocks are of a pass. Each runs once and serves every head call of the update.
     """
-    # three networks start as the teacher, all in eval mode: the two scores must differ for one reason only
-    student, ema = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
-    critic = copy_critic(teacher, args.critic)
+    # all in eval mode: the two scores must differ for one reason only, whose samples they are scores of
+    student, ema, critic = copy.deepcopy(teacher), copy.deepcopy(teacher), copy_critic(teacher, args.critic)
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
-    optimizer = make_optimizer(student, args.lr, (0.0, 0.99))
+    optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
     state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
     run.restore("student", **state)
     prepare(args, student, critic, frozen=teacher)
     gradients, critic_gradients = Gradients(student), Gradients(critic)
-    slope_of = {"gsim": gsim_slope, "vsd": vsd_slope}[args.loss]
-    # GSIM with guidance, critic in full: heads are critic 3, student 3, the two score nets 6 (down to their inputs)
-    flops = flops_an_image(teacher.config, passes=8, rows=12)
     levels, norm = torch.zeros(2, 2, 10, device=run.device), torch.zeros((), device=run.device)
 
-    for step in run.steps("student", args.steps, args.batch, flops):
+    for step in run.steps("student", args.steps, args.batch, flops_an_image(teacher.config, passes=8, rows=12)):
+        # look at the student, before the update: so a look that was broken off is made when the run goes on
+        if step > 0 and step % args.eval_every == 0:
+            watch.look("student", ema, step)
+
         # learning rates: the student's ends at 0, the critic's stays, since its target never comes to rest
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
@@ -258,17 +266,15 @@ def distil(args, teacher, data, run, watch):
         # gradients of both networks at the same weights; a batch is a single AR step, never a whole picture
         batch = training_batch(data, teacher, args.batch, args.seed + 1, step, run)
         students_turn = step % args.critic_steps == 0
-        gradients.zero()
-        critic_gradients.zero()
         in_turn = [critic_gradients, gradients] if students_turn else [critic_gradients]
-        for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, *in_turn):
+        for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, in_turn):
             # 1. what is known -> a condition for each masked token: one transformer pass of each network
             g = guidance_at(args, masked.shape[1] / teacher.config.seq_len)
             c_p, c_null, x_p = teacher_conditions(teacher, tokens, visible, labels, masked, g, args.critic)
             c_phi = critic_conditions(critic, tokens, visible, labels, masked, c_p, x_p, args.critic)
+            # 2. the student draws all masked tokens at once, each from its own noise; true values are never read
             with torch.set_grad_enabled(students_turn):
                 c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
-                # 2. the student draws all masked tokens at once, each from its own noise; true values are never read
                 x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
             fake = x0.detach()
 
@@ -281,11 +287,10 @@ def distil(args, teacher, data, run, watch):
             # 4. the student: the slope of its loss at x0, through both frozen heads, is pushed into its own graph
             if students_turn:
                 x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
-                with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network
-                    x_t.requires_grad_(args.loss == "gsim")
-                    eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
-                    slope, loss_theta = slope_of(fake, x_t, eps, eps_q, eps_p, alpha, sigma)
-                x0.backward(slope / (masked.numel() * args.accumulate))  # a mean over the update's masked tokens
+                x_t.requires_grad_()
+                eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
+                slope, loss_theta = SLOPES[args.loss](fake, x_t, eps, eps_q, eps_p, alpha, sigma)
+                x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
                 levels[0] += by_level(t, loss_theta)
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
@@ -297,19 +302,13 @@ def distil(args, teacher, data, run, watch):
             update_ema(ema, student, args.ema)
         run.check(norm + critic_norm)
 
-        # log, look, save: only here does the loop wait for the device
+        # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            (loss, loss_by_t), (loss_phi, critic_by_t) = map(level_means, run.average(levels))
-            run.log(loss=loss, critic_loss=loss_phi, grad_norm=norm, critic_norm=critic_norm, loss_by_t=loss_by_t,
-                    critic_by_t=critic_by_t)
+            run.log(**level_means(run.average(levels)), grad_norm=norm, critic_norm=critic_norm)
             levels.zero_()
-        if run.due(args.eval_every, last=False):
-            watch.look("student", ema, step=run.step)
-            watch.show(run.step)
-        if run.due(args.save_every) or run.told:
+        if run.due(args.save_every) or run.told:  # told by a signal to leave
             run.save("student", ema, data.class_names, **state)
-    watch.look("student", ema, step=run.step)
-    watch.show(run.step)
+    watch.look("student", ema, run.step)
     run.leave_if_told()
 
 
@@ -382,13 +381,19 @@ def by_level(t, value, bins=10):
 
 
 def level_means(levels):
-    """Sums and counts (2, bins) -> the mean over all, the mean of each level (bins,); 0 where nothing was counted."""
-    return levels[0].sum() / levels[1].sum().clamp(min=1), levels[0] / levels[1].clamp(min=1)
+    """Sums and counts (2, 2, bins), of the student and of the critic -> what the log says of them: the means over all,
+    and those of each level; 0 where nothing was counted."""
+    (loss, count), (critic, critic_count) = levels
+    return {"loss": loss.sum() / count.sum().clamp(min=1), "critic_loss": critic.sum() / critic_count.sum().clamp(min=1),
+            "loss_by_t": loss / count.clamp(min=1), "critic_by_t": critic / critic_count.clamp(min=1)}
 
 
 def flops_an_image(config, passes, rows):
     """Floating-point operations of `passes` transformer passes and `rows` head calls a masked token, for one picture.
-    Backward counts as two of its forward. Matrices alone: attention's own products are 7 % more at 256 px."""
+
+    Backward counts as two of its forward: GSIM with guidance and a full critic makes 8 passes (teacher 2, student 3,
+    critic 3) and 12 rows (critic 3, student 3, the two score nets 6, down to their inputs). Matrices alone: attention's
+    own products are 7 % more at 256 px."""
     D, known, P = config.width, config.buffer_size + config.seq_len, 0.85 * config.seq_len  # P: about MAR's mean
     transformer = 24 * D**2 * (config.encoder_depth * (known - P) + config.decoder_depth * known)
     head = 10 * config.head_width**2 * config.head_depth * P
@@ -422,17 +427,15 @@ def train_teacher(args, config, data, run):
     run.restore("teacher", **state)
     prepare(args, model, frozen=ema)
     gradients = Gradients(model)
-    flops = flops_an_image(config, passes=3, rows=3 * args.draws)
 
-    for step in run.steps("teacher", args.teacher_steps, args.teacher_batch, flops):
+    for step in run.steps("teacher", args.teacher_steps, args.teacher_batch, flops_an_image(config, 3, 3 * args.draws)):
         set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
         # dropout's generator starts anew each step: so a resumed run drops the same
         torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
         # the gradient
         batch, loss = training_batch(data, model, args.teacher_batch, args.seed, step, run), 0.0
-        gradients.zero()
-        for part in micro_batches(batch, args.accumulate, gradients):
+        for part in micro_batches(batch, args.accumulate, [gradients]):
             part_loss = teacher_loss(model, *part, args.draws) / args.accumulate
             part_loss.backward()
             loss = loss + part_loss.detach()
@@ -499,20 +502,21 @@ def main(argv=None):
     args = parse_args(argv)
     teacher = open_teacher(args)
     device, rank, world = setup(args.device)
-    data = open_data(args.data)
+    data = open_data(args.data, pixels=args.pixels)
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, config, data)
     vae = load_vae(args.vae).to(device) if args.vae else None
-    run = Run(args, device, rank, world, stages=["teacher", "student"])
-    run.check_divides(["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps))
+    divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
+    run = Run(args, device, rank, world, ["teacher", "student"], divided)
     run.start()
-    figures = None  # latents are shown, with --vae, and not judged: that is fid.py's
-    if data.pixels and rank == 0:
+
+    def make_figures():
         classifier = load_or_train_classifier(data, args.out, device=device)
-        reference = feature_statistics(classifier, data)
-        figures = lambda images, labels: judge(classifier, images, labels, reference)
-    watch = Watch(run, config, figures, judges=data.pixels, shows=data.pixels or vae is not None, vae=vae)
+        return lambda images, labels: judge(classifier, images, labels, classifier.reference)
+
+    # latents are shown, with --vae, and not judged: that is fid.py's
+    watch = Watch(run, config, make_figures, judges=data.pixels, shows=data.pixels or vae is not None, vae=vae)
 
     if teacher is None and run.resumed and run.resumed["stage"] == "student":
         teacher = load_mar(os.path.join(args.out, "teacher.pt"))
@@ -527,7 +531,6 @@ def main(argv=None):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
                    guidance_schedule=args.guidance_schedule)
         run.leave_if_told()
-    watch.show(step=0)
     distil(args, teacher, data, run, watch)
 
 
@@ -576,19 +579,24 @@ class Run:
     Written files are whole at any moment, so a run killed in any line resumes bit for bit from its last checkpoint.
     """
 
-    def __init__(self, args, device, rank, world, stages, same=()):
-        """stages: those that the program can go on with; same: flags that a resumed run must have as it began."""
+    def __init__(self, args, device, rank, world, stages, divided, same=()):
+        """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
+        resumed run must have as it began."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.step = self.total = self.told = 0
-        self.heard = listen()
+        HEARD.clear()
         self.bad = torch.tensor(NEVER, device=device)  # the first step whose gradient was not finite
-        path = os.path.join(args.out, "resume.pt")
+        path = self.path("resume.pt")
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
             args.resume = True  # torchrun --max-restarts started us again after a rank died
         if args.resume and not os.path.exists(path):
             raise UserError(f"--resume: {path} is not there; leave --resume away to start")
         if not args.resume and os.path.exists(path):
             raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+        for name in divided:
+            if vars(args)[name] % (world * args.accumulate):
+                raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
+                                f"{world} x {args.accumulate}")
         self.resumed = read_checkpoint(path) if args.resume else None
         if self.resumed:
             self.check_resumed(path, stages, same)
@@ -607,25 +615,18 @@ class Run:
             print("resumed with other flags:", ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
                                                          for name in changed), flush=True)
 
-    def check_divides(self, names):
-        """Flags that count images an update: each must split evenly over processes and micro-batches."""
-        for name in names:
-            if vars(self.args)[name] % (self.world * self.args.accumulate):
-                raise UserError(f"--{name} {vars(self.args)[name]} must be a multiple of processes x --accumulate = "
-                                f"{self.world} x {self.args.accumulate}")
-
     def path(self, name):
         return os.path.join(self.args.out, name)
 
     def start(self):
-        """Make the folder with config.json; drop log lines of steps that are going to be done again."""
+        """Own the folder; write config.json; drop log lines of steps that are going to be done again."""
         def is_done(line):  # without a checkpoint nothing is: the run was killed before the first
             if self.resumed is None or line["stage"] != self.resumed["stage"]:
                 return self.resumed is not None and line["stage"] == "teacher"
             return line["step"] <= self.resumed["step"]
 
         if self.rank == 0:
-            os.makedirs(self.args.out, exist_ok=True)
+            own(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
             if os.path.exists(self.path("log.jsonl")):
                 with open(self.path("log.jsonl")) as f:  # a line without its end was cut off by a kill
@@ -658,6 +659,7 @@ class Run:
         if self.rank == 0:
             print(f"{stage}: {images} images an update on {self.world} process(es), "
                   + (f"{total} updates" if self.step < total else f"all {total} updates done: nothing to do"), flush=True)
+        listen()
         self.clock, self.clock_step = time.time(), self.step
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=stage, unit="step",
                         disable=self.rank > 0 or None, mininterval=1)
@@ -665,9 +667,9 @@ class Run:
             self.step = step + 1  # updates done when the loop's body ends
             yield step
 
-    def due(self, every, last=True):
+    def due(self, every):
         """Whether something that is done every so many updates is due; at the last one too."""
-        return self.step % every == 0 or last and self.step == self.total
+        return self.step % every == 0 or self.step == self.total
 
     def check(self, norm):
         """Remember the first step whose gradient norm (0-d) was not finite. No host sync."""
@@ -695,8 +697,7 @@ class Run:
         speed = self.images * (self.step - self.clock_step) / (time.time() - self.clock)
         values["images_per_s"] = speed
         if self.device.type == "cuda":  # the share of an H100's 989 TFLOP/s in bf16, and the most memory there was
-            if self.flops:
-                values["mfu"] = speed * self.flops / (989e12 * self.world)
+            values["mfu"] = speed * self.flops / (989e12 * self.world)
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.note(values)
         if self.rank == 0:
@@ -712,7 +713,7 @@ class Run:
 
     def is_told(self):
         """Whether a signal has told any rank to stop: what one is told, all do. A host sync."""
-        signals = torch.tensor(max(self.heard, default=0), device=self.device)
+        signals = torch.tensor(max(HEARD, default=0), device=self.device)
         if self.world > 1:
             dist.all_reduce(signals, op=dist.ReduceOp.MAX)
         self.told = int(signals)
@@ -751,7 +752,7 @@ HEARD = {}  # signal -> time, of those that told this process to stop
 
 
 def listen():
-    """-> HEARD, filled from now on. The first signal lets the loop save and leave, a second ends the process at once."""
+    """From now on the first signal lets the loop save and leave, and a second ends the process at once."""
     def hear(number, frame):
         if HEARD and time.time() - max(HEARD.values()) > 1:  # torchrun passes on what the terminal has sent already
             signal.signal(number, signal.SIG_DFL)
@@ -761,11 +762,9 @@ def listen():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         HEARD[number] = time.time()
 
-    HEARD.clear()
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
             signal.signal(number, hear)
-    return HEARD
 
 
 class Gradients:

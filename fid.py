@@ -1345,12 +1345,14 @@ def prompt_names(sources, args):
 class Watch:
     """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
 
-    run: distill.Run. figures: images uint8 (N, 3, H, W), their labels (N,) -> {name: number}, needed on rank 0 if `judges`.
+    run: distill.Run. make_figures: called once, on rank 0, if `judges`; what it returns takes images uint8 (N, 3, H, W)
+    and their labels (N,) and gives {name: number}.
     Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
     """
 
-    def __init__(self, run, config, figures, judges=True, shows=True, vae=None):
-        self.run, self.figures, self.judges, self.shows, self.vae = run, figures, judges, shows, vae
+    def __init__(self, run, config, make_figures, judges=True, shows=True, vae=None):
+        self.run, self.judges, self.shows, self.vae = run, judges, shows, vae
+        self.figures = make_figures() if judges and run.rank == 0 else None
         whole = lambda count: torch.arange(-(-count // run.world) * run.world) % config.num_classes  # equal shares
         self.labels, self.shown = whole(run.args.eval_images), whole(min(2 * config.num_classes, 20))
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
@@ -1382,8 +1384,11 @@ class Watch:
                 row = self.figures(images, self.labels) if self.run.rank == 0 else {}
                 self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
                 if step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
-                    self.run.note({"eval_reward" if key == "reward" else key: value for key, value in row.items()})
-        return {} if self.run.told else self.rows.get(name, {})
+                    self.run.note({"step": step} | {"eval_reward" if key == "reward" else key: value for key, value in row.items()})
+        if self.run.told:
+            return {}
+        self.show(step or 0)
+        return self.rows.get(name, {})
 
     def show(self, step):
         """The grid drawn so far, results.json, and the table on the terminal."""

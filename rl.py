@@ -32,7 +32,7 @@ from PIL import Image
 from data import (LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
                   run_main, setup, train_indices)
 from distill import Gradients, Run, prepare, set_lr, update_ema
-from fid import (TEMPLATE, WEIGHTS, Watch, feature_statistics, frechet_distance, judge, load_inception,
+from fid import (TEMPLATE, WEIGHTS, Watch, frechet_distance, judge, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
                    reveal_plan, take, token_orders)
@@ -103,7 +103,7 @@ def parse_args(argv=None):
     # system
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    known, _ = p.parse_known_args(argv)  # a first reading, for --data alone: it sets the defaults of the second
+    known, _ = p.parse_known_args(argv)  # a first reading: --data sets the defaults of the second
     alike = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else ""
     p.set_defaults(**DEFAULTS.get(alike, {}))
     args = p.parse_args(argv)
@@ -321,7 +321,8 @@ def train(args, reference, score, run, watch, class_names):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = dict(model=student, ema=ema, optimizer=optimizer)
     run.restore("rl", **state)
-    look_first(args, reference, run, watch, ema, class_names)
+    watch.look("before", reference)  # the row which all later ones are compared with
+    run.leave_if_told()
     prepare(args, student, frozen=reference)
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
@@ -329,6 +330,10 @@ def train(args, reference, score, run, watch, class_names):
     sums, since = torch.zeros(5, device=run.device), run.step  # for the log: sums over the updates since its last line
 
     for step in run.steps("rl", args.steps, args.batch):
+        # look at the student, before the update: so a look that was broken off is made when the run goes on
+        if step > 0 and step % args.eval_every == 0:
+            evaluate(args, run, watch, ema, step, class_names)
+
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
 
         # the gradient, from whole pictures; `accumulate` parts of the batch, one after the other, where memory is short
@@ -360,38 +365,25 @@ def train(args, reference, score, run, watch, class_names):
         sums[4] += norm
         run.check(norm)  # a reward that is not finite makes such a norm: the next log line stops the run
 
-        # log, look, save: only here does the loop wait for the device
+        # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
             reward, std, kl, agreement, norm = run.average(sums) / (run.step - since)
             run.log(reward=reward, reward_std=std, kl=kl, agreement=agreement, grad_norm=norm)
             sums.zero_()
             since = run.step
-        if run.due(args.eval_every, last=False):  # the last one's is after the loop
-            evaluate(args, run, watch, ema, class_names)
-        if run.due(args.save_every) or run.told:  # told by a signal: the log line, or the evaluation, has asked
+        if run.due(args.save_every) or run.told:  # told by a signal to leave
             run.save("student", ema, class_names, **state)
-    evaluate(args, run, watch, ema, class_names)  # a run that is resumed with nothing to do makes what is missing
+    evaluate(args, run, watch, ema, run.step, class_names)
     run.leave_if_told()
 
 
-def look_first(args, reference, run, watch, ema, class_names):
-    """The row "before", which all later ones are compared with. Where the run goes on: the row of its checkpoint's
-    step, if a signal broke off that evaluation. What results.json holds is not made again."""
-    watch.look("before", reference)
-    run.leave_if_told()
-    watch.show(0)
-    if 0 < run.step < args.steps and run.due(args.eval_every, last=False):
-        evaluate(args, run, watch, ema, class_names)
-        run.leave_if_told()
-
-
-def evaluate(args, run, watch, ema, class_names):
+def evaluate(args, run, watch, ema, step, class_names):
     """The row "after" of the averaged student; best.pt where it is the best yet."""
-    row = watch.look("after", ema, step=run.step)
+    row = watch.look("after", ema, step)
     if is_best(row, watch.rows, args.max_fd_rise):
         watch.rows["best"] = row
         run.write("best", ema, class_names)
-    watch.show(run.step)
+        watch.show(run.step)
 
 
 def is_best(row, rows, max_rise):
@@ -416,7 +408,7 @@ def make_figures(args, data, functions, weights, device):
     "fid"."""
     if data:  # seed 1: FD and accuracy come from a network that no reward has seen
         classifier = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", 1, device)
-        reference = feature_statistics(classifier, data)
+        reference = classifier.reference
     elif args.ref:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
         reference = statistics_in(args.ref, read_npz(args.ref))
@@ -477,8 +469,7 @@ def main(argv=None):
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
-    run = Run(args, device, rank, world, stages=["rl"], same=["reward", "watch", "prompt", "class_names", "ref"])
-    run.check_divides(["batch"])
+    run = Run(args, device, rank, world, ["rl"], divided=["batch"], same=["reward", "watch", "prompt", "class_names", "ref"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
     if args.ref:
@@ -486,7 +477,7 @@ def main(argv=None):
     elif not config.pixels and rank == 0:
         print("FID is watched with --ref only: without it there is a student.pt, and no best.pt", flush=True)
     if config.pixels:
-        data = open_data(args.data, img_size=config.img_size)
+        data = open_data(args.data, img_size=config.img_size, pixels=True)
         if data.num_classes != config.num_classes:
             raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
                             "give --data as distill.py had it")
@@ -495,7 +486,7 @@ def main(argv=None):
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device, rank)
-    figures = make_figures(args, data, functions, weights, device) if rank == 0 else None
+    watch = Watch(run, config, lambda: make_figures(args, data, functions, weights, device), vae=vae)
     if rank == 0 and world > 1:
         dist.barrier()
     run.start()
@@ -507,7 +498,7 @@ def main(argv=None):
         images = ((pictures + 1) / 2).clamp(0, 1)
         return sum(weight * functions[name](images, labels) for name, weight in weights.items())
 
-    train(args, reference, score, run, Watch(run, config, figures, vae=vae), names)
+    train(args, reference, score, run, watch, names)
 
 
 if __name__ == "__main__":

@@ -1058,7 +1058,7 @@ def test_distill_refuses_bad_input():
         refuse((*given, folder / "teacher.pt"), "side 8", "16")
         refuse((*shapes, "--teacher", folder / "teacher.pt", "--teacher_steps", 5), "not both")
         refuse((*shapes, "--teacher_steps", 0), "no teacher")
-        refuse((*shapes, "--ar_steps", 17), "16 tokens")
+        refuse((*shapes, "--ar_steps", 17), "1..16")
         refuse((*shapes, "--critic", 4), "3 blocks")
         refuse((*shapes, "--critic", "head"), "--critic", "not an int")
         refuse((*shapes, "--ar_steps", 0), "--ar_steps", "at least 1")
@@ -1099,9 +1099,6 @@ def test_resume_with_other_flags_goes_on_or_says_why_not():
         assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
         assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
         assert load_mar(folder / "run/resume.pt").config == SIZES["shapes"]  # a checkpoint like others: can be drawn
-        blind_distill(folder / "teacher", "--steps", 0)
-        refused(lambda: blind_distill(folder / "teacher", "--resume", "--teacher_steps", 0, "--teacher",
-                                      folder / "teacher/teacher.pt"), "does not fit")  # it is stage 0's
         write_student(folder)
         assert "another program (stage student" in rl_error(folder, "--resume", "--out", folder / "run")
 
@@ -1302,7 +1299,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
             while True:
                 f.write(bytes(4096))
         args, row = distill.parse_args(["--data", "shapes", "--out", f"{folder}/other"]), {"loss": "0" * 8192}
-        run_that_logs = distill.Run(args, torch.device("cpu"), 0, 1, ["teacher"])
+        run_that_logs = distill.Run(args, torch.device("cpu"), 0, 1, ["teacher"], [])
         run_that_logs.stage, args.out = "teacher", f"{folder}/run"
         grid = [("x", torch.randint(0, 255, (9, 3, 64, 64)).byte())]
         write = {"results.json": lambda: write_json(folder / "run" / "results.json", row),
@@ -3692,7 +3689,7 @@ class Reached(Exception):
     """A training loop has come to where it waits for the device: its log line."""
 
 
-def reached(*_):
+def reached(*_, **__):
     raise Reached
 
 
@@ -3707,8 +3704,7 @@ def fake_cuda(mode=Strict):
 
     with (mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
           mock.patch("torch.cuda.is_bf16_supported", lambda *_: True), mock.patch("torch.cuda.synchronize"),
-          mock.patch.object(torch.Tensor, "pin_memory", lambda x: x), mock.patch.object(rl, "any_rank", reached),
-          mock.patch.object(distill, "any_rank", reached),
+          mock.patch.object(torch.Tensor, "pin_memory", lambda x: x), mock.patch.object(distill.Run, "log", reached),
           mock.patch.object(F, "scaled_dot_product_attention", attention),
           FakeTensorMode(allow_non_fake_inputs=True), mode() as inside):
         yield inside
@@ -3729,7 +3725,7 @@ def fake_module(build):
 
 
 def fake_distillation(stage, config, size, *flags, mode=Strict):
-    """Updates of train_teacher or distil up to the first log line -> (the plan made before, the mode they ran in)."""
+    """Updates of train_teacher or distil up to the first log line -> the mode they ran in."""
     cuda, shape = torch.device("cuda", 0), (config.vae_channels, config.latent_size, config.latent_size)
 
     class Pictures(list):
@@ -3737,17 +3733,19 @@ def fake_distillation(stage, config, size, *flags, mode=Strict):
             return torch.zeros(len(indices), *shape), torch.zeros(len(indices), dtype=torch.long)
 
     args = distill.parse_args(["--size", size, "--steps", "9", "--teacher_steps", "9", "--log_every", "2", *flags])
-    plan = distill.plan(config, args, 1, cuda, stage)
-    with (fake_cuda(mode) as inside, mock.patch.object(distill, "plan", lambda *_: plan),
+    args.critic = args.critic if args.critic == "full" else int(args.critic)
+    with (scratch() as folder, fake_cuda(mode) as inside,
           mock.patch.object(distill, "MAR", lambda config: fake_module(lambda: MAR(config)))):
+        args.out = f"{folder}/run"
+        run = distill.Run(args, cuda, 0, 1, [stage], [])
         try:
             if stage == "teacher":
-                distill.train_teacher(args, config, Pictures([0] * 99), cuda, 0, 1, None)
+                distill.train_teacher(args, config, Pictures([0] * 99), run)
             else:
                 teacher = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
-                distill.distil(args, Pictures([0] * 99), teacher, cuda, 0, 1, mock.Mock(), None)
+                distill.distil(args, teacher, Pictures([0] * 99), run, Blind())
         except Reached:
-            return plan, inside
+            return inside
 
 
 def fake_rl(config, *flags, mode=Strict):
@@ -3758,7 +3756,7 @@ def fake_rl(config, *flags, mode=Strict):
         vae = None if config.pixels else fake_module(data.KLVAE).eval().requires_grad_(False)
         reference = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
         decode = (lambda x: x) if config.pixels else (lambda x: vae.decode(x / data.LATENT_SCALE))
-        run = distill.Run(args, torch.device("cuda", 0), 0, 1, stages=["rl"])
+        run = distill.Run(args, torch.device("cuda", 0), 0, 1, ["rl"], [])
         try:
             rl.train(args, reference, lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind(), [])
         except Reached:
@@ -3774,7 +3772,7 @@ def steps_on_fake_gpu():
                   ["--loss", "vsd", "--guidance_schedule", "linear", "--critic_steps", "2"]):
         assert fake_distillation("student", pixels, "shapes", *small, *flags)
     for config, flags in ((pixels, []), (pixels, ["--estimator", "pathwise", "--accumulate", "2", "--recompute"]),
-                          (latents, ["--detach"]), (latents, ["--perturb", "pixel", "--kl_to", "picture"])):
+                          (latents, []), (latents, ["--estimator", "pathwise"])):
         assert fake_rl(config, "--batch", "4", *flags)
 
     with fake_cuda():
@@ -3841,27 +3839,22 @@ class LiveBytes(TorchDispatchMode):
 def memory_on_fake_gpu():
     for size, *flags in (["base"], ["base", "--recompute"], ["base", "--critic", "4"], ["large"],
                          ["large", "--recompute"], ["huge"], ["huge", "--recompute"]):
-        plan, live = fake_distillation("student", SIZES[size], size, "--batch", "32", *flags, mode=LiveBytes)
-        told = sum(plan[kind] for kind in ("weights", "gradients", "optimiser", "EMA", "activations"))
-        print(f"distill {' '.join([size, *flags])}: told {told / 2**30:.1f} GiB, alive {live.peak / 2**30:.1f}")
+        live = fake_distillation("student", SIZES[size], size, "--batch", "32", *flags, mode=LiveBytes)
+        print(f"distill {' '.join([size, *flags])}: alive {live.peak / 2**30:.1f} GiB")
     for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"], ["huge", "--recompute"]):
         live = fake_rl(SIZES[size], "--ar_steps", "16", "--log_every", "1", *flags, mode=LiveBytes)
         print(f"rl {' '.join([size, *flags])}: alive {live.peak / 2**30:.1f} GiB")
 
 
 def measure_cuda_memory():
-    """Bytes of all tensors alive in an update on CUDA, bf16: distillation of 32 images against what its start-up table
-    tells, post-training of 64 with everything but the judge."""
-    said = [line for line in on_fake_gpu(memory_on_fake_gpu).splitlines() if "alive" in line]
-    for line in [line for line in said if "told" in line]:
-        told, alive = (float(number) for number in re.findall(r"[0-9.]+", line.partition(": ")[2]))
-        assert abs(told / alive - 1) < 0.15, line
-    return "\n" + "\n".join(said) + "\n"
+    """Section "Memory": bytes of all tensors alive in an update on CUDA, bf16: distillation of 32 images,
+    post-training of 64 with everything but the judge."""
+    return "\n" + "\n".join(line for line in on_fake_gpu(memory_on_fake_gpu).splitlines() if "alive" in line) + "\n"
 
 
 def measure_on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
-    """Distillation of random latents at ImageNet's size, as a user starts it: images/s, MFU and peak memory against
-    what is told before; then `sample.py --bench`, one picture and 128. SIZES="base large huge" in front for others."""
+    """Distillation of random latents at ImageNet's size, as a user starts it: images/s, MFU and peak memory;
+    then `sample.py --bench`, one picture and 128. SIZES="base large huge" in front for others."""
     if device == "cuda" and not torch.cuda.is_available():
         raise Skip("no GPU: none of the figures that it prints has been taken")
     sizes = os.environ.get("SIZES", " ".join(sizes)).split()
@@ -3874,11 +3867,10 @@ def measure_on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
                         updates // 3, "--save_every", 10 * updates, "--device", device, *flags, "--out", folder / "out"]
                 result = run("distill.py", *argv, timeout=3000)
                 assert result.returncode == 0, result.stderr[-2000:]
-                told = float(re.findall("together ([0-9.]+)", result.stdout)[-1])
                 last = json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])  # warm, and all compiled
                 print(f"{size}, {images} images an update{''.join(f', {flag}' for flag in flags)}: "
-                      f"{last['images_per_s']:.1f} images/s, MFU {last['mfu']:.1%}, peak {last.get('peak_gb', 0):.1f} "
-                      f"GiB (told {told:.1f})", flush=True)
+                      f"{last['images_per_s']:.1f} images/s, MFU {last.get('mfu', 0):.1%}, peak "
+                      f"{last.get('peak_gb', 0):.1f} GiB", flush=True)
                 shutil.rmtree(folder / "out")
         for flags in ([], ["--compile"], ["--graph"], ["--compile", "--graph"]) if device == "cuda" else ([],):
             result = run("sample.py", "--bench", "--size", size, "--ar_steps", 64, "--teacher_ar_steps", 4, "--batch",
@@ -3897,7 +3889,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
 
 
 def measure_distillation_memory():
-    """The start-up table's bytes against the peak of a real run: MAR-B, two updates on random latents, float32."""
+    """Section "Memory": the peak of a real run: MAR-B, two updates on random latents, float32, on the CPU."""
     figures = []
     with scratch() as folder:
         latents = random_latents(folder / "latents")
@@ -3915,12 +3907,7 @@ print('GiB', peak() - before)
 """
             result = run("-c", script, timeout=3000)
             assert result.returncode == 0, result.stderr[-2000:]
-            args = distill.parse_args(argv)
-            said = distill.plan(SIZES["base"], args, 1, torch.device("cpu"), "student")
-            said = sum(said[k] for k in ("weights", "gradients", "optimiser", "EMA", "activations")) / 2**30
-            real = float(result.stdout.split()[-1])
-            figures.append(f"{' '.join(flags)}: told {said:.2f} GiB, measured {real:.2f}")
-            assert abs(said / real - 1) < 0.15, figures
+            figures.append(f"{' '.join(flags)}: {float(result.stdout.split()[-1]):.2f} GiB")
             shutil.rmtree(folder / "out")
     return "; ".join(figures)
 
@@ -4134,12 +4121,14 @@ def main():
         return globals()[sys.argv[2]](*sys.argv[3:])
     words, passed, failed, skipped = sys.argv[1:], 0, 0, 0
     torch.set_num_threads(1)  # sums in one order, and two threads on a busy machine wait for each other
+    usual_handlers = {number: signal.getsignal(number) for number in distill.SIGNALS}
     for name, test in list(globals().items()):
         named = any(word in name for word in words)
         if not (name.startswith("test_") and (named or not words) or name.startswith("measure_") and named):
             continue
         start, said = time.time(), io.StringIO()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran in this process may have taken it over
+        for number, usual in usual_handlers.items():  # a program that ran in this process may have taken them over
+            signal.signal(number, usual)
         distill.HEARD.clear()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # shown if the test fails
