@@ -267,7 +267,8 @@ def read_moments(path, side=None):
 #               keys.npy     uint64 (N,), whose row it is, noted once the row is on the disk; until then 0
 #               labels.npy   int64, its class when the cache was last finished, or GONE
 #               cache.json   settings; in a finished cache also class names, and the keys of broken pictures
-# A row that has a key is never given to another picture: who has the cache open reads on undisturbed.
+# A row that has a key is never given to another picture: who has the cache open reads on undisturbed, and a picture
+# that went and came back, or a second folder of the same name, costs nothing.
 
 GONE = -1
 
@@ -336,8 +337,6 @@ def prepare_cache(out, settings, keys):
         if any(meta.get(name) != value for name, value in settings.items()):
             raise UserError(f"{out} was made otherwise ({meta['img_size']} px, VAE {meta.get('vae_sha256')}), not "
                             f"{settings}: delete it, or give another --out")
-        if held.any() and not np.isin(keys, held).any():  # else another folder of this name would take ours for gone
-            raise UserError(f"{out} holds none of these pictures: delete it, or give another --out")
     lacking = int((~np.isin(keys, held)).sum())
     row = np.dtype((np.float16, (2, 32, settings["img_size"] // 16, settings["img_size"] // 16)))
     out.mkdir(parents=True, exist_ok=True)
@@ -511,10 +510,10 @@ def open_images(name, split, img_size):
         for i, file in enumerate(files[start:start + 100], start):
             images[i] = read_image(file, img_size)
 
-    starts = range(0, len(files), 100)
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
-        for _ in tqdm(pool.map(decode, starts), f"decoding {name}", len(starts), disable=rank_and_world()[0] > 0):
-            pass  # raises what decode raised
+    with (ThreadPoolExecutor() as pool,  # Pillow lets go of Python's lock
+          tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0) as bar):
+        for _ in pool.map(decode, range(0, len(files), 100)):  # raises what decode raised
+            bar.update(min(100, len(files) - bar.n))
     return Data(name, split, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
 
 
