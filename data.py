@@ -379,7 +379,7 @@ def build_cache(args, settings, folder, pictures, read, encode, advice):
                 raise UserError(f"{error}; {advice} leaves it out") from None
             tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0, unit="img") as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or not len(mine), unit="img") as bar:
         for start in range(0, len(mine), args.batch):
             some = mine[start:start + args.batch]
             arrays = list(pool.map(read_one, some))
