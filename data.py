@@ -2,9 +2,9 @@
 
 Three kinds of data, one class (`Data`):
   shapes     8 classes of coloured shapes, drawn on the fly; nothing to download
-  cifar10    the official binary archive             python data.py --get cifar10
+  cifar10    the official binary files               python data.py --get cifar10
   PATH       any image folder, PATH/train/<class>/*  (and PATH/test, PATH/val or PATH/validation for the other split)
-Images below 64 px are used as pixels (--pixels: larger ones too). Larger ones become KL-16 latents, computed once:
+Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
     python data.py --get kl16
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt                              # one process
     torchrun --nproc_per_node=8 data.py --data PATH --vae pretrained_models/vae/kl16.ckpt         # all GPUs
@@ -26,10 +26,8 @@ import shutil
 import socket
 import sys
 import tarfile
-import time
-import urllib.error
 import urllib.request
-from collections import Counter, namedtuple
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +51,17 @@ LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/
 
 # Eight outlines that an eye tells apart at 16 px. Colour and ground say nothing about the class, so that a model must
 # get the outline right; few colours, all saturated, so that a wrong mixture of two is seen at once.
-SHAPES = ["disc", "ring", "square", "triangle", "plus", "cross", "bars", "diamond"]
+OUTLINES = {  # which points each covers: x (N, 1, W), y (N, H, 1), in about [-1, 1] -> bool (N, H, W)
+    "disc": lambda x, y: x * x + y * y < 1,
+    "ring": lambda x, y: (x * x + y * y < 1.1) & (x * x + y * y > 0.3),
+    "square": lambda x, y: (x.abs() < 0.85) & (y.abs() < 0.85),
+    "triangle": lambda x, y: (x.abs() < (y + 1) * 0.6) & (y < 0.8),
+    "plus": lambda x, y: ((x.abs() < 0.32) & (y.abs() < 1)) | ((y.abs() < 0.32) & (x.abs() < 1)),
+    "cross": lambda x, y: ((x.abs() - y.abs()).abs() < 0.42) & (x.abs() < 0.95) & (y.abs() < 0.95),
+    "bars": lambda x, y: (x.abs() < 1) & ((y.abs() - 0.6).abs() < 0.3),
+    "diamond": lambda x, y: x.abs() + y.abs() < 1.15,
+}
+SHAPES = list(OUTLINES)
 COLOURS = torch.tensor([[235, 60, 50], [70, 200, 80], [70, 120, 250], [250, 210, 60]], dtype=torch.float32)
 GROUNDS = torch.tensor([[18, 18, 24], [70, 30, 80]], dtype=torch.float32)
 SUB = 4  # sub-samples a pixel side: 16 grey levels along an edge are enough at 16 px
@@ -68,27 +76,6 @@ def index_uniform(index, stream):
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def inside(kind, x, y):
-    """Which points of the plane a shape covers. x (N, 1, W), y (N, H, 1), in about [-1, 1] -> bool (N, H, W)."""
-    ax, ay = x.abs(), y.abs()
-    if kind == "disc":
-        return x * x + y * y < 1
-    if kind == "ring":
-        square = x * x + y * y
-        return (square < 1.1) & (square > 0.3)
-    if kind == "square":
-        return (ax < 0.85) & (ay < 0.85)
-    if kind == "triangle":
-        return (ax < (y + 1) * 0.6) & (y < 0.8)
-    if kind == "plus":
-        return ((ax < 0.32) & (ay < 1)) | ((ay < 0.32) & (ax < 1))
-    if kind == "cross":
-        return ((ax - ay).abs() < 0.42) & (ax < 0.95) & (ay < 0.95)
-    if kind == "bars":
-        return (ax < 1) & ((ay - 0.6).abs() < 0.3)
-    return ax + ay < 1.15  # diamond
 
 
 def draw_shapes(index, img_size=16):
@@ -107,11 +94,10 @@ def draw_shapes(index, img_size=16):
     x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]  # (N, 1, S*SUB)
     y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]  # (N, S*SUB, 1)
     cover = torch.empty(len(index), 1, img_size, img_size)
-    for label, kind in enumerate(SHAPES):
+    for label, inside in enumerate(OUTLINES.values()):
         rows = torch.from_numpy(np.flatnonzero(index % len(SHAPES) == label))
         if len(rows):
-            fine = inside(kind, x[rows], y[rows]).float()[:, None]
-            cover[rows] = F.avg_pool2d(fine, SUB)  # (n, 1, S, S)
+            cover[rows] = F.avg_pool2d(inside(x[rows], y[rows]).float()[:, None], SUB)  # (n, 1, S, S)
     return (ground + cover * (colour - ground)).round().byte()  # (N, 3, S, S)
 
 
@@ -135,19 +121,26 @@ def say(text):
         print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
+def command(*words):
+    """A line to paste into a shell."""
+    return f"python data.py {shlex.join(map(str, words))}"
+
+
 def split_folder(path, split):
     for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
-    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it; images belong in "
-                    f"{path}/{SPLITS[split][0]}/<class>/*.jpg (of MAR's latents, <class>/*.npz, "
-                    f"{command('--data', path)} makes a cache)")
+    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it, with <class>/*.jpg; of MAR's "
+                    f"latents, <class>/*.npz, {command('--data', path)} makes a cache")
 
 
-def entries(folder, suffixes, passed):
-    """One level of a folder -> (its folders, its files with a known suffix), in the order of names; links are followed.
-    `passed` counts what is passed over, by reason."""
-    folders, files = [], []
+def walk(folder, suffixes, passed, above=()):
+    """The files with a known suffix in `folder` and below, in the order of names; links are followed. `passed` counts
+    what is passed over, by reason. above: real paths of the folders it lies in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        passed["links back up"] += 1
+        return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):  # .DS_Store; beside x.jpg macOS keeps a ._x.jpg that is no picture
@@ -155,24 +148,11 @@ def entries(folder, suffixes, passed):
         elif entry.is_symlink() and not os.path.exists(entry.path):
             passed["links to nothing"] += 1
         elif entry.is_dir():
-            folders.append(entry.path)
+            yield from walk(entry.path, suffixes, passed, (*above, real))
         elif entry.is_file() and suffix in suffixes:
-            files.append(entry.path)
+            yield entry.path
         else:
             passed[suffix or "without a suffix"] += 1
-    return folders, files
-
-
-def walk(folder, suffixes, passed, above=()):
-    """The files with a known suffix in `folder` and below. above: real paths of the folders it lies in."""
-    real = os.path.realpath(folder)
-    if real in above:
-        passed["links back up"] += 1
-        return
-    folders, files = entries(folder, suffixes, passed)
-    yield from files
-    for inner in folders:
-        yield from walk(inner, suffixes, passed, (*above, real))
 
 
 def find_images(folder, suffixes=SUFFIXES):
@@ -182,48 +162,46 @@ def find_images(folder, suffixes=SUFFIXES):
     folder are of the class "", unless some lie in one. Sorted by class, then by name: the same on every machine and
     rank, and for ImageNet's wnids the usual label order. One line says what was passed over.
     """
-    passed, above = Counter(), (os.path.realpath(folder),)
-    folders, loose = entries(folder, suffixes, passed)
-    found = {os.path.basename(inner): list(walk(inner, suffixes, passed, above)) for inner in folders}
-    if not any(found.values()):
-        found = {"": loose}
-    elif loose:
-        passed["in no class folder"] = len(loose)
+    passed, found, root = Counter(), {}, str(Path(folder))
+    for file in walk(root, suffixes, passed):
+        first, _, below = file[len(root) + 1:].partition("/")
+        found.setdefault(first if below else "", []).append(file)
+    if len(found) > 1 and "" in found:
+        passed["in no class folder"] = len(found.pop(""))
     if passed:
-        reasons = [f"{count:,} {reason}" for reason, count in passed.most_common()]
-        say(f"passed over in {folder}: {', '.join(reasons[:9])}{', ...' if len(reasons) > 9 else ''}")
-    if found == {"": []}:
+        say(f"passed over in {folder}: {', '.join(f'{count:,} {reason}' for reason, count in passed.most_common(9))}")
+    if not found:
         raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
-    for name, files in found.items():
-        if not files:  # a class that is never trained would yet be drawn, and judged
+    for name in sorted(os.listdir(folder)) if "" not in found else []:
+        if name not in found and name[0] != "." and os.path.isdir(os.path.join(folder, name)):
             raise UserError(f"{folder}/{name}: no images in it, and each folder there is a class: remove it")
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     return list(found), [file for files in found.values() for file in files], labels
 
 
-def list_images(path, split):
-    return find_images(split_folder(path, split))
+def list_images(folder, suffixes=SUFFIXES):
+    """find_images for training: there must be classes."""
+    class_names, files, labels = find_images(folder, suffixes)
+    if class_names == [""]:
+        raise UserError(f"{folder}: its images lie in no class folder; they belong in {folder}/<class>/*.jpg")
+    return class_names, files, labels
 
 
 def own_size(path, split, pixels=False):
     """px at which a folder is used unless told otherwise: its first image's if below 64 or if they are to be used as
     `pixels`, else 256, the public MAR's."""
     folder = split_folder(path, split)
-    # class by class: to list all of ImageNet takes long
-    for inner in entries(folder, SUFFIXES, Counter())[0] or [folder]:
-        for file in walk(inner, SUFFIXES, Counter()):
-            with contextlib.suppress(UserError), decoding(file), Image.open(file) as image:
-                return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256  # a broken one is passed by
+    for file in walk(str(folder), SUFFIXES, Counter()):  # stops at the first: to list all of ImageNet takes long
+        with contextlib.suppress(UserError), decoding(file), Image.open(file) as image:  # a broken one is passed by
+            return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256
     raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
 
 
 def is_small(path):
     """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
-    try:
-        built = read_meta(Path(path) / "train")  # a cache by its own path
-        return built["kind"] == "images" if built else own_size(path, "train") < PIXEL_LIMIT
-    except UserError:  # open_data says what is wrong with the folder
-        return False
+    with contextlib.suppress(UserError):  # a latent cache has no images; of other faults open_data speaks
+        return own_size(path, "train") < PIXEL_LIMIT
+    return False
 
 
 @contextlib.contextmanager
@@ -236,7 +214,7 @@ def decoding(path):
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: broken image ({reason})") from None
+        raise UserError(f"{path}: broken image ({reason}): mend it or remove it") from None
 
 
 def to_rgb(image):
@@ -283,68 +261,43 @@ def read_moments(path, side=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The cache: what was read once
+# The latent cache
 
-# A folder with images.npy  uint8 (N, 3, H, W) or moments.npy float16 (N, 2, 32, h, w), a row a picture
-#               keys.npy    uint64 (N,), whose row it is; 0 if that picture has changed or is gone
-#               labels.npy  int64 (N,), its class once the row is written
-#               cache.json  settings and class names
-# A row is never given to another picture, new ones are put behind: who has the cache open reads on undisturbed.
+# A folder with moments.npy  float16 (N, 2, 32, h, w), a row a picture: [0] of it, [1] of its mirror image
+#               keys.npy     uint64 (N,), whose row it is, noted once the row is on the disk; until then 0
+#               labels.npy   int64, its class when the cache was last finished, or GONE
+#               cache.json   settings; in a finished cache also class names, and the keys of broken pictures
+# A row that has a key is never given to another picture: who has the cache open reads on undisturbed, and a picture
+# that went and came back, or a second folder of the same name, costs nothing.
 
-UNDONE, BROKEN = -2, -1  # in labels.npy: not written yet; a broken image that was skipped, or one that is gone
-Listing = namedtuple("Listing", "source class_names files labels keys")  # the pictures of a folder, as they are now
+GONE = -1
 
 
-def make_listing(folder, suffixes=SUFFIXES):
-    """find_images for training, so there must be classes. keys: hashes of all that a picture's row depends on: its name
-    below `folder`, its size, the time of its last change. For 100,000 pictures that takes 2 s (local disk,
-    one slow core), so half a minute for ImageNet; on a network disk minutes. A cache by its own path does without."""
-    class_names, files, labels = find_images(folder, suffixes)
-    if class_names == [""]:
-        raise UserError(f"{folder}: its images lie in no class folder; they belong in {folder}/<class>/*.jpg")
-    keys, start = np.empty(len(files), np.uint64), len(os.fsencode(folder)) + 1
-    for i, file in enumerate(files):
+def picture_keys(folder, files):
+    """uint64 (N,): hashes of all that a row depends on: a picture's name below `folder`, its size, the time of its last
+    change. 2 s for 100,000 pictures (local disk, one slow core), half a minute for ImageNet; on a network disk minutes.
+    """
+    keys, start = [], len(str(Path(folder))) + 1
+    for file in files:
         stat = os.stat(file)
-        content = b"%s %d %d" % (os.fsencode(file)[start:], stat.st_size, stat.st_mtime_ns)  # a name may be no UTF-8
-        keys[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1
-    return Listing(os.path.realpath(folder), class_names, files, labels, keys)
+        content = b"%s %d %d" % (os.fsencode(file[start:]), stat.st_size, stat.st_mtime_ns)  # a name may be no UTF-8
+        keys.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1)
+    return np.array(keys, np.uint64)
 
 
-def find_rows(held, listing):
-    """Rows (N,) of the listing's pictures. held: what keys.npy says. -1: none."""
-    row = {key: i for i, key in enumerate(held.tolist())}
-    return np.array([row.get(key, -1) for key in listing.keys.tolist()], np.int64)
-
-
-def default_cache(path, img_size, pixels, root="out/cache"):
+def default_cache(path, img_size):
     """Where the builder puts a folder's cache and open_data looks for it, so that --data PATH is all one has to say."""
-    return Path(root) / f"{Path(path).resolve().name}-{img_size}{'' if pixels else '-latents'}"
-
-
-def command(*words):
-    """A line to paste into a shell."""
-    return f"python data.py {shlex.join(map(str, words))}"
+    return Path("out/cache") / f"{Path(path).resolve().name}-{img_size}-latents"
 
 
 def read_meta(folder):
     """What cache.json says; {} where none is."""
-    try:
-        return json.loads((folder / "cache.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except ValueError as error:
-        raise UserError(f"{folder}/cache.json is damaged ({error}); delete {folder} and build it again") from None
-
-
-def check_settings(folder, found, wanted):
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise UserError(f"{folder}: this cache was made by other settings ({key} {found.get(key)}, wanted {value});"
-                            " delete it, or rename the folder of one of the two")
+    path = Path(folder) / "cache.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def open_array(path, mmap_mode=None, count=0):
-    """np.load of a part of a cache, of at least `count` rows; UserError where it is damaged."""
+    """np.load of a part of a cache; UserError where it is damaged, or has less than `count` rows."""
     try:
         array = np.load(path, mmap_mode)
         if len(array) < count:
@@ -368,127 +321,116 @@ def write_rows(path, rows, values):
     """Rows of an .npy file, on the disk on return. Through a memory map a full disk would kill us (SIGBUS)."""
     start = open_array(path, "r").offset
     with open(path, "r+b") as file:
-        for row, value in zip(rows.tolist(), values):
+        for row, value in zip(rows, values, strict=True):
             file.seek(start + row * value.nbytes)
             file.write(value.tobytes())
         file.flush()
         os.fsync(file.fileno())
 
 
-def prepare_cache(out, settings, listing):
-    """Give every picture of `listing` a row of the cache in folder `out`, whatever a stopped or an earlier run left
-    there. UserError when the disk is too full."""
-    meta, data, size = read_meta(out), out / f"{settings['kind']}.npy", settings["img_size"]
-    shape = (2, 32, size // 16, size // 16)  # of a row: [0] of the image, [1] of its mirror image
-    row = np.dtype((np.uint8, (3, size, size)) if settings["kind"] == "images" else (np.float16, shape))
-    held, marks = np.empty(0, np.uint64), np.empty(0, np.int64)
+def prepare_cache(out, settings, keys):
+    """Make room for the pictures that the cache in folder `out` lacks, whatever an earlier run left there."""
+    meta, held = read_meta(out), np.empty(0, np.uint64)
     if meta:
-        check_settings(out, meta, settings)
-        held, marks = open_array(out / "keys.npy"), open_array(out / "labels.npy")
-        open_array(data, "r", len(held))
-    rows = find_rows(held, listing)
-    new = rows < 0
-    rows[new] = len(held) + np.arange(new.sum())
-    count = len(held) + int(new.sum())
-    state = np.append(marks, np.full(count, UNDONE))[rows]  # marks are written after keys, so may be fewer
-    new_held, new_marks = np.zeros(count, np.uint64), np.full(count, BROKEN)
-    new_held[rows] = listing.keys
-    new_marks[rows] = np.where(state < 0, state, listing.labels)  # a class that is added shifts the labels
-    changed = not (np.array_equal(held, new_held) and np.array_equal(marks, new_marks)
-                   and meta["class_names"] == listing.class_names)
-    if meta and changed:  # else another folder of the same name would take our pictures for gone
-        check_settings(out, meta, {"source": listing.source})
+        held = open_array(out / "keys.npy")
+        open_array(out / "moments.npy", "r", len(held))
+        if any(meta.get(name) != value for name, value in settings.items()):
+            raise UserError(f"{out} was made otherwise ({meta['img_size']} px, VAE {meta.get('vae_sha256')}), not "
+                            f"{settings}: delete it, or give another --out")
+    lacking = int((~np.isin(keys, held)).sum())
+    row = np.dtype((np.float16, (2, 32, settings["img_size"] // 16, settings["img_size"] // 16)))
     out.mkdir(parents=True, exist_ok=True)
-    if undone := int((state == UNDONE).sum()):
-        # a new array is sparse, so what it takes on the disk is what is written already
-        on_disk, free = data.stat().st_blocks * 512 if data.exists() else 0, shutil.disk_usage(out).free
-        need, gone = count * row.itemsize - on_disk, count - len(rows)
-        say(f"{out}: {undone:,} of {len(rows):,} pictures are to be read, {count * row.itemsize / 1e9:.2f} GB in all, "
-            f"{free / 1e9:.1f} GB free{f'; {gone:,} rows are of pictures that changed or went' if gone else ''}")
-        if need > free:
-            raise UserError(f"{out}: the disk has {free / 1e9:.2f} GB free, {need / 1e9:.2f} are needed; make room or "
-                            "use another folder (--out)")
-    if changed:  # in this order: whenever we are killed, nothing passes for written that is not
-        if meta:
-            write_json(out / "cache.json", {**meta, "class_names": None})  # for a moment the labels mean nothing
-        lengthen(data, count, row)
-        for name, array in (("keys.npy", new_held), ("labels.npy", new_marks)):
-            with replacing(out / name, "wb") as file:
-                np.save(file, array)
-        write_json(out / "cache.json", {**settings, "source": listing.source, "class_names": listing.class_names})
+    need, free = lacking * row.itemsize / 1e9, shutil.disk_usage(out).free / 1e9
+    say(f"{out}: lacks {lacking:,} of {len(keys):,} pictures, {need:.2f} GB; if stopped, the same command goes on")
+    if need > free:
+        raise UserError(f"{out}: {need:.2f} GB are needed, {free:.2f} are free: make room, or give another --out")
+    count = len(held) + max(0, lacking - int((held == 0).sum()))
+    lengthen(out / "moments.npy", count, row)
+    lengthen(out / "keys.npy", count, np.dtype(np.uint64))
+    if not meta:
+        write_json(out / "cache.json", settings)
 
 
-def read_files(pool, read, files, skip_broken, advice):
-    """Read files in the pool's threads (Pillow lets go of Python's lock). -> list of arrays, None for a broken file."""
-    def one(file):
-        try:
-            return read(file)
-        except UserError as error:
-            if not skip_broken:
-                raise UserError(f"{error}; {advice}") from None
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-    return list(pool.map(one, files))
+def build_cache(args, settings, folder, pictures, read, encode, advice):
+    """Read what the cache of a folder lacks; every rank its share. What a stopped run did is kept.
 
-
-def build_cache(out, settings, listing, read, encode, batch, advice, skip_broken=False, alone=False):
-    """Read what the cache in folder `out` lacks of `listing`; every rank its own share, or one rank `alone` all of it.
-    What a stopped run did is kept.
-
-    read: file -> array. encode: (n, ...) of those -> (n, ...) rows. advice: what to do about a broken image. A label is
-    written after the row's data has reached the disk, so a row that has one is whole, whatever happened since.
+    args: data, split, out, batch, skip_broken. pictures: of list_images. read: file -> array. encode: (n, ...) of those
+    -> float16 (n, 2, 32, h, w). advice: the command that skips broken pictures.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone else (0, 1)
+    out = Path(args.out or default_cache(args.data, settings["img_size"])) / args.split
+    rank, world = rank_and_world()
+    barrier = dist.barrier if world > 1 else lambda: None
+    class_names, files, labels = pictures
+    keys = picture_keys(folder, files)
     if rank == 0:
-        prepare_cache(out, settings, listing)
-    if world > 1:
-        dist.barrier()
-    rows = find_rows(open_array(out / "keys.npy"), listing)
-    if (rows < 0).any():  # what another rank has listed
-        raise UserError(f"{out}: its pictures changed in this moment; the same command goes on")
-    # neighbours in the file go to one rank: a disk likes that better
-    mine = np.array_split(np.arange(len(rows)), world)[rank]
-    mine = mine[open_array(out / "labels.npy")[rows[mine]] == UNDONE]
-    chunks = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    # `ahead` has the next chunk decoded while this one is encoded: else GPU and CPU would wait for each other
-    with (ThreadPoolExecutor(os.cpu_count() // world + 1) as pool, ThreadPoolExecutor(1) as ahead,
-          tqdm(total=len(mine), disable=rank > 0 or not len(mine), unit="img", desc=f"rank 0 of {world}") as bar):
-        begin = lambda some: ahead.submit(read_files, pool, read, [listing.files[i] for i in some], skip_broken, advice)
-        coming = [begin(some) for some in chunks[:1]]
-        for i, some in enumerate(chunks):
-            start = time.time()
-            arrays = coming.pop().result()
-            coming = [begin(after) for after in chunks[i + 1:i + 2]]
-            good = np.array([array is not None for array in arrays])
-            if good.any():
-                encoded = encode(np.stack([array for array in arrays if array is not None]))
-                write_rows(out / f"{settings['kind']}.npy", rows[some][good], encoded)
-            write_rows(out / "labels.npy", rows[some], np.where(good, listing.labels[some], BROKEN))
-            if i == 0 and rank == 0:
-                minutes = (time.time() - start) / len(some) * len(mine) / 60
-                bar.write(f"about {minutes:.1f} minutes; if stopped, the same command goes on from there")
+        prepare_cache(out, settings, keys)
+    barrier()
+    held = open_array(out / "keys.npy")
+    barrier()  # every rank knows what is lacking before one changes it
+    lacking = np.flatnonzero(~np.isin(keys, held))  # (n,) of the pictures
+    rows = np.flatnonzero(held == 0)[:len(lacking)]  # (n,) of the cache
+    mine = np.array_split(np.arange(len(lacking)), world)[rank]  # neighbours in the file: a disk likes that better
+
+    def read_one(i):
+        try:
+            return read(files[lacking[i]])
+        except UserError as error:
+            if not args.skip_broken:
+                raise UserError(f"{error}; {advice} leaves it out") from None
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or not len(mine), unit="img") as bar:
+        for start in range(0, len(mine), args.batch):
+            some = mine[start:start + args.batch]
+            arrays = list(pool.map(read_one, some))
+            good = some[[array is not None for array in arrays]]
+            if len(good):
+                moments = encode(np.stack([array for array in arrays if array is not None]))
+                write_rows(out / "moments.npy", rows[good], moments)
+                write_rows(out / "keys.npy", rows[good], keys[lacking[good]])  # only now: a row with a key is whole
             bar.update(len(some))
+    barrier()
+    if rank == 0:
+        held, label = open_array(out / "keys.npy"), dict(zip(keys.tolist(), labels.tolist()))
+        write_json(out / "cache.json", settings)  # else a kill here could leave labels of other class names
+        with replacing(out / "labels.npy", "wb") as file:
+            np.save(file, np.array([label.get(key, GONE) for key in held.tolist()]))
+        broken = keys[~np.isin(keys, held)].tolist()
+        write_json(out / "cache.json", {**settings, "class_names": class_names, "broken": broken})
+        say(f"{out.parent} is finished: --data takes it, or the folder that it was made of")
 
 
-def open_cache(folder, name, split, img_size=None, listing=None, advice="the command that began it goes on with it"):
-    """A cache -> Data: of `listing`, a folder's pictures as they are now, or None: of those it was built from. advice:
-    what to do where some are not in it."""
-    meta, marks = read_meta(folder), open_array(folder / "labels.npy")
-    check_settings(folder, meta, {"img_size": img_size or meta["img_size"]})
-    array = np.asarray(open_array(folder / f"{meta['kind']}.npy", "r", len(marks)))  # plain arrays are indexed faster
-    class_names, rows = meta["class_names"], np.arange(len(marks))
-    if listing:
-        class_names, rows = listing.class_names, find_rows(open_array(folder / "keys.npy"), listing)
-        state = np.where(rows < 0, UNDONE, marks[np.minimum(rows, len(marks) - 1)])
-        marks = np.where(state < 0, state, listing.labels)
-    undone = int((marks == UNDONE).sum())
-    if undone or class_names is None:
-        raise UserError(f"{folder}: {undone:,} of {len(marks):,} pictures are not in this cache (new, changed or not "
-                        f"read yet), it is not finished: {advice}")
-    rows, labels = rows[marks >= 0], marks[marks >= 0]  # to a user of Data broken images do not exist
-    if not len(rows):
-        raise UserError(f"{folder}: not one of its images could be decoded; delete it")
-    read = lambda indices, *flips: torch.from_numpy(array[(rows[indices], *flips)])  # a copy of these rows alone
-    return Data(name, split, class_names, meta["img_size"], labels, read, meta["kind"] == "images")
+def open_cache(folder, name, split, img_size=None):
+    """A latent cache, as it was when last finished -> Data."""
+    meta = read_meta(folder)
+    if "class_names" not in meta:
+        raise UserError(f"{folder}: this cache is not finished: the command that began it goes on with it")
+    if img_size not in (None, meta["img_size"]):
+        raise UserError(f"{folder}: this cache is of {meta['img_size']} px, not {img_size}")
+    labels = open_array(folder / "labels.npy")
+    moments = np.asarray(open_array(folder / "moments.npy", "r", len(labels)))  # plain arrays are indexed faster
+    rows = np.flatnonzero(labels >= 0)
+    read = lambda indices, flips: torch.from_numpy(moments[rows[indices], flips])  # a copy of these rows alone
+    return Data(name, split, meta["class_names"], meta["img_size"], labels[rows], read, pixels=False)
+
+
+def open_latents(name, split, img_size):
+    """The latents of an image folder, from the cache that data.py made of it -> Data. UserError where they differ."""
+    source, folder = split_folder(name, split), default_cache(name, img_size) / split
+    build = command("--data", name, "--split", split, "--img_size", img_size, "--vae", PUBLIC["kl16"][1])
+    meta = read_meta(folder)
+    if not meta:
+        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {build}; or use them "
+                        "as pixels (--pixels)")
+    latents, labels = open_cache(folder, name, split), open_array(folder / "labels.npy")
+    held = open_array(folder / "keys.npy")[:len(labels)][labels != GONE]
+    keys = picture_keys(source, list_images(source)[1])
+    new = (~np.isin(keys, np.append(held, np.array(meta.get("broken", []), np.uint64)))).sum()
+    gone = (~np.isin(held, keys)).sum()
+    if new or gone:  # a picture that changed is both
+        raise UserError(f"{name}: since its latents were computed {new:,} pictures came or changed, {gone:,} went or "
+                        f"changed: {build} follows; --data {folder.parent} uses what it holds")
+    return latents
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -534,93 +476,64 @@ class Data:
         return torch.addcmul(mean, std, noise).mul_(LATENT_SCALE), labels
 
 
-def open_data(name, split="train", img_size=None, cache="out/cache", skip_broken=False, alone=False, pixels=False):
-    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a built cache.
+def open_data(name, split="train", img_size=None, pixels=False):
+    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache.
 
     split: "train" or "test". img_size: px, None for the data's own (16 for shapes, own_size for a folder). Images below
-    64 px, or of any size with `pixels`, are read once, into `cache`; for others their latents must have been computed
-    before. Pictures that were added, changed or taken away since are noticed, but not by a cache's own path: that is
-    used as it is. Under torchrun all ranks must call it, since they share the work; or one of them, with `alone`.
+    64 px, or of any size with `pixels`, are decoded into memory; for others data.py must have computed the latents.
     """
     name = str(name)
-    if split not in SPLITS:
-        raise UserError(f"split {split}: train or test")
     if name == "shapes":
         first, count = (0, 50_000) if split == "train" else (2**32, 10_000)
         read = lambda indices: draw_shapes(first + indices, img_size or 16)
         return Data(name, split, SHAPES, img_size or 16, (first + np.arange(count)) % len(SHAPES), read)
     if name == "cifar10":
         return open_cifar10(split, img_size)
-    path = Path(name)
-    if not path.is_dir():
+    if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
-    if (path / split / "cache.json").exists():
-        return open_cache(path / split, name, split, img_size)
-    img_size = img_size or own_size(path, split, pixels)
-    pixels = pixels or img_size < PIXEL_LIMIT
-    folder = default_cache(path, img_size, pixels, cache) / split
-    build = ["--data", name, "--split", split, "--img_size", img_size]
-    build += ["--pixels"] if pixels else ["--vae", PUBLIC["kl16"][1]]
-    if not pixels and not read_meta(folder):
-        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {command(*build)}; "
-                        "or use them as pixels (--pixels)")
-    listing = make_listing(split_folder(path, split))
-    if pixels:
-        build_cache(folder, {"kind": "images", "img_size": img_size}, listing, lambda file: read_image(file, img_size),
-                    lambda images: images, 1024, f"{command(*build, '--skip_broken')} leaves it out, or remove it",
-                    skip_broken, alone)
-        if dist.is_initialized() and not alone:
-            dist.barrier()  # the other ranks' rows
-    return open_cache(folder, name, split, None, listing,
-                      f"{command(*build)} goes on with it; --data {folder.parent} uses it as it was built")
+    if read_meta(Path(name) / split):
+        return open_cache(Path(name) / split, name, split, img_size)
+    img_size = img_size or own_size(name, split, pixels)
+    return (open_images if pixels or img_size < PIXEL_LIMIT else open_latents)(name, split, img_size)
+
+
+def open_images(name, split, img_size):
+    """The pictures of a folder, in memory -> Data. Nothing is kept on the disk, so nothing can be out of date.
+
+    Every process decodes all of them at each start, and holds N * 3 * img_size^2 bytes. 50,000 JPEGs of 32 px: 19 CPU
+    seconds (40 s by one thread, 32 s by two, on two slow cores that had other work), and 154 MB.
+    """
+    class_names, files, labels = list_images(split_folder(name, split))
+    images = np.empty((len(files), 3, img_size, img_size), np.uint8)  # (N, 3, S, S)
+
+    def decode(start):
+        for i, file in enumerate(files[start:start + 100], start):
+            images[i] = read_image(file, img_size)
+
+    with (ThreadPoolExecutor() as pool,  # Pillow lets go of Python's lock
+          tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0) as bar):
+        for _ in pool.map(decode, range(0, len(files), 100)):  # raises what decode raised
+            bar.update(min(100, len(files) - bar.n))
+    return Data(name, split, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
 
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
 def open_cifar10(split, img_size=None, root="data"):
-    """The official binary archive: per image 1 label byte, then 3,072 pixel bytes (red, green, blue planes)."""
-    folder = Path(root) / "cifar-10-batches-bin"  # under the current folder, where --get cifar10 puts it
-    files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    """The official binary files: per image 1 label byte, then 3,072 pixel bytes (red, green, blue planes)."""
     if img_size not in (None, 32):
         raise UserError(f"cifar10 is of 32 px, not {img_size}")
-    if not folder.is_dir():
-        unpack_cifar10(Path(root))
-    parts = []  # 154 MB in all: no need of a cache, the files are one
-    for file in files:
-        if not (folder / file).is_file() or (folder / file).stat().st_size != 10_000 * 3073:
-            raise UserError(f"{folder / file}: missing or not of 30,730,000 bytes; delete {folder} and run "
-                            "python data.py --get cifar10")
-        parts.append(np.fromfile(folder / file, np.uint8).reshape(10_000, 3073))
+    folder = Path(root) / "cifar-10-batches-bin"  # under the current folder, where --get cifar10 puts it
+    parts = []
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]:
+        if not (folder / name).is_file() or (folder / name).stat().st_size != 10_000 * 3073:
+            raise UserError(f"{folder / name}: missing or not whole: run python data.py --get cifar10 (the Python "
+                            "version, cifar-10-batches-py, is not read: it is a pickle, which can run code)")
+        parts.append(np.fromfile(folder / name, np.uint8).reshape(10_000, 3073))
     records = np.concatenate(parts)  # (N, 3073)
     images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3, 32, 32)
     return Data("cifar10", split, CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
-
-
-def unpack_cifar10(root):
-    """Unpack the official binary archive in `root`, after its md5 and its members were checked; UserError otherwise."""
-    archive = root / "cifar-10-binary.tar.gz"
-    if not archive.is_file():
-        python = [name for name in ("cifar-10-batches-py", "cifar-10-python.tar.gz") if (root / name).exists()]
-        raise UserError(f"no CIFAR-10 in {root}: run python data.py --get cifar10" + (
-            f" ({python[0]} is its Python version, a pickle, which can run code: it is not read)" if python else ""))
-    if file_hash(archive, "md5") != CIFAR10_MD5:
-        raise UserError(f"{archive}: wrong checksum, damaged; delete it and run python data.py --get cifar10")
-    part = root / f"cifar-10.{os.getpid()}"  # a folder of one's own, so that ranks can unpack at the same time
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")  # the filter refuses links and paths that leave the folder
-        with contextlib.suppress(OSError):  # another rank was first
-            os.rename(part / "cifar-10-batches-bin", root / "cifar-10-batches-bin")
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def file_hash(path, kind="sha256"):
-    """The hex digest of a file, however large: it is read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
 
 
 @functools.lru_cache(maxsize=2)  # a step can touch two epochs
@@ -664,11 +577,11 @@ def read_class_names(path=None, own=None):
             names = [names[str(k)] for k in range(len(names))]
         names = [name if isinstance(name, str) else name[-1] for name in names]  # ["n01440764", "tench"]
         names = [re.sub(r"^n\d{8}\s+", "", name.strip()) for name in names]  # "n01440764 tench"
-        if not names or not all(names):  # an empty line would shift all that follow
-            raise ValueError(f"name {names.index('') if names else 0} is empty")
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path} holds no class names ({error}): wanted are a name a line, a JSON list, or JSON "
-                        '{"0": "tench", ...} or {"0": ["n01440764", "tench"], ...}') from None
+    except (ValueError, TypeError, LookupError, AttributeError):
+        names = []
+    if not names or not all(names):  # an empty line would shift all that follow
+        raise UserError(f"{path} holds no class names, or an empty one: wanted are a name a line, a JSON list, or JSON "
+                        '{"0": "tench", ...} or {"0": ["n01440764", "tench"], ...}')
     if own and len(own) != len(names):
         raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
     return names
@@ -717,7 +630,8 @@ class SelfAttention(nn.Module):
 
 
 def middle(c):
-    return nn.ModuleDict({"block_1": ResnetBlock(c, c), "attn_1": SelfAttention(c), "block_2": ResnetBlock(c, c)})
+    layers = {"block_1": ResnetBlock(c, c), "attn_1": SelfAttention(c), "block_2": ResnetBlock(c, c)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Encoder(nn.Module):
@@ -725,17 +639,15 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, CHANNELS[0], 3, padding=1)
-        self.down, c = nn.ModuleList(), CHANNELS[0]
-        for level, width in enumerate(CHANNELS):
+        self.conv_in, self.down = nn.Conv2d(3, CHANNELS[0], 3, padding=1), nn.ModuleList()
+        for level, (c, width) in enumerate(zip((CHANNELS[0], *CHANNELS), CHANNELS)):
             last = level == len(CHANNELS) - 1
             stage = nn.ModuleDict({"block": nn.ModuleList([ResnetBlock(c, width), ResnetBlock(width, width)]),
                                    "attn": nn.ModuleList([SelfAttention(width) for _ in range(2 * last)])})
             if not last:
                 stage["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
             self.down.append(stage)
-            c = width
-        self.mid, self.norm_out, self.conv_out = middle(c), norm(c), nn.Conv2d(c, 32, 3, padding=1)
+        self.mid, self.norm_out, self.conv_out = middle(width), norm(width), nn.Conv2d(width, 32, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)  # (B, 128, H, W)
@@ -746,9 +658,7 @@ class Encoder(nn.Module):
                     h = stage["attn"][i](h)
             if "downsample" in stage:
                 h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # half; padded right and below
-        for layer in self.mid.values():
-            h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 32, H/16, W/16)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # (B, 32, H/16, W/16)
 
 
 class Decoder(nn.Module):
@@ -757,24 +667,19 @@ class Decoder(nn.Module):
     def __init__(self):
         super().__init__()
         c = CHANNELS[-1]
-        self.conv_in, self.mid = nn.Conv2d(16, c, 3, padding=1), middle(c)
-        self.up = nn.ModuleList()
-        for level, width in reversed(list(enumerate(CHANNELS))):
-            blocks = nn.ModuleList([ResnetBlock(c if i == 0 else width, width) for i in range(3)])
-            stage = nn.ModuleDict({"block": blocks})
+        self.conv_in, self.mid, self.up = nn.Conv2d(16, c, 3, padding=1), middle(c), nn.ModuleList()
+        for level, (width, above) in enumerate(zip(CHANNELS, (*CHANNELS[1:], c))):
+            blocks = [ResnetBlock(above, width), ResnetBlock(width, width), ResnetBlock(width, width)]
+            stage = nn.ModuleDict({"block": nn.Sequential(*blocks)})
             if level:
                 stage["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-            self.up.insert(0, stage)  # the public list is indexed by level and run from its end
-            c = width
-        self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
+            self.up.append(stage)
+        self.norm_out, self.conv_out = norm(CHANNELS[0]), nn.Conv2d(CHANNELS[0], 3, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)  # (B, 512, h, w)
-        for layer in self.mid.values():
-            h = layer(h)
-        for stage in reversed(self.up):
-            for block in stage["block"]:
-                h = block(h)
+        h = self.mid(self.conv_in(z))  # (B, 512, h, w)
+        for stage in reversed(self.up):  # the public list begins with the full size
+            h = stage["block"](h)
             if "upsample" in stage:
                 h = stage["upsample"]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, 16h, 16w)
@@ -812,9 +717,9 @@ def load_vae(path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Public files
 
-# Each can be fetched by hand from its url and put into its place; the same command then verifies it.
-# name: (url, place, bytes (about, unless there is a checksum), checksum as published). A checksum shorter than its hash
-# is a prefix: torch hub puts one into file names. "sha256:" alone: none is published, ours is written beside the file.
+# Each can be fetched by hand from its url and put into its place; the same command then checks it.
+# name: (url, place, bytes (about), checksum as published). A checksum shorter than its hash is a prefix: torch hub puts
+# one into file names. "sha256:" alone: none is published.
 HUB, OPENAI = "https://huggingface.co", "https://openaipublic.azureedge.net/clip/models"
 DROPBOX = "https://www.dropbox.com/scl/fi"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
@@ -822,15 +727,14 @@ CLIPS = {"clip_b32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2
          "clip_b16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
          "clip": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
          "clip_l14_336": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02")}
+MARS = {"mar_base": ("f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb", 1587 << 20),
+        "mar_large": ("pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt", 3650 << 20),
+        "mar_huge": ("1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o", 7191 << 20)}
 PUBLIC = {
     "kl16": (f"{DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
              "pretrained_models/vae/kl16.ckpt", 254 << 20, "sha256:"),
-    "mar_base": (f"{DROPBOX}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=0",
-                 "pretrained_models/mar/mar_base/checkpoint-last.pth", 1587 << 20, "sha256:"),
-    "mar_large": (f"{DROPBOX}/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=0",
-                  "pretrained_models/mar/mar_large/checkpoint-last.pth", 3650 << 20, "sha256:"),
-    "mar_huge": (f"{DROPBOX}/1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=0",
-                 "pretrained_models/mar/mar_huge/checkpoint-last.pth", 7191 << 20, "sha256:"),
+    **{name: (f"{DROPBOX}/{file}&dl=0", f"pretrained_models/mar/{name}/checkpoint-last.pth", size, "sha256:")
+       for name, (file, size) in MARS.items()},
     "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                   "weights-inception-2015-12-05-6726825d.pth",
                   "pretrained_models/fid/weights-inception-2015-12-05-6726825d.pth", None, "sha256:6726825d"),
@@ -841,29 +745,20 @@ PUBLIC = {
     "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
             "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
             "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
-    "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
-                  "pretrained_models/pickscore/model.safetensors", None, "sha256:"),
-    "pickscore_config": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/config.json",
-                         "pretrained_models/pickscore/config.json", None, "sha256:"),
-    "imagereward": (f"{HUB}/THUDM/ImageReward/resolve/main/ImageReward.pt",
-                    "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
-    "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
-                          "pretrained_models/imagereward/vocab.txt", None, "sha256:"),
+    **{name: (f"{HUB}/{file}", f"pretrained_models/{name.split('_')[0]}/{file.split('/')[-1]}", None, "sha256:")
+       for name, file in {"pickscore": "yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
+                          "pickscore_config": "yuvalkirstain/PickScore_v1/resolve/main/config.json",
+                          "imagereward": "THUDM/ImageReward/resolve/main/ImageReward.pt",
+                          "imagereward_vocab": "bert-base-uncased/resolve/main/vocab.txt"}.items()},
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "data/cifar-10-binary.tar.gz",
-                170_052_171, f"md5:{CIFAR10_MD5}"),
+                170_052_171, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
 }
 
 
-def verify(name, file, note, size, checksum):
-    """-> sha256 of a file. UserError when it is not the published one, or, where none is published, the one noted."""
-    kind, digest = checksum.split(":")
-    if not digest and note.exists():
-        digest = note.read_text().split()[0]
-    found, bytes_ = file_hash(file, kind), file.stat().st_size
-    if not found.startswith(digest) or (size and abs(bytes_ - size) > 0.01 * size):
-        raise UserError(f"{name}: {file} is damaged or another file: {bytes_:,} bytes, {kind} {found}; published: "
-                        f"{f'{size:,}' if size else '?'} bytes, {kind} {digest or '?'}; delete it and get it again")
-    return found if kind == "sha256" else file_hash(file)
+def file_hash(path, kind="sha256"):
+    """The hex digest of a file, however large: it is read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def fetch(name, url, part):
@@ -873,49 +768,41 @@ def fetch(name, url, part):
     headers = {"User-Agent": "Wget/1.16 (linux-gnu)", "Range": f"bytes={start}-"}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
-            if reply.status != 206:  # the server sends the whole file again
-                start = 0
+            start = start if reply.status == 206 else 0  # else the server sends the whole file again
             total = start + int(reply.headers.get("Content-Length") or 0)
             with open(part, "ab" if start else "wb") as file, tqdm(total=total or None, initial=start, unit="B",
                                                                    unit_scale=True, desc=name) as bar:
                 while block := reply.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to send
-            raise UserError(f"{name}: the server answered {error.code} {error.reason} for {url}") from None
-        return
+        if part.stat().st_size < total:
+            raise OSError(f"at {part.stat().st_size:,} of {total:,} bytes")
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{name}: download of {url} stopped ({error}); the same command goes on from there") from None
-    if part.stat().st_size < total:
-        raise UserError(f"{name}: download of {url} stopped at {part.stat().st_size:,} of {total:,} bytes; the same "
-                        "command goes on from there")
+        if getattr(error, "code", None) != 416:  # 416: nothing is left to send
+            raise UserError(f"{name}: download of {url} stopped ({error}); the same command goes on") from None
 
 
 def get(names, folder="."):
-    """Download public files by name into `folder`; what is to happen is printed first. UserError for anything amiss."""
-    for name in names:
-        if name not in PUBLIC:
-            raise UserError(f"--get {name}: unknown; known are {' '.join(PUBLIC)}")
+    """Download public files by name into `folder`; each is checked before it gets its name."""
     for name in names:
         url, place, size, checksum = PUBLIC[name]
-        path = Path(folder) / place
-        part, note = Path(f"{path}.part"), Path(f"{path}.sha256")
-        print(f"{name}: {url}\n  -> {path}; {f'{size / 2**20:,.0f} MiB' if size else 'size not published'}; {checksum}"
-              f"{f'not published, will be noted in {note}' if checksum.endswith(':') else ''}", flush=True)
-        if not path.exists():  # else only verify: it may have been put there by hand
+        path, part = Path(folder) / place, Path(folder) / f"{place}.part"
+        print(f"{name}: {url}\n  -> {path}; {f'{size / 2**20:,.0f} MiB' if size else 'size not published'}", flush=True)
+        if not path.exists():  # else only checked: it may have been put there by hand
             path.parent.mkdir(parents=True, exist_ok=True)
             fetch(name, url, part)
-            try:
-                verify(name, part, note, size, checksum)
-            except UserError:
-                part.unlink()  # going on from damaged bytes would never end well
-                raise
-            os.replace(part, path)  # only now does the name say that the file is whole
-        sha256 = verify(name, path, note, size, checksum)
-        if not note.exists():  # else it says the same, and may be read-only
-            note.write_text(f"{sha256}  {path.name}\n")
-        print(f"  is there, sha256 {sha256}", flush=True)
+        file = path if path.exists() else part
+        kind, digest = checksum.split(":")
+        found, bytes_ = file_hash(file, kind), file.stat().st_size
+        if not found.startswith(digest) or (size and abs(bytes_ - size) > 0.01 * size):
+            part.unlink(missing_ok=True)  # to go on from damaged bytes would never end well
+            raise UserError(f"{name}: {file} is damaged or another file: {bytes_:,} bytes, {kind} {found}; wanted: "
+                            f"about {size or 0:,} bytes, {kind} {digest or '?'}; delete it and get it again")
+        os.replace(file, path)
+        print(f"  is there, {kind} {found}{', as published' if digest else '; none is published'}", flush=True)
+        if name == "cifar10":
+            with tarfile.open(path) as tar:
+                tar.extractall(path.parent, filter="data")  # refuses links and paths that leave the folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1049,8 +936,15 @@ def setup(device="auto"):
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def build_latents(args, source, advice, device):
-    """python data.py --data PATH --vae FILE: both flips of every image as VAE moments."""
+
+def build_latents(args, advice):
+    """--data PATH --vae FILE: both flips of every image as VAE moments."""
+    folder, size = split_folder(args.data, args.split), args.img_size or own_size(args.data, args.split)
+    if size < PIXEL_LIMIT:
+        raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
+    if not args.vae or size % 16:
+        raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
+    device, _, _ = setup(args.device)
     vae = load_vae(args.vae).to(device)
 
     def encode(images):
@@ -1059,64 +953,47 @@ def build_latents(args, source, advice, device):
         moments = vae.moments(torch.cat([x, x.flip(-1)]))  # (2n, 32, h, w)
         return moments.unflatten(0, (2, -1)).transpose(0, 1).half().cpu().numpy()  # (n, 2, 32, h, w): [i, flip]
 
-    settings = {"kind": "moments", "img_size": args.img_size, "vae_sha256": file_hash(args.vae)[:16]}
-    out = Path(args.out or default_cache(args.data, args.img_size, False)) / args.split
-    build_cache(out, settings, make_listing(source), lambda file: read_image(file, args.img_size), encode,
-                args.batch, advice, args.skip_broken)
+    settings = {"img_size": size, "vae_sha256": file_hash(args.vae)[:16]}
+    build_cache(args, settings, folder, list_images(folder), lambda file: read_image(file, size), encode, advice)
 
 
 def take_moments(args, advice):
-    """python data.py --data NPZ_FOLDER: the latents of MAR's main_cache.py become a cache like any other."""
-    listing = make_listing(args.data, {".npz"})
-    side = read_moments(listing.files[0]).shape[-1]
-    out = Path(args.out or default_cache(args.data, 16 * side, False)) / args.split
-    build_cache(out, {"kind": "moments", "img_size": 16 * side}, listing, lambda file: read_moments(file, side),
-                lambda moments: moments, args.batch, advice, args.skip_broken)
-    say(f"train on it by --data {out.parent}")
+    """--data NPZ_FOLDER: the latents of MAR's main_cache.py become a cache like any other."""
+    if args.vae or args.img_size:
+        raise UserError(f"--data {args.data} holds latents: no --vae, no --img_size")
+    setup("cpu")
+    pictures = list_images(args.data, {".npz"})
+    side = read_moments(pictures[1][0]).shape[-1]
+    build_cache(args, {"img_size": 16 * side}, args.data, pictures, lambda file: read_moments(file, side),
+                lambda moments: moments, advice)
 
 
 def main(argv=None):
-    """Download what --get names, or build the cache of --data; UserError before anything long."""
-    parser = Parser("Build the cache of an image folder, or download public files.")
+    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
+    parser = Parser("Build the latent cache of an image folder, or download public files.")
     # the cache
     parser.add_argument("--data", help="image folder with train/<class>/*, or MAR's latents, <class>/*.npz")
     parser.add_argument("--split", choices=list(SPLITS), default="train", help="test reads test, val or validation")
-    parser.add_argument("--vae", help="KL-16 VAE file (--get kl16); needed from 64 px on")
-    parser.add_argument("--img_size", type=int, help="px a side; default 256, or what small images have")
-    parser.add_argument("--pixels", action="store_true", help="use images of 64 px and more as pixels, not as latents")
-    parser.add_argument("--out", help="folder of a latent cache; default out/cache/<name>-<size>-latents")
+    parser.add_argument("--vae", help="KL-16 VAE file (--get kl16)")
+    parser.add_argument("--img_size", type=int, help="px a side; default 256")
+    parser.add_argument("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")
     parser.add_argument("--skip_broken", action="store_true", help="name and leave out images that cannot be decoded")
     parser.add_argument("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
     # downloads
-    parser.add_argument("--get", nargs="+", default=[], metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
+    parser.add_argument("--get", nargs="+", default=[], choices=list(PUBLIC), metavar="NAME",
+                        help=f"download: {', '.join(PUBLIC)}")
     parser.add_argument("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = parser.parse_args(argv)
     check_numbers(args, one="img_size batch")
     if not args.get and not args.data:
         raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
     get(args.get, args.folder)
-    if not args.data:
-        return
-    if not Path(args.data).is_dir():
-        raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
-    device, _, _ = setup(args.device)
-    words = sys.argv[1:] if argv is None else argv
-    advice = f"{command(*words, '--skip_broken')} leaves it out, or remove it"
-    if next(Path(args.data).glob("*/*.npz"), None):  # what main_cache.py writes
-        if args.vae or args.img_size or args.pixels:
-            raise UserError(f"--data {args.data} holds latents: no --vae, no --img_size, no --pixels")
-        return take_moments(args, advice)
-    source = split_folder(args.data, args.split)
-    args.img_size = args.img_size or own_size(args.data, args.split, args.pixels)
-    if args.pixels or args.img_size < PIXEL_LIMIT:
-        if args.vae or args.out:
-            raise UserError(f"--img_size {args.img_size}: used as pixels: no --vae, no --out")
-        open_data(args.data, args.split, args.img_size, skip_broken=args.skip_broken, pixels=args.pixels)
-    elif not args.vae or args.img_size % 16:
-        raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
-    else:
-        build_latents(args, source, advice, device)
+    if args.data:
+        if not Path(args.data).is_dir():
+            raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
+        build = take_moments if next(Path(args.data).glob("*/*.npz"), None) else build_latents
+        build(args, command(*(sys.argv[1:] if argv is None else argv), "--skip_broken"))
 
 
 if __name__ == "__main__":

@@ -412,7 +412,7 @@ def train_classifier(data, seed, device, batch=128):
     """
     indices = np.arange(len(data))
     if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in SPLITS["test"]):
-        test = open_data(data.name, "test", data.img_size, alone=True)  # rank 0 trains, the others wait elsewhere
+        test = open_data(data.name, "test", data.img_size, pixels=data.pixels)
         if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
             raise UserError(f"{data.name}: the classes of its test split are not those of train: "
                             f"{sorted(set(test.class_names) ^ set(data.class_names))[:5]}; make them alike")
