@@ -34,7 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, run_main, setup, train_indices
-from fid import Watch, feature_statistics, judge, load_or_train_classifier
+from fid import Watch, judge, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
                    image_keys, load_mar, mask_counts, read_checkpoint, replacing, save_checkpoint, take, token_orders,
                    uniform, write_json)
@@ -510,8 +510,7 @@ def main(argv=None):
     figures = None  # latents are shown, with --vae, and not judged: that is fid.py's
     if data.pixels and rank == 0:
         classifier = load_or_train_classifier(data, args.out, device=device)
-        reference = feature_statistics(classifier, data)
-        figures = lambda images, labels: judge(classifier, images, labels, reference)
+        figures = lambda images, labels: judge(classifier, images, labels)
     watch = Watch(run, config, figures, judges=data.pixels, shows=data.pixels or vae is not None, vae=vae)
 
     if teacher is None and run.resumed and run.resumed["stage"] == "student":
