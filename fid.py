@@ -476,8 +476,9 @@ quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
 
 
 def transformer(width, depth, heads, mlp, act, eps):
-    """Pre-norm blocks, as CLIP, PickScore and BLIP's image tower have them: (N, T, width) -> the same."""
-    block = nn.TransformerEncoderLayer(width, heads, mlp, 0.0, act, eps, batch_first=True, norm_first=True)
+    """Pre-norm blocks, as CLIP, PickScore and BLIP's image tower have them: (T, N, width) -> the same. With N first
+    torch turns them inside, by which the gradient takes twice as long on a CPU."""
+    block = nn.TransformerEncoderLayer(width, heads, mlp, 0.0, act, eps, norm_first=True)
     return nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
 
 
@@ -499,7 +500,8 @@ class ImageTower(nn.Module):
     def forward(self, pixels):
         x = self.patch(clip_pixels(pixels, self.side)).flatten(2).transpose(1, 2)  # (N, patches, width)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)  # (N, 1 + patches, width)
-        return self.norm_post(self.blocks(self.norm_pre(x + self.position)))
+        x = self.norm_pre(x + self.position).transpose(0, 1).contiguous()  # (1 + patches, N, width)
+        return self.norm_post(self.blocks(x)).transpose(0, 1)
 
 
 class TextTower(nn.Module):
@@ -514,7 +516,7 @@ class TextTower(nn.Module):
     def forward(self, ids):
         x = self.tokens(ids) + self.position[:ids.shape[1]]
         causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], x.device, x.dtype)
-        x = self.blocks(x, causal, is_causal=True)
+        x = self.blocks(x.transpose(0, 1).contiguous(), causal, is_causal=True).transpose(0, 1)
         # the end of text is the largest id; argmax finds the first, so Hugging Face's padding by it changes nothing
         return self.norm(x)[torch.arange(len(x), device=x.device), ids.argmax(1)]
 
@@ -724,8 +726,8 @@ class ImageReward(nn.Module):
         self.image = ImageTower(1024, 24, 16, 4096, 16, 197, F.gelu, 1e-6, clip=False)
         self.words, self.positions = nn.Embedding(30524, 768), nn.Embedding(512, 768)
         self.norm = nn.LayerNorm(768, 1e-12)
-        layer = nn.TransformerDecoderLayer(768, 12, 3072, 0.0, F.gelu, 1e-12, batch_first=True)
-        layer.multihead_attn = nn.MultiheadAttention(768, 12, kdim=1024, vdim=1024, batch_first=True)  # to the image
+        layer = nn.TransformerDecoderLayer(768, 12, 3072, 0.0, F.gelu, 1e-12)
+        layer.multihead_attn = nn.MultiheadAttention(768, 12, kdim=1024, vdim=1024)  # to the image
         self.bert = nn.TransformerDecoder(layer, 12)
         # linear after linear: the activations are commented out in the public code, and the weights are trained so
         sizes, dropout = (768, 1024, 128, 64, 16), nn.Identity()
@@ -735,7 +737,8 @@ class ImageReward(nn.Module):
     def read_text(self, input_ids, attention_mask, image):
         """(N, T) ids, (N, T) 1 = a word, image tokens (N, 197, 1024) -> the last state at [CLS], (N, 768)."""
         x = self.norm(self.words(input_ids) + self.positions.weight[:input_ids.shape[1]])  # (N, T, 768)
-        return self.bert(x, image, tgt_key_padding_mask=attention_mask == 0)[:, 0]
+        x, image = (y.transpose(0, 1).contiguous() for y in (x, image))  # (T, N, 768), (197, N, 1024)
+        return self.bert(x, image, tgt_key_padding_mask=attention_mask == 0)[0]
 
     def score(self, pixels, input_ids, attention_mask):
         """Pixels in [0,1] (N, 3, H, W) and WordPiece ids (N, 35) -> (N,): about mean 0, variance 1 on its own data."""
@@ -800,9 +803,8 @@ class WordPiece:
         """The longest known beginning, then the longest known ##continuation, ...; one gap and all is [UNK]."""
         found, start = [], 0
         while start < len(word):
-            known = (stop for stop in range(len(word), start, -1)
-                     if ("##" if start else "") + word[start:stop] in self.ids)
-            stop = next(known, None)
+            stop = next((stop for stop in range(len(word), start, -1)
+                         if ("##" if start else "") + word[start:stop] in self.ids), None)
             if stop is None or len(word) > 100:
                 return [self.ids["[UNK]"]]
             found.append(self.ids[("##" if start else "") + word[start:stop]])
@@ -998,10 +1000,7 @@ def statistics_in(path, arrays):
 
 
 def open_reference(path, side):
-    """--ref -> ({"mu", "sigma", "n", "text"} of a file of statistics or {}, Source of its images or None).
-
-    n is None where the file does not say it.
-    """
+    """--ref -> ({"mu", "sigma", "n" or None, "text"} of a file of statistics or {}, Source of its images or None)."""
     if os.path.isdir(path):
         return {}, folder_source(path, side)
     arrays = read_npz(path)
@@ -1176,8 +1175,7 @@ def parse():
     check_numbers(args, one="size num ar_steps head_steps batch")
     if not args.samples + args.ckpt:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
-    drawing = ("num", "ar_steps", "head_steps", "guidance", "guidance_schedule", "temperature", "order", "seed", "vae")
-    for flag in drawing:
+    for flag in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
         if not args.ckpt and getattr(args, flag) != p.get_default(flag):
             raise UserError(f"--{flag} is for images drawn from a --ckpt: leave it out")
     if (args.ref or args.save_stats) and "inception" not in args.judges:
@@ -1247,8 +1245,7 @@ def print_table(rows):
 
 
 def add_results(path, rows):
-    """Put rows into results.json, in the place of those of the same samples judged the same way; others stay.
-    No rows: only look whether it can be read."""
+    """Put rows into results.json; they replace those of the same samples judged the same way. [] only reads it."""
     same = lambda row: [row.get(key) for key in ("name", "n", "conventions")]
     try:
         found = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -2545,9 +2545,13 @@ def test_inception_agrees_with_torch_fidelity():
         refused(lambda: fid.load_inception(folder / "other.pth"), "extra unexpected", "fc.bias is (3,), not (1008,)")
 
 
+def any_clip():
+    """Within it `load_clip` takes sizes that OpenAI never made."""
+    return mock.patch.object(fid, "OPENAI_SIZES", mock.MagicMock(__contains__=lambda *_: True))
+
+
 def tiny_clip(path):
-    """What `load_clip` builds, of a file with sizes that OpenAI never made."""
-    with mock.patch.object(fid, "OPENAI_SIZES", mock.MagicMock(__contains__=lambda *_: True)):
+    with any_clip():
         return fid.load_clip(path)
 
 
@@ -3389,7 +3393,7 @@ def test_rl_every_reward_runs_with_both_estimators():
     need_shared()
     smooth = ["red:2", "classifier", "judge:0.5", "clip:0.1", "pickscore", "imagereward:0.01"]
     with (scratch() as folder, mock.patch.object(fid, "load_imagereward", lambda path: TinyImageReward()),
-          mock.patch.object(fid, "load_clip", tiny_clip)):
+          any_clip()):
         write_student(folder)
         flags = ["--folder", write_judges(folder), "--steps", "1", "--eval_images", "16", "--pairs", "2", "--reward"]
         run_rl(folder, *flags, *smooth, "jpeg:-0.1")
