@@ -888,14 +888,6 @@ def own(folder, rank=0):
     OWNED[os.path.abspath(folder)] = lock
 
 
-def disown(folder):
-    """Delete a folder that is ours. It loses its name first: who makes it anew shall find nothing half deleted."""
-    gone = f"{folder}.{os.getpid()}"
-    os.rename(folder, gone)
-    OWNED.pop(os.path.abspath(folder)).close()
-    shutil.rmtree(gone)
-
-
 def setup(device="auto"):
     """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs."""
     rank, world = rank_and_world()

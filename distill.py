@@ -1,18 +1,18 @@
 """Distil MAR's inner chain of 100 denoising steps to one. Stage 0: a teacher where there is none. Stage 1: GSIM.
 
-Must exist: nothing for shapes; for ImageNet the latent cache (data.py) and the public teacher (data.py --get mar_base).
+Needed before: nothing for shapes; for ImageNet its latents (data.py), the public teacher (data.py --get mar_base).
 
     python distill.py --data shapes                                  # CPU, from nothing, under 15 minutes
     python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
-    python distill.py --data path/to/images                          # train/<class>/*; below 64 px directly
+    python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
     torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B
     torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint, bit for bit
 
-The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop, `gsim_loss`
-the loss. Here
+The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop,
+`gsim_loss` the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
-2. the critic and the student are updated from the same weights (neither first), so that gradient accumulation and
-   ranks change nothing; betas (0, .99), as SiD, because the critic's target moves;
+2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
+   change nothing; betas (0, .99), as in SiD, because the critic's target moves;
 3. t_init, learning rates and update ratio, which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
 
@@ -40,9 +40,10 @@ from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, comp
                    uniform, write_json)
 
 # Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
-# made noisy, `purpose` gives the time step and `purpose + 64` the noise.
+# made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
+# has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
-T_MIN, T_MAX = 20, 973  # levels of the student's loss: sigma .04 to 24.7, SiD's and DMD2's range on MAR's schedule
+T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
 # What `--data` changes; an explicit flag always wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
@@ -63,7 +64,7 @@ def parse_args(argv=None):
     flag = p.add_argument
     # files and data
     flag("--data", default="data/imagenet", help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache")
-    flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size; not for large ones")
+    flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
     flag("--out", default=None, help="folder of the run (default out/<name of the data>)")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
@@ -77,15 +78,15 @@ def parse_args(argv=None):
     flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--critic", default="full", help="trained of the critic: full, or the decoder's last N blocks and the head, "
-         "the rest shared with the teacher: saves up to 3 of 8 passes")
+    flag("--critic", default="full", help="what of the critic is trained: full, or the decoder's last N blocks and "
+         "the head; the rest is shared with the teacher, which saves up to 3 of 8 passes")
     flag("--guidance", type=float, default=2.9, help="scale baked into the student; 1 = none")
     flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
          help="linear: the scale grows with the share revealed, as MAR samples")
     flag("--t_init", type=int, default=None, help="time step the student starts from (default: the size's, 755 for "
          "ImageNet); higher: noisier start, larger eps errors")
-    flag("--critic_steps", type=int, default=1, help="critic updates a student update")
-    flag("--steps", type=int, default=150000, help="updates of the critic in stage 1")
+    flag("--critic_steps", type=int, default=1, help="critic updates per student update")
+    flag("--steps", type=int, default=150000, help="updates of the critic; the student has steps / critic_steps")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
     # optimisers
     flag("--lr", type=float, default=1e-5, help="student's learning rate")
@@ -95,7 +96,7 @@ def parse_args(argv=None):
     flag("--clip", type=float, default=1.0, help="gradient norm limit, each network; 0 = none")
     flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
     # memory and speed
-    flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
+    flag("--accumulate", type=int, default=1, help="micro-batches per update: more if memory runs out")
     flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
     flag("--compile", action="store_true", help="torch.compile the blocks: minutes at the start; for GPUs")
     # watching
@@ -116,6 +117,7 @@ def parse_args(argv=None):
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
         p.set_defaults(teacher=None)
     args = p.parse_args(argv)
+    args.critic = int(args.critic) if args.critic.isdecimal() else args.critic
     check_numbers(args, one="teacher_batch draws t_init critic_steps batch accumulate ar_steps teacher_head_steps "
                             "eval_every eval_images save_every log_every", share="teacher_ema ema")
     args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
@@ -138,8 +140,8 @@ def training_batch(data, model, batch, seed, step, run):
     """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on the device; B = batch / world.
 
     Everything depends on (seed, step) and the picture's place in the global batch alone, but for the noise of the VAE's
-    posterior, which is drawn by rank. All masked tokens are to be predicted, though sampling would reveal only some of
-    them next. Orders are random, so the others are no different, and they add signal to the same transformer pass.
+    posterior, which is drawn by rank. All masked tokens are predicted, though sampling reveals only some of them next:
+    orders are random, so all are alike, and the others are more signal from the same transformer pass.
     """
     indices, flip = train_indices(len(data), batch, step, seed, run.rank, run.world)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + run.rank)  # the VAE's posterior noise
@@ -153,8 +155,7 @@ def training_batch(data, model, batch, seed, step, run):
 
 
 def micro_batches(batch, parts, gradients):
-    """A batch in `parts`. `gradients` are zeroed, and learn before the last part that their next backward is the
-    update's last."""
+    """A batch in `parts`. `gradients` are zeroed first, and told before the last part that its backward sends."""
     for g in gradients:
         g.zero()
     for i, part in enumerate(zip(*(z.chunk(parts) for z in batch))):
@@ -165,7 +166,7 @@ def micro_batches(batch, parts, gradients):
 
 
 def noised(x0, keys, purpose, positions, low=0, high=999):
-    """x_t = alpha_t x0 + sigma_t eps for a t of its own, uniform in low..high, a token.
+    """x_t = alpha_t x0 + sigma_t eps, with a separate t per token, uniform in low..high.
 
     x0 (B, P, C), keys (B,), positions (B, P) of the tokens -> x_t (B, P, C), t (B, P), eps (B, P, C), alpha and sigma
     (B, P, 1)."""
@@ -176,13 +177,13 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 
 
 def random_steps(keys, purpose, positions, low, high):
-    """Integer time steps, uniform in low..high, one a token: -> (B, P) long."""
+    """Integer time steps, uniform in low..high, one per token: -> (B, P) long."""
     span = high - low + 1
     return low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The losses: tensors in, one number a token out
+# The losses: tensors in, one number per token out
 
 
 def pseudo_huber(y, r=1e-5):
@@ -192,12 +193,13 @@ def pseudo_huber(y, r=1e-5):
 
 
 def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
-    """Guided score implicit matching: eps, eps_q, eps_p (..., C), the noise in x_t and what the student's critic and the
-    guided teacher predict of it; alpha, sigma (..., 1) -> (...).
+    """Guided score implicit matching, for each token: eps, eps_q, eps_p (..., C) are the noise in x_t and what the
+    student's critic and the guided teacher predict of it, both differentiable in x_t; alpha, sigma (..., 1) -> (...).
 
-    KL(student || teacher) is an integral over t of |s_q - s_p|^2. L2 carries the gradient that reaches it through where
-    x_t lies, L1 the one through the student's score itself, whose parameters we cannot differentiate: it is traded
-    for a derivative of the samples. eps_q and eps_p must be differentiable in x_t.
+    The distance of the two distributions is an integral over t of d(s_q - s_p), s_q the student's score (with
+    d = |.|^2, their KL). Its gradient has two parts (the paper's L1 and L2): d itself, differentiated through x_t (L2),
+    and one through s_q's own dependence on the student's weights. That derivative we do not have; integration by parts
+    turns it into one through x_t (L1).
     """
     s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
     d, d_prime = distance(s_q - s_p)
@@ -207,10 +209,10 @@ def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
 
 
 def gsim_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
-    """d loss / d x0 (..., C) for frozen heads, and the loss (...). x_t has a graph to eps_q and eps_p.
+    """d loss / d x0 (..., C) for heads held fixed, and the loss (...). x_t has a graph to eps_q and eps_p.
 
     The loss reaches the student only through x_t = alpha x0 + sigma eps. So it is differentiated down to x_t here, and
-    the caller pushes the result into the student's graph. The heads' weights get no gradient.
+    the caller pushes the result into the student's graph. The heads' weights get no gradient. (x0: vsd_slope's.)
     """
     loss = gsim_loss(eps, eps_q, eps_p, alpha, sigma)
     return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
@@ -218,7 +220,7 @@ def gsim_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
 
 def vsd_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
     """Variational score distillation (Diff-Instruct, DMD), the baseline: the difference of scores itself, in x0's units
-    and normalised for each token by the teacher's distance. No network is differentiated. Shapes as gsim_slope."""
+    and normalised for each token by the teacher's distance. No network is differentiated. Shapes as in gsim_slope."""
     x0_p = (x_t - sigma * eps_p) / alpha
     difference = sigma / alpha * (eps_p - eps_q)
     slope = difference / ((x0 - x0_p).abs().mean(-1, keepdim=True) + 1e-3)
@@ -238,19 +240,17 @@ def critic_loss(eps_q, eps):
 
 
 def distil(args, teacher, data, run, watch):
-    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json.
-
-    Transformer passes an update, in forward equivalents: teacher 2 (with its null class), student 3, critic 3, or with
-    --critic N three times what N blocks are of a pass. Each runs once and serves every head call of the update.
+    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json. Each network's transformer
+    runs once an update, and serves all head calls: 8 forward equivalents, teacher 2 (null class), student 3, critic 3.
     """
-    # all in eval mode: the two scores must differ for one reason only, whose samples they are scores of
+    # copies are in eval mode, as the teacher: the two scores must differ for one reason only, whose samples they score
     student, ema, critic = copy.deepcopy(teacher), copy.deepcopy(teacher), copy_critic(teacher, args.critic)
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
     state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
     run.restore("student", **state)
-    prepare(args, student, critic, frozen=teacher)
+    prepare(args, student, critic, frozen=[teacher])
     gradients, critic_gradients = Gradients(student), Gradients(critic)
     levels, norm = torch.zeros(2, 2, 10, device=run.device), torch.zeros((), device=run.device)
 
@@ -270,9 +270,10 @@ def distil(args, teacher, data, run, watch):
         for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, in_turn):
             # 1. what is known -> a condition for each masked token: one transformer pass of each network
             g = guidance_at(args, masked.shape[1] / teacher.config.seq_len)
-            c_p, c_null, x_p = teacher_conditions(teacher, tokens, visible, labels, masked, g, args.critic)
-            c_phi = critic_conditions(critic, tokens, visible, labels, masked, c_p, x_p, args.critic)
-            # 2. the student draws all masked tokens at once, each from its own noise; true values are never read
+            c_p, c_null, h_p = teacher_conditions(teacher, tokens, visible, labels, masked, g, args.critic)
+            c_phi = critic_conditions(critic, tokens, visible, labels, masked, c_p, h_p, args.critic)
+            # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
+            #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
             with torch.set_grad_enabled(students_turn):
                 c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
                 x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
@@ -284,7 +285,7 @@ def distil(args, teacher, data, run, watch):
             (loss_phi.mean() / args.accumulate).backward()
             levels[1] += by_level(t, loss_phi.detach())
 
-            # 4. the student: the slope of its loss at x0, through both frozen heads, is pushed into its own graph
+            # 4. the student: the slope of its loss at x0, through both heads held fixed, goes into its own graph
             if students_turn:
                 x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
                 x_t.requires_grad_()
@@ -312,14 +313,16 @@ def distil(args, teacher, data, run, watch):
     run.leave_if_told()
 
 
-def prepare(args, *trained, frozen):
-    """Before the first update: what saves memory and time, and changes no number but by rounding."""
+def prepare(args, *trained, frozen=()):
+    """Before the first update: what saves memory and time, and changes no number but by rounding. `frozen`: networks
+    that are run and never changed."""
     for model in trained:
         model.checkpoint_blocks = args.recompute
-    if next(frozen.parameters()).is_cuda:
-        bf16_weights(frozen)
+    for model in frozen:
+        if next(model.parameters()).is_cuda:
+            bf16_weights(model)
     if args.compile:
-        compile_blocks(*trained, frozen)
+        compile_blocks(*trained, *frozen)
 
 
 def guidance_at(args, share_masked):
@@ -330,8 +333,8 @@ def guidance_at(args, share_masked):
 @torch.no_grad()
 def teacher_conditions(teacher, tokens, visible, labels, masked, g, blocks):
     """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for g = 1.
-    Third: x_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
-    B, last = len(tokens), 1 if blocks in ("full", 0) else blocks
+    Third: h_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
+    B, last = len(tokens), 1 if blocks in ("full", 0) else blocks  # 1: nobody goes on, any cut will do
     if g != 1:
         tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
         labels = torch.cat([labels, torch.full_like(labels, -1)])
@@ -350,26 +353,25 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 
 
 def copy_critic(teacher, blocks):
-    """The critic: a copy of which all is trained ("full"), or the head and the decoder's last `blocks`, the rest being
-    the teacher's own tensors."""
-    own = list(teacher.parameters())
-    if blocks != "full":
-        own = list(teacher.head_net.parameters())
-        if blocks:
-            own += [*teacher.decoder_blocks[-blocks:].parameters(), *teacher.decoder_norm.parameters(),
-                    teacher.diffusion_pos_embed_learned]
-    names = {name for name, p in teacher.named_parameters() if any(p is q for q in own)}
-    critic = copy.deepcopy(teacher)
-    for name, p in critic.named_parameters():
-        p.requires_grad_(name in names)
+    """The critic: a copy of the teacher of which all is trained ("full"), or the head and the decoder's last `blocks`.
+    What is not trained stays the teacher's own tensors."""
+    if blocks == "full":
+        return copy.deepcopy(teacher).requires_grad_(True)
+    modules = [teacher.head_net] + ([*teacher.decoder_blocks[-blocks:], teacher.decoder_norm] if blocks else [])
+    trained = {id(p) for module in modules for p in module.parameters()}
+    trained |= {id(teacher.diffusion_pos_embed_learned)} if blocks else set()
+    critic = copy.deepcopy(teacher, memo={id(p): p for p in teacher.parameters() if id(p) not in trained})
+    theirs = {id(p) for p in teacher.parameters()}
+    for p in critic.parameters():
+        p.requires_grad_(id(p) not in theirs)
     return critic
 
 
-def critic_conditions(critic, tokens, visible, labels, masked, c_p, x_p, blocks):
+def critic_conditions(critic, tokens, visible, labels, masked, c_p, h_p, blocks):
     """c_phi (B, P, D): the critic's own pass, or what it makes of the teacher's."""
     if blocks == "full":
         return critic.transformer(tokens, visible, labels, masked)
-    return critic.tail(x_p, masked, blocks) if blocks else c_p
+    return critic.tail(h_p, masked, blocks) if blocks else c_p
 
 
 def by_level(t, value, bins=10):
@@ -383,17 +385,18 @@ def by_level(t, value, bins=10):
 def level_means(levels):
     """Sums and counts (2, 2, bins), of the student and of the critic -> what the log says of them: the means over all,
     and those of each level; 0 where nothing was counted."""
-    (loss, count), (critic, critic_count) = levels
-    return {"loss": loss.sum() / count.sum().clamp(min=1), "critic_loss": critic.sum() / critic_count.sum().clamp(min=1),
-            "loss_by_t": loss / count.clamp(min=1), "critic_by_t": critic / critic_count.clamp(min=1)}
+    (loss, critic), (count, critic_count) = levels.transpose(0, 1)
+    return {"loss": loss.sum() / count.sum().clamp(min=1), "loss_by_t": loss / count.clamp(min=1),
+            "critic_loss": critic.sum() / critic_count.sum().clamp(min=1),
+            "critic_by_t": critic / critic_count.clamp(min=1)}
 
 
 def flops_an_image(config, passes, rows):
     """Floating-point operations of `passes` transformer passes and `rows` head calls a masked token, for one picture.
 
-    Backward counts as two of its forward: GSIM with guidance and a full critic makes 8 passes (teacher 2, student 3,
-    critic 3) and 12 rows (critic 3, student 3, the two score nets 6, down to their inputs). Matrices alone: attention's
-    own products are 7 % more at 256 px."""
+    Backward counts as two of its forward. The log's mfu takes the default run's: GSIM with guidance and a full critic
+    makes 8 passes (teacher 2, student 3, critic 3) and 12 rows (critic 3, student 3, the two score nets 6, down to
+    their inputs). Matrices alone: attention's own products are 7 % more at 256 px."""
     D, known, P = config.width, config.buffer_size + config.seq_len, 0.85 * config.seq_len  # P: about MAR's mean
     transformer = 24 * D**2 * (config.encoder_depth * (known - P) + config.decoder_depth * known)
     head = 10 * config.head_width**2 * config.head_depth * P
@@ -406,8 +409,8 @@ def flops_an_image(config, passes, rows):
 
 def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
     """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass."""
-    hidden = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop
-    c = model.transformer(tokens, visible, labels.masked_fill(hidden, -1), masked)  # (B, P, D)
+    dropped = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop  # one per picture
+    c = model.transformer(tokens, visible, labels.masked_fill(dropped, -1), masked)  # (B, P, D)
     x0 = take(tokens, masked)  # (B, P, C)
     each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
     x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
@@ -425,7 +428,7 @@ def train_teacher(args, config, data, run):
     optimizer = make_optimizer(model, args.teacher_lr, (0.9, 0.95), weight_decay=0.02)
     state = dict(model=model, ema=ema, optimizer=optimizer)
     run.restore("teacher", **state)
-    prepare(args, model, frozen=ema)
+    prepare(args, model)
     gradients = Gradients(model)
 
     for step in run.steps("teacher", args.teacher_steps, args.teacher_batch, flops_an_image(config, 3, 3 * args.draws)):
@@ -440,7 +443,7 @@ def train_teacher(args, config, data, run):
             part_loss.backward()
             loss = loss + part_loss.detach()
 
-        # the update; the average's decay grows from 0 at first, to forget the random start
+        # the update; the average's decay grows from 0.1, to forget the random start
         norm = gradients.finish(args.clip)
         optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
@@ -472,10 +475,8 @@ def check_fit(args, config, data):
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
     if args.vae and config.pixels:
         raise UserError("--vae: these pictures are trained on as pixels, no VAE has a part in it: leave it out")
-    if args.critic != "full":
-        if not args.critic.isdecimal() or int(args.critic) > config.decoder_depth:
-            raise UserError(f"--critic {args.critic}: full, or 0 to {config.decoder_depth} of the decoder's blocks")
-        args.critic = int(args.critic)
+    if args.critic != "full" and not (isinstance(args.critic, int) and args.critic <= config.decoder_depth):
+        raise UserError(f"--critic {args.critic}: full, or 0 to {config.decoder_depth} of the decoder's blocks")
     mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     if args.t_init and args.t_init > T_MAX:
         raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
@@ -513,9 +514,9 @@ def main(argv=None):
 
     def make_figures():
         classifier = load_or_train_classifier(data, args.out, device=device)
-        return lambda images, labels: judge(classifier, images, labels, classifier.reference)
+        return lambda images, labels: judge(classifier, images, labels)
 
-    # latents are shown, with --vae, and not judged: that is fid.py's
+    # latents are shown, with --vae, and not judged: that is fid.py's job
     watch = Watch(run, config, make_figures, judges=data.pixels, shows=data.pixels or vae is not None, vae=vae)
 
     if teacher is None and run.resumed and run.resumed["stage"] == "student":
@@ -583,7 +584,7 @@ class Run:
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
         resumed run must have as it began."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.step = self.total = self.told = 0
+        self.stage, self.step, self.total, self.told = None, 0, 0, 0
         HEARD.clear()
         self.bad = torch.tensor(NEVER, device=device)  # the first step whose gradient was not finite
         path = self.path("resume.pt")
@@ -650,15 +651,15 @@ class Run:
                             f"{str(error).splitlines()[0][:80]}): give those of its start, or another --out") from None
 
     def upload(self, x):
-        """x on the device. From memory that is not pinned the copy would wait for all that the GPU has still to do."""
+        """x on the device. A copy from memory that is not pinned would wait for the GPU's queue."""
         return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def steps(self, stage, total, images, flops=0):
-        """The steps that are left, with a bar. images: an update's, all ranks; flops: a picture's, for the log's mfu."""
+        """The steps that are left, with a bar. images: an update's, of all ranks; flops: a picture's, for the mfu."""
         self.stage, self.total, self.images, self.flops = stage, total, images, flops
+        left = f"{total} updates" if self.step < total else f"all {total} updates done: nothing to do"
         if self.rank == 0:
-            print(f"{stage}: {images} images an update on {self.world} process(es), "
-                  + (f"{total} updates" if self.step < total else f"all {total} updates done: nothing to do"), flush=True)
+            print(f"{stage}: {images} images an update on {self.world} process(es), {left}", flush=True)
         listen()
         self.clock, self.clock_step = time.time(), self.step
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=stage, unit="step",
@@ -705,7 +706,7 @@ class Run:
                                   if name in values})
 
     def note(self, values):
-        """A line of log.jsonl as it is. The clock of images/s starts anew: what led here was no training."""
+        """A line of log.jsonl as it is. The clock of images/s restarts: the time before may not have been training."""
         if self.rank == 0:
             with open(self.path("log.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
@@ -738,8 +739,10 @@ class Run:
                             self.path(f"{product}.pt"))
 
     def leave_if_told(self):
-        """End after a signal, such as a cluster sends before it takes the machine away. The checkpoint is written."""
+        """End after a signal, such as a cluster sends before it takes a machine. The checkpoint is written."""
         if self.told:
+            if self.world > 1:
+                dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
             path = self.path("resume.pt")
             if self.rank == 0:
                 print(f"stopped by {signal.Signals(self.told).name} at step {self.step}; "
@@ -774,7 +777,7 @@ class Gradients:
     arrived, its all-reduce starts, beside the backward of the layers below. One object a network, one cycle a step:
 
         gradients.zero()
-        with nothing: loss_1.backward() ... loss_{m-1}.backward()     # micro-steps: no communication
+        loss_1.backward() ... loss_{m-1}.backward()                   # micro-steps: no communication
         gradients.begin(); loss_m.backward()                          # the last micro-step communicates
         norm = gradients.finish(clip=1.0)                             # wait, average, clip; then optimizer.step()
 

@@ -4,25 +4,21 @@ ImageReward. What they say agrees with the public implementations, which test_al
 Needs samples (a folder of images, an .npz of sample.py --num) or a checkpoint, from which they are drawn as they are
 judged; and the judges' public weights, which are fetched only when asked for:
 
-    python data.py --get inception adm_reference               # once; also: clip bpe pickscore pickscore_config ...
+    python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
     python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
-    python fid.py --ckpt out/shapes/teacher.pt out/shapes/student.pt --data shapes --judges classifier --num 2048 \
-        --ar_steps 4 8 16 --plot fd_vs_k.png                   # quality against K, the number of AR steps
-    python fid.py --ckpt teacher.pt --guidance 1 2 3 4 ...     # and against guidance
+    python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row each
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 
-The same call again goes on where a stopped one was. Rows, with what they were made by and what they mean, are added to
-OUT/results.json; the same thing judged again replaces its row.
+Rows, with what they mean, are added to OUT/results.json; the same thing judged again replaces its row.
 """
 import argparse
-import fcntl
 import functools
 import gzip
-import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -30,8 +26,7 @@ import re
 import time
 import unicodedata
 import zipfile
-import zlib
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,27 +38,24 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SPLITS, Parser, check_numbers, disown, file_hash, find_images, load_vae, open_data, own,
-                  rank_and_world, read_class_names, read_image, run_main, setup, train_indices)
+from data import (PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
+                  read_class_names, read_image, run_main, say, setup, train_indices)
 from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, save_checkpoint,
                    write_json)
-from sample import check_output, check_vae, draw, draw_together, fill_in, save_grid, save_panels
+from sample import check_output, check_vae, draw, draw_together, fill_in, save_grid
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
 JUDGES = ["inception", "clip", "pickscore", "imagereward", "classifier"]
-METRICS = ["fid", "is", "kid", "prc"]  # of inception; prc: precision and recall
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
 
 
 def as_features(x):
-    """(N, F) tensor or array -> float tensor on the CPU; UserError when it is neither finite nor two-dimensional."""
+    """(N, F) tensor or array -> float tensor on the CPU; UserError where it is not finite."""
     x = torch.as_tensor(x).detach().cpu()
-    if x.ndim != 2 or not x.is_floating_point():
-        raise UserError(f"features must be float (N, F), not {x.dtype} {tuple(x.shape)}")
-    if not bool(torch.isfinite(x).all()):
+    if not x.isfinite().all():
         raise UserError("the features hold NaN or infinity: look at the images they were made from")
     return x
 
@@ -88,10 +80,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     (fewer images than features) needs no special case. FID: Heusel et al. 2017, arXiv 1706.08500.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))
-    if not mu1.shape == mu2.shape == sigma1.shape[:1] or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
-        raise UserError(f"cannot compare {len(mu1)} features with {len(mu2)}: the statistics come from other networks")
-    if not all(bool(torch.isfinite(a).all()) for a in (mu1, sigma1, mu2, sigma2)):
-        raise UserError("the statistics hold NaN or infinity: look at the images they were made from")
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt()  # A, (F, F); rounding leaves some zero eigenvalues slightly negative
     cross = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
@@ -105,8 +93,6 @@ def inception_score(logits, splits=10, shuffle=False):
     it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498.
     """
     x = as_features(logits)
-    if len(x) < splits:
-        raise UserError(f"inception score: {len(x)} images cannot be split in {splits}: more images, or leave 'is' out")
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
     scores = []
@@ -126,8 +112,6 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     """
     a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
-    if size < 2 or a.shape[1] != b.shape[1]:
-        raise UserError(f"KID needs two sets of two or more features, not {tuple(a.shape)}, {tuple(b.shape)}")
     random, values = np.random.RandomState(seed), []
     for _ in range(subsets):
         x = a[random.choice(len(a), size, replace=False)].double()
@@ -139,11 +123,6 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     return float(np.mean(values)), float(np.std(values)) if size < min(len(a), len(b)) else None
 
 
-def squared_distances(a, a_norm, b, b_norm):
-    """(n, F), (n,), (m, F), (m,) -> (n, m)."""
-    return torch.addmm(a_norm[:, None] + b_norm, a, b.T, alpha=-2)
-
-
 def precision_recall(generated, reference, k=3, chunk=1000):
     """Features (N, F), (M, F) -> (precision, recall) as Kynkaanniemi et al. 2019 define them, arXiv 1904.06991.
 
@@ -152,27 +131,16 @@ def precision_recall(generated, reference, k=3, chunk=1000):
     generated one. (Some forks print them swapped.) A collapsed generator has precision 1 and recall 0.
     """
     a, b = as_features(generated).float(), as_features(reference).float()
-    if min(len(a), len(b)) <= k or a.shape[1] != b.shape[1]:
-        raise UserError(f"precision/recall with k = {k} needs more than {k} images of one feature width in each set, "
-                        f"not {tuple(a.shape)} and {tuple(b.shape)}")
-    centre = b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
-    a, b = a - centre, b - centre
-    a_norm, b_norm = a.square().sum(1), b.square().sum(1)
+    a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
-    def radii(x, norm):  # (N,) squared distance to the k-th nearest other feature
-        found = []
-        for i in range(0, len(x), chunk):  # blockwise: 50,000 x 50,000 distances would be 10 GB
-            d = squared_distances(x[i:i + chunk], norm[i:i + chunk], x, norm)
-            d[torch.arange(len(d)), torch.arange(i, i + len(d))] = torch.inf  # itself
-            found.append(d.topk(k, largest=False).values[:, -1])
-        return torch.cat(found)
+    def radii(x):  # (N,) distance to the k-th nearest other feature: the nearest of k + 1 is the feature itself
+        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
 
-    a_radius, b_radius = radii(a, a_norm), radii(b, b_norm)
-    precise, recalled = 0, torch.zeros(len(b), dtype=torch.bool)
-    for i in range(0, len(a), chunk):
-        d = squared_distances(a[i:i + chunk], a_norm[i:i + chunk], b, b_norm)  # (chunk, M)
+    b_radius, precise, recalled = radii(b), 0, torch.zeros(len(b), dtype=torch.bool)
+    for part, radius in zip(a.split(chunk), radii(a).split(chunk)):  # 50,000 x 50,000 distances at once would be 10 GB
+        d = torch.cdist(part, b)  # (chunk, M)
         precise += int((d <= b_radius).any(1).sum())
-        recalled |= (d <= a_radius[i:i + chunk, None]).any(0)
+        recalled |= (d <= radius[:, None]).any(0)
     return precise / len(a), float(recalled.float().mean())
 
 
@@ -190,10 +158,17 @@ def renamed(state, table):
     return out
 
 
+def joined(state, parts, whole):
+    """The same with weights or biases of queries, keys and values put together, as torch's attention has them."""
+    for name in [name for name in state if parts[0] in name]:
+        names = [name.replace(parts[0], part) for part in parts]
+        if set(names) <= set(state):
+            state[name.replace(parts[0], whole)] = torch.cat([state.pop(name) for name in names])
+    return state
+
+
 def need_file(path, name):
     """The path, if it is a file; else a UserError that says how to get it."""
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder, and the file {os.path.basename(PUBLIC[name][1])} is wanted")
     if not os.path.isfile(path):
         raise UserError(f"no such file: {path}; get it by: python data.py --get {name}")
     return path
@@ -203,30 +178,15 @@ def need_file(path, name):
 # Inception: the FID network of 2015-12-05, as torch-fidelity and pytorch-fid ported it. Names are the file's.
 
 
-class Conv(nn.Module):
-    """Convolution, batch norm, ReLU. `fold` puts the batch norm into the convolution: the same numbers, half the memory
-    traffic."""
-
+class Conv(nn.Sequential):
     def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
-
-    def fold(self):
-        self.conv = nn.utils.fusion.fuse_conv_bn_eval(self.conv, self.bn)
-        self.bn = nn.Identity()
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        super().__init__(OrderedDict(conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+                                     bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU(inplace=True)))
 
 
-def mean_pool(x):  # a border pixel is the mean of what there is, not of zeros: TensorFlow's way
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def max_pool(x):
-    return F.max_pool2d(x, 3, 1, 1)
-
+# a border pixel is the mean of what there is, not of zeros: TensorFlow's way
+mean_pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+max_pool, halve = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 # The blocks as tables: a row is a branch, their outputs are concatenated. In a row: (name, channels, kernel, stride,
 # padding) one after the other; a list of two tuples splits the branch; a bare function pools first.
@@ -243,7 +203,7 @@ def mixed_a(pool):  # (N, c, 35, 35) -> (N, 224 + pool, 35, 35)
 def mixed_b():  # (N, 288, 35, 35) -> (N, 768, 17, 17)
     return [[("branch3x3", 384, 3, 2)],
             [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)],
-            [lambda x: F.max_pool2d(x, 3, 2)]]
+            [halve]]
 
 
 def mixed_c(mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin ones
@@ -258,7 +218,7 @@ def mixed_d():  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
     return [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
             [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, *ROW), ("branch7x7x3_3", 192, *COLUMN),
              ("branch7x7x3_4", 192, 3, 2)],
-            [lambda x: F.max_pool2d(x, 3, 2)]]
+            [halve]]
 
 
 def mixed_e(pool):  # (N, c, 8, 8) -> (N, 2048, 8, 8)
@@ -283,19 +243,13 @@ class Mixed(nn.Module):
                         setattr(self, name, Conv(channels, *shape))
                     channels = shape[0]
 
+    def run(self, x, step):
+        if isinstance(step, list):
+            return torch.cat([self.run(x, part) for part in step], 1)
+        return step(x) if callable(step) else getattr(self, step[0])(x)
+
     def forward(self, x):
-        outs = []
-        for row in self.table:
-            y = x
-            for step in row:
-                if callable(step):
-                    y = step(y)
-                elif isinstance(step, list):
-                    y = torch.cat([getattr(self, name)(y) for name, *_ in step], 1)
-                else:
-                    y = getattr(self, step[0])(y)
-            outs.append(y)
-        return torch.cat(outs, 1)
+        return torch.cat([functools.reduce(self.run, row, x) for row in self.table], 1)
 
 
 def resize_tf1(x, side=299):
@@ -319,13 +273,13 @@ class Inception(nn.Module):
         self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2), Conv(32, 32, 3)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, 1, 1)
         self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3)
-        self.Mixed_5b, self.Mixed_5c = Mixed(192, mixed_a(32)), Mixed(256, mixed_a(64))
-        self.Mixed_5d, self.Mixed_6a = Mixed(288, mixed_a(64)), Mixed(288, mixed_b())
-        self.Mixed_6b, self.Mixed_6c = Mixed(768, mixed_c(128)), Mixed(768, mixed_c(160))
-        self.Mixed_6d, self.Mixed_6e = Mixed(768, mixed_c(160)), Mixed(768, mixed_c(192))
         # the last block pools by maximum: a slip of the original network, but the weights were trained with it
-        self.Mixed_7a, self.Mixed_7b, self.Mixed_7c = (Mixed(768, mixed_d()), Mixed(1280, mixed_e(mean_pool)),
-                                                       Mixed(2048, mixed_e(max_pool)))
+        self.mixed = {"5b": (192, mixed_a(32)), "5c": (256, mixed_a(64)), "5d": (288, mixed_a(64)),
+                      "6a": (288, mixed_b()), "6b": (768, mixed_c(128)), "6c": (768, mixed_c(160)),
+                      "6d": (768, mixed_c(160)), "6e": (768, mixed_c(192)), "7a": (768, mixed_d()),
+                      "7b": (1280, mixed_e(mean_pool)), "7c": (2048, mixed_e(max_pool))}
+        for name, (channels, table) in self.mixed.items():
+            setattr(self, f"Mixed_{name}", Mixed(channels, table))
         self.fc = nn.Linear(2048, 1008)
 
     @torch.no_grad()
@@ -337,13 +291,10 @@ class Inception(nn.Module):
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # TF32 and autocast would each move FID in the second decimal
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
-            x = F.max_pool2d(x, 3, 2)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (N, 192, 71, 71)
-            x = F.max_pool2d(x, 3, 2)
-            for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b, self.Mixed_6c,
-                          self.Mixed_6d, self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
-                x = block(x)
+            x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))  # (N, 64, 73, 73)
+            x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))  # (N, 192, 35, 35)
+            for name in self.mixed:
+                x = getattr(self, f"Mixed_{name}")(x)
             pool = x.mean((2, 3))  # (N, 2048)
             return pool, self.logits(pool)
 
@@ -361,8 +312,9 @@ def load_inception(path):
         raise UserError(f"{path}: its sha256 is {file_hash(path)[:8]}..., its name says {digest[1]}: get it again")
     model = fill_model(Inception, state, path)
     for module in model.modules():
-        if isinstance(module, Conv):
-            module.fold()
+        if isinstance(module, Conv):  # batch norm goes into the convolution: same numbers, half the memory traffic
+            module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
     return model.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
@@ -427,8 +379,7 @@ def train_classifier(data, seed, device, batch=128):
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.25)
     labels = torch.as_tensor(data.labels)
-    bar = tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, mininterval=1)
-    for step in bar:
+    for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, mininterval=1):
         picks, flips = train_indices(len(indices), batch, step, seed)
         picks = indices[picks]
         images = data.images(picks)
@@ -438,34 +389,12 @@ def train_classifier(data, seed, device, batch=128):
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
     net.eval().requires_grad_(False)
     net.scale.fill_(float((net.last.in_features / np.trace(feature_statistics(net, data, 5000)[1])) ** 0.5))
-    hits = [net(test.images(part).to(device))[1].argmax(1).cpu() == torch.as_tensor(test.labels[part])
-            for part in np.array_split(held, -(-len(held) // 500))]
-    net.accuracy = float(torch.cat(hits).float().mean())
     net.reference = feature_statistics(net, data)
+    logits = classify(net, read_in_parts(test, held))[1]
+    net.accuracy = float((logits.argmax(1) == torch.as_tensor(test.labels[held])).float().mean())
     return net
-
-
-def fingerprint(data):
-    """(256, 3) mean colours of images spread evenly over a data set: other pictures under the same names change it,
-    another decoder of JPEG hardly."""
-    return data.images(np.linspace(0, len(data) - 1, 256).astype(int)).float().mean((2, 3)) / 255
-
-
-def load_classifier(path):
-    """The Classifier in a file of `load_or_train_classifier`, without its data set, on the CPU. `.reference` is None in
-    files of before it was kept."""
-    saved = read_checkpoint(path)
-    if not {"made_from", "accuracy", "model"} <= set(saved):
-        raise UserError(f"{path} holds no classifier but {sorted(map(str, saved))[:6]}")
-    made_from = saved["made_from"]
-    net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
-    net.accuracy = saved["accuracy"]
-    net.reference = tuple(x.numpy() for x in saved["reference"]) if "reference" in saved else None
-    return net.to(memory_format=torch.channels_last)
 
 
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
@@ -481,43 +410,42 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     path = Path(folder) / f"classifier_{seed}.pt"
     if path.exists():
         saved = read_checkpoint(path)
-        if saved.get("made_from") != made_from:
+        if saved.get("made_from") != made_from or "reference" not in saved:
             raise UserError(f"{path} was made from {saved.get('made_from')}, wanted is {made_from}: delete that file")
-        if "fingerprint" in saved and (saved["fingerprint"] - fingerprint(data)).abs().max() > 0.02:
-            raise UserError(f"{path} was made from other pictures than {data.name} holds now: delete that file")
-        net = load_classifier(path).to(device)
-        net.reference = net.reference or feature_statistics(net, data)
-        return net
+        net = fill_model(lambda: Classifier(data.num_classes, data.img_size), saved["model"], path)
+        net.accuracy, net.reference = saved["accuracy"], tuple(x.numpy() for x in saved["reference"])
+        return net.to(device, memory_format=torch.channels_last)
     net = train_classifier(data, seed, device)
     os.makedirs(folder, exist_ok=True)
-    save_checkpoint({"made_from": made_from, "fingerprint": fingerprint(data), "accuracy": net.accuracy,
-                     "reference": tuple(map(torch.from_numpy, net.reference)), "model": net.cpu().state_dict()}, path)
+    save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.cpu().state_dict(),
+                     "reference": tuple(map(torch.from_numpy, net.reference))}, path)
     print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
     return net.to(device)
 
 
+def read_in_parts(data, indices):
+    """Yields the images of `indices`, 500 at a time."""
+    return map(data.images, np.array_split(indices, -(-len(indices) // 500)))
+
+
 @torch.no_grad()
-def classify(classifier, images, batch=500):
-    """uint8 or float images (N, 3, H, W) -> features (N, F), logits (N, classes), float32 on the CPU."""
-    parts = [classifier(part) for part in images.split(batch)]
-    return torch.cat([f for f, _ in parts]).cpu(), torch.cat([y for _, y in parts]).cpu()
+def classify(classifier, batches):
+    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU."""
+    features, logits = zip(*map(classifier, batches))
+    return torch.cat(features).cpu(), torch.cat(logits).cpu()
 
 
-def feature_statistics(classifier, images, n=10000):
-    """(mu (F,), sigma (F, F)) float64 of the classifier's features of images: a uint8 (N, 3, H, W) tensor, or a data
-    set, of which at most `n` images, evenly spread over it, are read."""
-    if torch.is_tensor(images):
-        return mean_and_covariance(classify(classifier, images[:n])[0])
-    picked = np.linspace(0, len(images) - 1, min(n, len(images))).astype(np.int64)
-    parts = np.array_split(picked, -(-len(picked) // 500))
-    return mean_and_covariance(torch.cat([classify(classifier, images.images(part))[0] for part in parts]))
+def feature_statistics(classifier, data, n=10000):
+    """(mu (F,), sigma (F, F)) float64 of the classifier's features of `n` images spread evenly over a data set."""
+    picked = np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64)
+    return mean_and_covariance(classify(classifier, read_in_parts(data, picked))[0])
 
 
-def judge(classifier, images, labels, reference):
-    """{"fd", "accuracy"} of uint8 images (N, 3, H, W) that were asked to show labels (N,); reference = (mu, sigma)."""
-    features, logits = classify(classifier, images)
+def judge(classifier, images, labels):
+    """{"fd", "accuracy"} of uint8 images (N, 3, H, W) that were asked to show labels (N,)."""
+    features, logits = classify(classifier, images.split(500))
     accuracy = float((logits.argmax(1) == torch.as_tensor(labels).cpu()).float().mean())
-    return {"fd": frechet_distance(*mean_and_covariance(features), *reference), "accuracy": accuracy}
+    return {"fd": frechet_distance(*mean_and_covariance(features), *classifier.reference), "accuracy": accuracy}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,25 +471,14 @@ def clip_pixels(pixels, side):
     return (pixels - mean) / std
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
+quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block of CLIP, PickScore and BLIP's image tower: (N, T, width) -> the same."""
-
-    def __init__(self, width, heads, mlp, act, eps):
-        super().__init__()
-        self.heads, self.act = heads, act
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
-
-    def forward(self, x, causal=False):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, T, d)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        x = x + self.proj(out.transpose(1, 2).flatten(2))
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+def transformer(width, depth, heads, mlp, act, eps):
+    """Pre-norm blocks, as CLIP, PickScore and BLIP's image tower have them: (T, N, width) -> the same. With N first
+    torch turns them inside, by which the gradient takes twice as long on a CPU."""
+    block = nn.TransformerEncoderLayer(width, heads, mlp, 0.0, act, eps, norm_first=True)
+    return nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
 
 
 class ImageTower(nn.Module):
@@ -576,16 +493,14 @@ class ImageTower(nn.Module):
         self.patch = nn.Conv2d(3, width, patch, patch, bias=not clip)
         self.class_token, self.position = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(tokens, width))
         self.norm_pre = nn.LayerNorm(width, eps) if clip else nn.Identity()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp, act, eps) for _ in range(depth))
+        self.blocks = transformer(width, depth, heads, mlp, act, eps)
         self.norm_post = nn.LayerNorm(width, eps)
 
     def forward(self, pixels):
         x = self.patch(clip_pixels(pixels, self.side)).flatten(2).transpose(1, 2)  # (N, patches, width)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)  # (N, 1 + patches, width)
-        x = self.norm_pre(x + self.position)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm_post(x)
+        x = self.norm_pre(x + self.position).transpose(0, 1).contiguous()  # (1 + patches, N, width)
+        return self.norm_post(self.blocks(x)).transpose(0, 1)
 
 
 class TextTower(nn.Module):
@@ -594,13 +509,13 @@ class TextTower(nn.Module):
     def __init__(self, width, depth, heads, mlp, vocabulary, tokens, act, eps):
         super().__init__()
         self.tokens, self.position = nn.Embedding(vocabulary, width), nn.Parameter(torch.empty(tokens, width))
-        self.blocks = nn.ModuleList(Block(width, heads, mlp, act, eps) for _ in range(depth))
+        self.blocks = transformer(width, depth, heads, mlp, act, eps)
         self.norm = nn.LayerNorm(width, eps)
 
     def forward(self, ids):
         x = self.tokens(ids) + self.position[:ids.shape[1]]
-        for block in self.blocks:
-            x = block(x, causal=True)
+        causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], x.device, x.dtype)
+        x = self.blocks(x.transpose(0, 1).contiguous(), causal, is_causal=True).transpose(0, 1)
         # the end of text is the largest id; argmax finds the first, so Hugging Face's padding by it changes nothing
         return self.norm(x)[torch.arange(len(x), device=x.device), ids.argmax(1)]
 
@@ -630,62 +545,44 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * (image * F.normalize(text_features, dim=1)).sum(1)
 
 
-COMMON = [(r"attn\.in_proj_", "qkv."), (r"(self_)?attn\.out_proj", "proj"), (r"(ln_|layer_norm)([12])\.", r"norm\2."),
-          (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"), (r"mlp\.fc", "fc")]
-OPENAI_NAMES = COMMON + [
-    (r"^visual\.transformer\.resblocks", "image.blocks"), (r"^visual\.conv1", "image.patch"),
-    (r"^visual\.class_embedding", "image.class_token"), (r"^visual\.positional_embedding", "image.position"),
-    (r"^visual\.ln_", "image.norm_"), (r"^visual\.proj", "image_proj"), (r"^transformer\.resblocks", "text.blocks"),
-    (r"^token_embedding", "text.tokens"), (r"^positional_embedding", "text.position"), (r"^ln_final", "text.norm"),
-    (r"^text_projection", "text_proj")]
-HF_NAMES = COMMON + [
-    (r"^vision_model\.embeddings\.patch_embedding", "image.patch"), (r"^vision_model\.encoder\.layers", "image.blocks"),
-    (r"^vision_model\.embeddings\.class_embedding", "image.class_token"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight", "image.position"),
-    (r"^vision_model\.pre_layrnorm", "image.norm_pre"),  # the typing error is in the public files
-    (r"^vision_model\.post_layernorm", "image.norm_post"), (r"^visual_projection\.weight", "image_proj"),
-    (r"^text_model\.embeddings\.token_embedding", "text.tokens"), (r"^text_model\.encoder\.layers", "text.blocks"),
-    (r"^text_model\.embeddings\.position_embedding\.weight", "text.position"),
-    (r"^text_model\.final_layer_norm", "text.norm"), (r"^text_projection\.weight", "text_proj")]
+CLIP_NAMES = [  # OpenAI's names and Hugging Face's -> ours
+    (r"\.(self_)?attn\.", ".self_attn."), (r"(ln_|layer_norm)([12])\.", r"norm\2."),
+    (r"mlp\.(c_fc|fc1)", "linear1"), (r"mlp\.(c_proj|fc2)", "linear2"),
+    (r"^(visual\.transformer\.resblocks|vision_model\.encoder\.layers)", "image.blocks.layers"),
+    (r"^(visual\.conv1|vision_model\.embeddings\.patch_embedding)", "image.patch"),
+    (r"^(visual|vision_model\.embeddings)\.class_embedding", "image.class_token"),
+    (r"^(visual\.positional_embedding|vision_model\.embeddings\.position_embedding\.weight)", "image.position"),
+    (r"^(visual\.ln_pre|vision_model\.pre_layrnorm)", "image.norm_pre"),  # the typing error is in the public files
+    (r"^(visual\.ln_post|vision_model\.post_layernorm)", "image.norm_post"),
+    (r"^(visual\.proj|visual_projection\.weight)", "image_proj"), (r"^text_projection(\.weight)?", "text_proj"),
+    (r"^(transformer\.resblocks|text_model\.encoder\.layers)", "text.blocks.layers"),
+    (r"^(text_model\.embeddings\.)?token_embedding", "text.tokens"),
+    (r"^(positional_embedding|text_model\.embeddings\.position_embedding\.weight)", "text.position"),
+    (r"^(ln_final|text_model\.final_layer_norm)", "text.norm")]
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids")
 
 
-def build_clip(state, path, image_heads, text_heads, image_act, text_act, image_eps=1e-5, text_eps=1e-5):
-    """A CLIP whose sizes are read off a renamed state dict; heads, activation and eps are in no shape."""
+def build_clip(state, path, image=None, text=None):
+    """A CLIP of a state dict in OpenAI's names or Hugging Face's. Its sizes are read off the shapes; heads, activation
+    and eps of a tower are in none: image, text = (heads, act, eps), or None for OpenAI's."""
+    ours = renamed({name: value for name, value in state.items() if not name.endswith(NO_WEIGHTS)}, CLIP_NAMES)
+    ours = joined(ours, ("q_proj.", "k_proj.", "v_proj."), "in_proj_")
     try:
+        if "visual_projection.weight" in state:  # of an nn.Linear: the transpose of OpenAI's
+            ours |= {name: ours[name].T.contiguous() for name in ("image_proj", "text_proj")}
         sizes = {}
-        for tower, heads, act, eps in (("image", image_heads, image_act, image_eps),
-                                       ("text", text_heads, text_act, text_eps)):
-            depth = len({name.split(".")[2] for name in state if name.startswith(f"{tower}.blocks.")})
-            mlp, width = state[f"{tower}.blocks.0.fc1.weight"].shape
-            if heads(width) < 1 or width % heads(width):
-                raise UserError(f"{path}: {heads(width)} heads do not divide the {tower} tower's width of {width}")
-            sizes[tower] = {"width": width, "depth": depth, "mlp": mlp, "eps": eps, "act": act, "heads": heads(width),
-                            "tokens": len(state[f"{tower}.position"])}
-        image = {**sizes["image"], "patch": state["image.patch.weight"].shape[-1]}
-        text = {**sizes["text"], "vocabulary": len(state["text.tokens.weight"])}
-        embed = state["image_proj"].shape[1]
+        for tower, given in (("image", image), ("text", text)):
+            mlp, width = ours[f"{tower}.blocks.layers.0.linear1.weight"].shape
+            heads, act, eps = given or (width // 64, quick_gelu, 1e-5)
+            sizes[tower] = {"width": width, "mlp": mlp, "heads": heads, "act": act, "eps": eps,
+                            "depth": len({name.split(".")[3] for name in ours if name.startswith(f"{tower}.blocks.")}),
+                            "tokens": len(ours[f"{tower}.position"])}
+        sizes["image"]["patch"] = ours["image.patch.weight"].shape[-1]
+        sizes["text"]["vocabulary"] = len(ours["text.tokens.weight"])
+        embed = ours["image_proj"].shape[1]
     except KeyError as error:
         raise UserError(f"{path} is no CLIP file: {error.args[0]} missing") from None
-    return fill_model(lambda: CLIP(image, text, embed), state, path)
-
-
-def openai_clip(state, path):
-    """A CLIP of a state dict in OpenAI's names: all of theirs have heads of 64 and the quick GELU."""
-    heads = lambda width: width // 64
-    return build_clip(renamed(state, OPENAI_NAMES), path, heads, heads, quick_gelu, quick_gelu)
-
-
-def read_clip(path):
-    """The state dict of an OpenAI file, which is a TorchScript archive, or of a plain one -> (state, is plain)."""
-    need_file(path, "clip")
-    try:
-        inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        plain = not any(name.endswith("/constants.pkl") for name in inside)
-        # TorchScript's own reader, not Python's pickle; only the numbers are taken, its forward is never called
-        state = read_checkpoint(path) if plain else torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no whole TorchScript archive: {str(error).splitlines()[0][:100]}") from None
-    return {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}, plain
+    return fill_model(lambda: CLIP(sizes["image"], sizes["text"], embed), ours, path)
 
 
 # Widths of image tower, text tower and common space, tokens a text, vocabulary. B/32 and B/16; L/14 and L/14@336px
@@ -693,84 +590,52 @@ OPENAI_SIZES = {(768, 512, 512, 77, 49408), (1024, 768, 768, 77, 49408)}
 
 
 def load_clip(path):
-    """An OpenAI CLIP: their .pt files, which are TorchScript archives, or a plain state dict (torch file or
-    .safetensors) in their names.
+    """An OpenAI CLIP: their .pt files, which are TorchScript archives, or a plain state dict in their names.
 
     open_clip's and LAION's files have the same names and, for ViT-B and ViT-L, the same shapes. Most of theirs were
     trained with GELU, which no file tells: scores would be slightly wrong. So a plain state dict is taken for OpenAI's
     and that is printed, and whatever OpenAI never made (ViT-H, ViT-g, other contexts or vocabularies) is refused.
     """
-    state, plain = read_clip(path)
-    clip = openai_clip(state, path)
+    need_file(path, "clip")
+    inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if any(name.endswith("/constants.pkl") for name in inside):
+        # TorchScript's own reader, not Python's pickle; only the numbers are taken, its forward is never called
+        clip = build_clip(torch.jit.load(path, map_location="cpu").state_dict(), path)
+    else:
+        clip = build_clip(read_checkpoint(path), path)
+        say(f"{path}: a plain state dict, taken for OpenAI's: quick GELU, heads of 64. Most of open_clip's are not so")
     sizes = (len(clip.image_proj), *clip.text_proj.shape, len(clip.text.position), len(clip.text.tokens.weight))
     if sizes not in OPENAI_SIZES:
         raise UserError(f"{path} is no CLIP of OpenAI's, who made none of sizes {sizes}; those of open_clip and LAION "
                         "have another activation or other heads, which no file tells")
-    if plain and rank_and_world()[0] == 0:
-        print(f"{path}: a plain state dict, taken for OpenAI's: quick GELU, heads of 64. Of open_clip and LAION most "
-              "are not so", flush=True)
     return clip
 
 
-def hf_tower(config, tower, heads, path):
-    """(heads, activation, eps) of one tower in a Hugging Face CLIP configuration.
-
-    As in transformers, `<tower>_config_dict` has the whole say where it is there, and what is left out has the default.
-    """
-    part = config.get(f"{tower}_config_dict")
-    part = config.get(f"{tower}_config") if part is None else part
-    if not isinstance(part, dict):
-        raise UserError(f"{path} is no CLIP configuration: its {tower}_config is {json.dumps(part)[:40]}")
-    acts = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-    act, eps = part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5)
-    heads = part.get("num_attention_heads", heads)
-    if act not in list(acts) or type(heads) is not int or type(eps) is not float:
-        raise UserError(f"{path}: {tower}_config has hidden_act {act} (known: {', '.join(acts)}), num_attention_heads "
-                        f"{heads}, layer_norm_eps {eps}")
-    return heads, acts[act], eps
-
-
-def read_sharded(folder, names):
-    """{name: tensor} of a Hugging Face folder: of the first file in it of `names`, or of the shards that its index
-    (the name and .index.json) lists; None where there is neither."""
-    for name in names:
+def read_shards(folder):
+    """The state dict of a Hugging Face folder, in one file or in shards that an index lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
+        if index.exists() and not (folder / name).exists():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            return {name: value for shard in shards for name, value in read_checkpoint(folder / shard).items()}
         if (folder / name).exists():
             return read_checkpoint(folder / name)
-        if index.exists():
-            try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                return {name: value for shard in shards for name, value in read_checkpoint(folder / shard).items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} is no index of shards: {str(error)[:100]}") from None
-    return None
+    return need_file(folder / "model.safetensors", "pickscore")  # which says how to get it
 
 
 def load_pickscore(folder):
-    """A Hugging Face CLIP folder, as PickScore's: config.json beside model.safetensors or pytorch_model.bin, in one
-    file or in shards with an index."""
-    folder = Path(folder)
-    path = need_file(folder / "config.json", "pickscore_config")
+    """A Hugging Face CLIP folder, as PickScore's: config.json beside model.safetensors or pytorch_model.bin."""
+    path = need_file(Path(folder) / "config.json", "pickscore_config")
+    acts = {"gelu": F.gelu, "quick_gelu": quick_gelu}
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no CLIP configuration but a {type(config).__name__}")
-    image = hf_tower(config, "vision", 12, path)
-    text = hf_tower(config, "text", 8, path)
-    state = read_sharded(folder, ["model.safetensors", "pytorch_model.bin"])
-    if state is None:
-        need_file(folder / "model.safetensors", "pickscore")
-    state = renamed({k: v for k, v in state.items() if not k.endswith("position_ids")}, HF_NAMES)
-    for name in [name for name in state if ".self_attn.q_proj." in name]:  # three matrices there, one here
-        parts = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
-        if all(part in state for part in parts):
-            state[name.replace("self_attn.q_proj", "qkv")] = torch.cat([state.pop(part) for part in parts])
-    for name in ("image_proj", "text_proj"):  # stored as nn.Linear: the transpose of OpenAI's
-        if name in state:
-            state[name] = state[name].T.contiguous()
-    return build_clip(state, folder, lambda _: image[0], lambda _: text[0], image[1], text[1], image[2], text[2])
+        config, towers = json.loads(path.read_text()), []
+        for tower, heads in (("vision", 12), ("text", 8)):  # what a file leaves out has transformers' default
+            part = config.get(f"{tower}_config_dict") or config[f"{tower}_config"]  # there, too, the first goes first
+            towers.append((int(part.get("num_attention_heads", heads)), acts[part.get("hidden_act", "quick_gelu")],
+                           float(part.get("layer_norm_eps", 1e-5))))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no CLIP configuration: {type(error).__name__} {error}") from None
+    return build_clip(read_shards(Path(folder)), folder, *towers)
 
 
 class Tokenizer:
@@ -782,11 +647,8 @@ class Tokenizer:
     """
 
     def __init__(self, path):
-        try:
-            with gzip.open(need_file(path, "bpe"), "rt", encoding="utf-8") as file:
-                merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
-        except (gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
-            raise UserError(f"{path} is no gzipped merge table: {error}") from None
+        with gzip.open(need_file(path, "bpe"), "rt", encoding="utf-8") as file:
+            merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
         if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
             raise UserError(f"{path} is not CLIP's merge table: it has {len(merges)} pairs, 48894 are wanted")
         # every byte gets a printable character: itself where it has one, else the next free one from 256 on (GPT-2)
@@ -798,7 +660,6 @@ class Tokenizer:
         words += ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {word: i for i, word in enumerate(words)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
-        self.known = {"<|startoftext|>": ["<|startoftext|>"], "<|endoftext|>": ["<|endoftext|>"]}
 
     @staticmethod
     def clean(text):
@@ -827,23 +688,19 @@ class Tokenizer:
                 yield text[at:end]
             at = end
 
+    @functools.cache
     def pieces(self, word):
         """One word -> its byte-pair pieces: the earliest merge of the table first, until none applies."""
-        if word in self.known:
-            return self.known[word]
+        if word in ("<|startoftext|>", "<|endoftext|>"):
+            return [word]
         parts = [self.byte[b] for b in word.encode(errors="replace")]  # a class's name may hold bytes of no encoding
         parts[-1] += "</w>"
         while len(parts) > 1:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
-            merged, i = [], 0
-            while i < len(parts):
-                hit = tuple(parts[i:i + 2]) == best
-                merged.append(parts[i] + parts[i + 1] if hit else parts[i])
-                i += 2 if hit else 1
-            parts = merged
-        self.known[word] = parts
+            pair, whole = re.escape(" ".join(best)), "".join(best)
+            parts = re.sub(rf"(?<!\S){pair}(?!\S)", lambda _: whole, " ".join(parts)).split(" ")
         return parts
 
     def __call__(self, texts, length=77):
@@ -860,33 +717,6 @@ class Tokenizer:
 # ImageReward: BLIP's image tower, a BERT that looks at it, and a line of weights: what would people prefer?
 
 
-class BertAttention(nn.Module):
-    """x (N, T, 768) asks, `source` (N, S, C) answers, post-norm; bias (N, 1, 1, S) is added to the scores."""
-
-    def __init__(self, source_width):
-        super().__init__()
-        self.query, self.dense = nn.Linear(768, 768), nn.Linear(768, 768)
-        self.key, self.value = nn.Linear(source_width, 768), nn.Linear(source_width, 768)
-        self.LayerNorm = nn.LayerNorm(768, 1e-12)
-
-    def forward(self, x, source, bias=None):
-        q, k, v = self.query(x), self.key(source), self.value(source)
-        q, k, v = (y.unflatten(2, (12, 64)).transpose(1, 2) for y in (q, k, v))  # (N, 12, T or S, 64)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (N, 12, T, 64)
-        return self.LayerNorm(x + self.dense(out.transpose(1, 2).flatten(2)))
-
-
-class BertLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.crossattention = BertAttention(768), BertAttention(1024)
-        self.fc1, self.fc2, self.norm = nn.Linear(768, 3072), nn.Linear(3072, 768), nn.LayerNorm(768, 1e-12)
-
-    def forward(self, x, bias, image):
-        x = self.crossattention(self.attention(x, x, bias), image)
-        return self.norm(x + self.fc2(F.gelu(self.fc1(x))))
-
-
 class ImageReward(nn.Module):
     """THUDM/ImageReward, Xu et al. 2023, arXiv 2304.05977."""
 
@@ -895,37 +725,38 @@ class ImageReward(nn.Module):
         self.image = ImageTower(1024, 24, 16, 4096, 16, 197, F.gelu, 1e-6, clip=False)
         self.words, self.positions = nn.Embedding(30524, 768), nn.Embedding(512, 768)
         self.norm = nn.LayerNorm(768, 1e-12)
-        self.layers = nn.ModuleList(BertLayer() for _ in range(12))
-        # linear after linear: the activations are commented out in the public code, and the weights are trained so;
-        # the numbers are the places in the public list, dropouts between them
-        sizes = {"0": (768, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
-        self.mlp = nn.ModuleDict({place: nn.Linear(*size) for place, size in sizes.items()})
+        layer = nn.TransformerDecoderLayer(768, 12, 3072, 0.0, F.gelu, 1e-12)
+        layer.multihead_attn = nn.MultiheadAttention(768, 12, kdim=1024, vdim=1024)  # to the image
+        self.bert = nn.TransformerDecoder(layer, 12)
+        # linear after linear: the activations are commented out in the public code, and the weights are trained so
+        sizes, dropout = (768, 1024, 128, 64, 16), nn.Identity()
+        self.mlp = nn.Sequential(*[part for size in zip(sizes, sizes[1:]) for part in (nn.Linear(*size), dropout)][:-1],
+                                 nn.Linear(16, 1))
 
     def read_text(self, input_ids, attention_mask, image):
         """(N, T) ids, (N, T) 1 = a word, image tokens (N, 197, 1024) -> the last state at [CLS], (N, 768)."""
         x = self.norm(self.words(input_ids) + self.positions.weight[:input_ids.shape[1]])  # (N, T, 768)
-        bias = (1.0 - attention_mask[:, None, None].to(x.dtype)) * -10000
-        for layer in self.layers:
-            x = layer(x, bias, image)
-        return x[:, 0]
+        x, image = (y.transpose(0, 1).contiguous() for y in (x, image))  # (T, N, 768), (197, N, 1024)
+        return self.bert(x, image, tgt_key_padding_mask=attention_mask == 0)[0]
 
     def score(self, pixels, input_ids, attention_mask):
         """Pixels in [0,1] (N, 3, H, W) and WordPiece ids (N, 35) -> (N,): about mean 0, variance 1 on its own data."""
-        x = self.read_text(input_ids, attention_mask, self.image(pixels))
-        for layer in self.mlp.values():
-            x = layer(x)
+        x = self.mlp(self.read_text(input_ids, attention_mask, self.image(pixels)))
         return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072  # the public constants
 
 
 BLIP_NAMES = [
     (r"^blip\.visual_encoder\.cls_token", "image.class_token"), (r"^blip\.visual_encoder\.pos_embed", "image.position"),
     (r"^blip\.visual_encoder\.patch_embed\.proj", "image.patch"),
-    (r"^blip\.visual_encoder\.norm\.", "image.norm_post."), (r"^blip\.visual_encoder\.", "image."),
-    (r"\.attn\.(qkv|proj)", r".\1"), (r"\.mlp\.fc", ".fc"),
-    (r"^blip\.text_encoder\.embeddings\.word_embeddings", "words"), (r"attention\.(self|output)\.", "attention."),
-    (r"^blip\.text_encoder\.embeddings\.position_embeddings", "positions"), (r"\.output\.dense", ".fc2"),
-    (r"^blip\.text_encoder\.embeddings\.LayerNorm", "norm"), (r"\.intermediate\.dense", ".fc1"),
-    (r"^blip\.text_encoder\.encoder\.layer\.", "layers."), (r"(layers\.\d+)\.output\.LayerNorm", r"\1.norm"),
+    (r"^blip\.visual_encoder\.norm\.", "image.norm_post."), (r"^blip\.visual_encoder\.blocks", "image.blocks.layers"),
+    (r"\.attn\.qkv\.", ".self_attn.in_proj_"), (r"\.attn\.proj", ".self_attn.out_proj"), (r"\.mlp\.fc", ".linear"),
+    (r"^blip\.text_encoder\.embeddings\.word_embeddings", "words"),
+    (r"^blip\.text_encoder\.embeddings\.position_embeddings", "positions"),
+    (r"^blip\.text_encoder\.embeddings\.LayerNorm", "norm"), (r"^blip\.text_encoder\.encoder\.layer", "bert.layers"),
+    (r"\.attention\.output\.LayerNorm", ".norm1"), (r"\.crossattention\.output\.LayerNorm", ".norm2"),
+    (r"\.attention\.(self|output)\.", ".self_attn."), (r"\.crossattention\.(self|output)\.", ".multihead_attn."),
+    (r"attn\.dense", "attn.out_proj"), (r"multihead_attn\.([qkv])\w+\.weight", r"multihead_attn.\1_proj_weight"),
+    (r"\.intermediate\.dense", ".linear1"), (r"\.output\.dense", ".linear2"), (r"\.output\.LayerNorm", ".norm3"),
     (r"^mlp\.layers\.", "mlp.")]
 
 
@@ -934,9 +765,11 @@ def load_imagereward(path):
     state = read_checkpoint(need_file(path, "imagereward"))
     unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
     state = renamed({k: v for k, v in state.items() if not k.startswith(unused)}, BLIP_NAMES)
-    for name in ("image.class_token", "image.position"):
-        if name in state:
-            state[name] = state[name].squeeze()  # (1, 197, 1024) -> (197, 1024)
+    for attention, kind in (("self_attn", "weight"), ("self_attn", "bias"), ("multihead_attn", "bias")):
+        parts = [f"{attention}.{part}.{kind}" for part in ("query", "key", "value")]
+        state = joined(state, parts, f"{attention}.in_proj_{kind}")
+    # (1, 197, 1024) -> (197, 1024)
+    state = {k: v.squeeze() if k in ("image.class_token", "image.position") else v for k, v in state.items()}
     return fill_model(ImageReward, state, path)
 
 
@@ -944,14 +777,8 @@ class WordPiece:
     """bert-base-uncased's tokenizer from its vocab.txt: WordPiece(path)(texts) -> ids (N, 35), mask (N, 35), long."""
 
     def __init__(self, path):
-        try:
-            words = Path(need_file(path, "imagereward_vocab")).read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is no BERT vocabulary: not a text file") from None
+        words = Path(need_file(path, "imagereward_vocab")).read_text(encoding="utf-8").split("\n")
         self.ids = {word.rstrip("\r"): i for i, word in enumerate(words) if word.strip()}
-        missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in self.ids]
-        if missing:
-            raise UserError(f"{path} is no BERT vocabulary: {' '.join(missing)} missing")
 
     @staticmethod
     def words(text):
@@ -974,14 +801,14 @@ class WordPiece:
     def pieces(self, word):
         """The longest known beginning, then the longest known ##continuation, ...; one gap and all is [UNK]."""
         found, start = [], 0
-        while start < len(word) <= 100:
+        while start < len(word):
             stop = next((stop for stop in range(len(word), start, -1)
                          if ("##" if start else "") + word[start:stop] in self.ids), None)
-            if stop is None:
+            if stop is None or len(word) > 100:
                 return [self.ids["[UNK]"]]
             found.append(self.ids[("##" if start else "") + word[start:stop]])
             start = stop
-        return found or [self.ids["[UNK]"]]
+        return found
 
     def __call__(self, texts, length=35):
         ids = torch.full((len(texts), length), self.ids["[PAD]"])
@@ -996,20 +823,22 @@ class WordPiece:
 TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
 
 
-def prompt_scorer(kind, class_names, template, weights, vocabulary, device="cpu"):
+def prompt_scorer(kind, class_names, template, folder=".", device="cpu", weights=None):
     """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels: rl.py's rewards.
 
-    kind: clip, pickscore or imagereward; weights and vocabulary: where the public files lie. The prompts of all
-    classes are read once, here.
+    kind: clip, pickscore or imagereward; folder: where data.py --get put the public files; weights: this file instead.
+    The prompts of all classes are read once, here.
     """
     if "{class}" not in template:
         raise UserError(f"the prompt {template!r} has no {{class}} in it")
     prompts = [template.replace("{class}", name) for name in class_names]
+    place = lambda name: os.path.join(folder, WEIGHTS[name])
+    weights = weights or place(kind)
     if kind == "imagereward":
-        ids, mask = (x.to(device) for x in WordPiece(vocabulary)(prompts))  # (classes, 35)
+        ids, mask = (x.to(device) for x in WordPiece(place("imagereward_vocab"))(prompts))  # (classes, 35)
         model = load_imagereward(weights).to(device)
         return lambda pixels, labels: model.score(pixels, ids[labels], mask[labels])
-    ids = Tokenizer(vocabulary)(prompts).to(device)
+    ids = Tokenizer(place("bpe"))(prompts).to(device)
     ids = ids[:, :int(ids.argmax(1).max()) + 1]  # up to the end token, the highest id: a fifth of the work
     model = (load_clip if kind == "clip" else load_pickscore)(weights).to(device)
     with torch.no_grad():
@@ -1018,19 +847,11 @@ def prompt_scorer(kind, class_names, template, weights, vocabulary, device="cpu"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is judged: a source gives uint8 images by number, so that ranks and resumed runs can take any part
+# What is judged: a source gives uint8 images by number, so that each rank takes a part
 
-Source = namedtuple("Source", "name count side labels class_names read key made_by")
-# labels (N,) or None, numbers of class_names (None: the user's own numbers); read(start, stop) -> uint8 (n, 3, H, W);
-# key: all that the images depend on, for shards; made_by: {setting: value} of what was drawn or cropped here
-
-
-def file_key(path):
-    """Place, size and time of a file, or of every file in a folder."""
-    if os.path.isdir(path):
-        return [file_key(file) for file in sorted(Path(path).iterdir())]
-    stat = os.stat(path)
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+Source = namedtuple("Source", "name count side labels class_names made_by read")
+# labels (N,) or None, numbers of class_names (None: the user's own numbers); made_by: {setting: value} of what was
+# drawn here; read(start, stop) -> uint8 (n, 3, H, W)
 
 
 def read_npz(path, *names):
@@ -1045,47 +866,35 @@ def read_npz(path, *names):
 def npz_source(path, arrays):
     """arr_0 uint8 (N, H, W, 3), and labels (N,) where there are some: what sample.py --num and ADM's scripts write.
 
-    The images of one source are in memory, in every process: 9.8 GB for 50,000 of 256 px. They are read once to be
-    checked and again when their turn comes.
+    Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process.
     """
-    if "arr_0" not in arrays:
-        raise UserError(f"{path} has no arr_0 but {sorted(arrays)}: images are expected there as uint8 (N, H, W, 3)")
-    images = arrays["arr_0"]
+    images = arrays.get("arr_0", np.empty(0))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{path}: arr_0 is {images.dtype} {images.shape}, wanted is uint8 (N, H, W, 3), RGB in 0..255")
+        raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are "
+                        f"{', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())}")
     labels = arrays.get("labels", arrays.get("arr_1"))  # sample.py's name, ADM's
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
         labels = None
-    if labels is not None and labels.min(initial=0) < 0:
-        raise UserError(f"{path}: class {labels.min()} among its labels; classes are numbered from 0")
     again = functools.lru_cache(lambda: read_npz(path, "arr_0")["arr_0"])
     read = lambda start, stop: torch.from_numpy(again()[start:stop].transpose(0, 3, 1, 2).copy())  # NHWC -> NCHW
-    return Source(str(path), len(images), images.shape[1], labels, None, read, file_key(path), {})
+    return Source(str(path), len(images), images.shape[1], labels, None, {}, read)
 
 
 def read_judged(path):
     """One image that is judged as it is -> uint8 (3, H, W). What is not 8-bit RGB is refused: how grey, alpha or 16
     bits should become RGB is not this file's to guess."""
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            pixels = np.asarray(image)
-            file.seek(24)  # of a PNG: its bit depth, of which Pillow says nothing and silently drops the low byte
-            mode = "16-bit" if image.format == "PNG" and file.read(1) == b"\x10" else image.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: broken image ({(str(error) or type(error).__name__).splitlines()[0][:80]})") from None
+    with decoding(path), open(path, "rb") as file, Image.open(file) as image:
+        pixels = np.asarray(image)
+        file.seek(24)  # of a PNG: its bit depth, of which Pillow says nothing and silently drops the low byte
+        mode = "16-bit" if image.format == "PNG" and file.read(1) == b"\x10" else image.mode
     if mode != "RGB":
         raise UserError(f"{path} is {mode}, judged images must be 8-bit RGB: convert them, or do so by --size")
     return pixels.transpose(2, 0, 1)  # HWC -> CHW
 
 
 def folder_source(path, size=None):
-    """Every image below a folder. size: crop to it as ADM does, any mode to RGB; None: as they are, all of one size.
-
-    The key has size and time of every file: a stat each, little beside decoding it.
-    """
+    """Every image below a folder. size: crop to it as ADM does, any mode to RGB; None: as they are, all of one size."""
     classes, files, labels = find_images(path)
-    if not len(files):
-        raise UserError(f"{path}: no images in it")
     side = size or read_judged(files[0]).shape[1]
 
     def one(file):
@@ -1100,113 +909,81 @@ def folder_source(path, size=None):
 
     if len(classes) < 2:
         classes, labels = None, None
-    key = [size, hashlib.sha256(json.dumps([file_key(file) for file in files]).encode()).hexdigest()]
-    return Source(str(path), len(files), side, labels, classes, read, key, {"size": size} if size else {})
+    name = f"{path} (ADM centre crop to {size} px)" if size else str(path)
+    return Source(name, len(files), side, labels, classes, {}, read)
 
 
-def checkpoint_source(path, given, args, device, vae):
-    """Images drawn from a checkpoint when they are asked for: image i is that of (seed, i), with class i % classes, so
-    that every stretch is balanced. Nothing is written but what the judges say. given: this row's flags, or None for
-    what the checkpoint was made for."""
+def checkpoint_sources(path, args, device, vae):
+    """Yields a Source for each of --ar_steps and --guidance: images drawn from a checkpoint as they are judged.
+
+    Image i is that of (seed, i), with class i % classes, so that every stretch is balanced. What the flags leave open
+    is as the checkpoint was made for; guidance and head steps of a student are its own.
+    """
     file, model = read_checkpoint(path), load_mar(path)
-    K = given["ar_steps"]
-    flags = argparse.Namespace(**{**vars(args), **given, "ckpt": path, "ar_steps": K and [K], "teacher": False,
-                                  "bench": False, "teacher_ar_steps": None})
-    fill_in(flags, file, model.config)  # what was not given is as the checkpoint was made for
     check_vae(model, vae)
-    how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
-           "guidance_schedule": flags.guidance_schedule, "temperature": flags.temperature, "orders": flags.order,
-           "seed": args.seed}
     labels = np.arange(args.num) % model.config.num_classes
+    student = file.get("stage", "teacher") != "teacher"
+    for K, g in itertools.product(args.ar_steps, [None] if student else args.guidance):
+        given = {"ckpt": path, "bench": False, "ar_steps": K and [K], "guidance": g}
+        flags = argparse.Namespace(**{**vars(args), **given, "head_steps": None if student else args.head_steps})
+        fill_in(flags, file, model.config)
+        how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
+               "guidance_schedule": flags.guidance_schedule, "temperature": args.temperature, "orders": args.order,
+               "seed": args.seed}
 
-    def read(start, stop):
-        if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
-            bf16_weights(model.to(device))
-        return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
-    key = [file_key(path), args.vae and file_key(args.vae), how]
-    name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
-    return Source(name, args.num, model.config.img_size, labels, file.get("class_names"), read, key, how)
+        def read(start, stop, how=how):
+            if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
+                bf16_weights(model.to(device))
+            return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
+        name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
+        yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), how, read)
 
 
-def open_source(path, given, args, device, vae):
-    """A path of the command line -> Source, checked and not yet read. given: this row's flags for a checkpoint."""
-    if path in args.ckpt:
-        source = checkpoint_source(path, given, args, device, vae)
-    elif os.path.isdir(path):
-        source = folder_source(path, args.size)
-    elif path.endswith(".npz"):
-        source = npz_source(path, read_npz(path))
-    else:
-        raise UserError(f"{path}: judged are a folder of images, an .npz with arr_0, or a checkpoint by --ckpt")
-    if source.count < 2:
-        raise UserError(f"{path}: {source.count} image(s); a distribution has at least 2, a good figure thousands")
-    return source
+def open_sources(args, device, vae):
+    """All that is to be judged, checked before hours go into the first of them."""
+    sources = [folder_source(path, args.size) if os.path.isdir(path) else npz_source(path, read_npz(path))
+               for path in args.samples]
+    for path in args.ckpt:
+        sources += checkpoint_sources(path, args, device, vae)
+    for source in sources:
+        if source.count < 10:
+            raise UserError(f"{source.name}: {source.count} image(s) are no distribution: 10 at least")
+    return sources
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Judging
 
-SHARD = 256  # images whose results are one file: what a kill can lose, a process
-
-
-def shard_folder(source, key, args, rank):
-    """Where a stopped call finds what the judges loaded from `key` have said of a source; made if it is not there."""
-    made_from = json.dumps([source.key, source.count, key], sort_keys=True)
-    folder = Path(args.out) / "shards" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    own(folder, rank)  # two calls that judge the same would delete each other's
-    return folder
-
 
 @torch.no_grad()
-def collect(source, judges, folder, args, rank, world):
+def collect(source, judges, batch, rank, world):
     """What every judge says of every image -> {name: array (N, ...)} on rank 0, None on the others.
 
-    judges: {name: f(uint8 images, labels, class names) -> {name: tensor (n, ...)}}. Shards go to the ranks in turns;
-    each is a file in `folder`, written once it is whole. The caller deletes them when nothing can be lost any more.
+    judges: functions of uint8 images, labels, class names -> {name: tensor (n, ...)}. A rank judges one stretch of the
+    images and keeps what was said in memory: 400 MB of Inception's features of 50,000, all ranks together.
     """
+    share = -(-source.count // world)
+    first, last = min(rank * share, source.count), min((rank + 1) * share, source.count)
+    parts = []
+    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world, disable=rank > 0) as bar:
+        for start in range(first, last, batch):
+            stop = min(start + batch, last)
+            images = source.read(start, stop)
+            labels = None if source.labels is None else torch.as_tensor(source.labels[start:stop]).long()
+            said = [ask(images, labels, source.class_names) for ask in judges]
+            parts.append({name: values.cpu().numpy() for answer in said for name, values in answer.items()})
+            for name, values in parts[-1].items():
+                if not np.isfinite(values).all():
+                    raise UserError(f"{source.name}: {name} is NaN or infinite among images {start} to {stop - 1}: the "
+                                    "judge's weights are damaged")
+            bar.update(stop - start)
     if world > 1:
-        dist.barrier()  # rank 0 has made the folder
-    shards = [(start, min(start + SHARD, source.count)) for start in range(0, source.count, SHARD)]
-    bar = tqdm(shards[rank::world], desc=source.name[:40], unit="shard", disable=rank > 0, mininterval=1)
-    began, done = time.time(), 0
-    for start, stop in bar:
-        path = folder / f"{start}.npz"
-        if path.exists():
-            continue
-        parts = []
-        images = source.read(start, stop)
-        labels = None if source.labels is None else torch.as_tensor(source.labels[start:stop]).long()
-        for i in range(0, stop - start, args.batch):
-            pick = slice(i, i + args.batch)
-            answers = [f(images[pick], None if labels is None else labels[pick], source.class_names)
-                       for f in judges.values()]
-            parts.append({k: v.cpu().numpy() for part in answers for k, v in part.items()})
-        answers = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        for name, values in answers.items():
-            bad = int((~np.isfinite(values)).reshape(len(values), -1).any(1).sum())
-            if bad:
-                raise UserError(f"{source.name}: {name} is NaN or infinite for {bad} of images {start} to {stop - 1}: "
-                                "the judge's weights are damaged")
-        save_npz(path, **answers)
-        done += stop - start
-        bar.set_postfix_str(f"{done * world / (time.time() - began):.1f} images/s")
-    if world > 1:
-        dist.barrier()  # every shard is on disk
-    if rank > 0:
-        return None
-    answers = [read_npz(folder / f"{start}.npz") for start, _ in shards]
-    return {k: np.concatenate([part[k] for part in answers]) for k in answers[0]}
+        shares = [None] * world if rank == 0 else None
+        dist.gather_object(parts, shares)
+        parts = sum(shares, []) if rank == 0 else None
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if rank == 0 else None
 
 
-def save_npz(path, **arrays):
-    """An .npz that has its name only once it is whole."""
-    with replacing(path, "wb") as file:
-        np.savez(file, **arrays)
-
-
-# by name too: what numpy 1 has written, numpy 2 finds in another module
-NUMPY_ARRAYS = [np.ndarray, np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64)),
-                *[(np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]]
 # whose statistics a file holds cannot be seen in it
 OTHER_RESIZE = ("must come from TF1's bilinear resize, as ADM's, MAR's, torch-fidelity's and our own do; pytorch-fid's "
                 "and clean-fid's legacy files come from another, by which a folder has FID 112 against itself")
@@ -1214,128 +991,85 @@ OTHER_RESIZE = ("must come from TF1's bilinear resize, as ADM's, MAR's, torch-fi
 
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
-    if not {"mu", "sigma"} <= set(arrays):
-        raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}: statistics are mu and sigma")
-    mu, sigma = (np.asarray(arrays[k], np.float64) for k in ("mu", "sigma"))
+    mu, sigma = (np.asarray(arrays.get(name, 0), np.float64) for name in ("mu", "sigma"))
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
-        raise UserError(f"{path}: mu is {mu.shape}, sigma {sigma.shape}: not statistics of inception's 2048 features")
-    if not np.allclose(sigma, sigma.T, atol=1e-4 * np.nanmax(np.abs(sigma)), equal_nan=True):
-        raise UserError(f"{path}: its sigma is not symmetric, so no covariance")
+        raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; statistics of inception are mu (2048,), here "
+                        f"{mu.shape}, and sigma (2048, 2048), here {sigma.shape}")
     return mu, sigma
 
 
-def open_reference(path, args, side):
-    """--ref -> ({"mu", "sigma", "n", "text"} of a file of statistics or {}, Source of its images or None).
-
-    n is None where the file does not say it. The Source is None, too, where no figure needs the images.
-    """
-    arrays, source, out = {}, None, {}
+def open_reference(path, side):
+    """--ref -> ({"mu", "sigma", "n" or None, "text"} of a file of statistics or {}, Source of its images or None)."""
     if os.path.isdir(path):
-        source = folder_source(path, side)
-    elif path.endswith(".npz"):
-        arrays = read_npz(path)
-        source = npz_source(path, arrays) if "arr_0" in arrays else None
-    else:  # torch-fidelity's cache, {"mu", "sigma"} by torch.save: numpy's arrays, which are plain data
-        with torch.serialization.safe_globals(NUMPY_ARRAYS):
-            arrays = read_checkpoint(path)
-    if source is None and not {"fid", "is"} & set(args.metrics):
-        raise UserError(f"{path} holds no images: --metrics {' '.join(args.metrics)} compare with images in --ref")
-    if source is None or "mu" in arrays:
-        mu, sigma = statistics_in(path, arrays)
-        n = int(arrays["n"]) if "n" in arrays else None
-        text = f"mu, sigma of {path}{f', n = {n}' if n else ' (their n is not in the file)'}"
-        ours = "made_from" in arrays or source is not None  # --save_stats; ADM's, which have images beside them
-        out = {"mu": mu, "sigma": sigma, "n": n, "text": text if ours else f"{text}, which {OTHER_RESIZE}"}
-        if not {"kid", "prc"} & set(args.metrics):
-            source = None
-    return out, source
+        return {}, folder_source(path, side)
+    arrays = read_npz(path)
+    images = npz_source(path, arrays) if "arr_0" in arrays else None
+    if images and "mu" not in arrays:
+        return {}, images
+    mu, sigma = statistics_in(path, arrays)
+    n = int(arrays["n"]) if "n" in arrays else None
+    text = f"mu, sigma of {path}, n = {n or 'not in the file'}"
+    if not images and "made_from" not in arrays:  # neither ADM's nor --save_stats'
+        text += f", which {OTHER_RESIZE}"
+    return {"mu": mu, "sigma": sigma, "n": n, "text": text}, images
 
 
-def complete_reference(out, source, pool):
-    """The statistics of `open_reference` with what its images' features `pool` (N, 2048) add: mu and sigma where there
-    were none, and the "features" that KID and the manifolds need, 10,000 as in ADM's reference."""
-    if not out:
+def complete_reference(reference, images, pool):
+    """`open_reference`'s statistics with what its images' features `pool` (N, 2048) add: mu and sigma where there were
+    none, and the "features" that KID and the manifolds need, 10,000 as in ADM's reference."""
+    if not reference:
         mu, sigma = mean_and_covariance(pool)
-        crop = "".join(f", ADM centre crop to {size} px" for size in source.made_by.values())
-        out = {"mu": mu, "sigma": sigma, "n": source.count,
-               "text": f"mu, sigma of {source.count} images of {source.name}{crop}"}
-    features = pool[np.linspace(0, source.count - 1, min(source.count, 10000)).astype(int)]
-    text = f"{out['text']}; KID, precision, recall against {len(features)} of {source.count} images of {source.name}"
-    return {**out, "features": features, "text": text}
-
-
-def inception_row(pool, inception, reference, args):
-    """The figures of features (N, 2048) -> {"fid", "is", "is_std", "kid", "kid_std", "precision", "recall"}."""
-    row = {}
-    if "is" in args.metrics:
-        logits = torch.cat([inception.logits(part).cpu() for part in torch.from_numpy(pool).split(4096)])
-        row["is"], row["is_std"] = inception_score(logits, shuffle=args.is_order == "torch-fidelity")
-    if reference and "fid" in args.metrics:
-        row["fid"] = frechet_distance(*mean_and_covariance(pool), reference["mu"], reference["sigma"])
-    if reference and "features" in reference:
-        if "kid" in args.metrics:
-            row["kid"], row["kid_std"] = kernel_distance(pool, reference["features"])
-            if row["kid_std"] is None:
-                del row["kid_std"]
-        if "prc" in args.metrics:
-            row["precision"], row["recall"] = precision_recall(pool, reference["features"])
-    return row
+        reference = {"mu": mu, "sigma": sigma, "n": images.count, "text": f"mu, sigma of {images.name}"}
+    features = pool[np.linspace(0, images.count - 1, min(images.count, 10000)).astype(int)]
+    text = f"{reference['text']}; KID, precision, recall against {len(features)} of {images.count} images"
+    return {**reference, "features": features, "text": text}
 
 
 def make_judges(args, sources, device, rank, world):
-    """--judges -> ({name: f(images, labels, class names)}, key, models for the figures)."""
-    judges, key, models = {}, {}, {}
-    place = lambda name: os.path.join(args.folder, WEIGHTS[name])
+    """--judges -> [f(images, labels, class names), ...] for `collect`, {name: network} for the figures."""
+    judges, networks = [], {}
     for name in args.judges:
         if name == "inception":
-            path = args.inception or place(name)
-            models[name] = model = load_inception(path).to(device)
-            key[name] = args.inception_hash = file_hash(path)
-            judges[name] = lambda images, *_, model=model: {"pool": model(images)[0]}
+            net = load_inception(args.inception or os.path.join(args.folder, WEIGHTS[name])).to(device)
+            ask = lambda images, *_, net=net: {"pool": net(images)[0]}
         elif name == "classifier":
             data = open_data(args.data)
-            folder = args.classifier or f"out/{Path(args.data).name}"
-            for turn in (0, 1):  # rank 0 trains it where there is none, the others read the file
-                if turn == min(rank, 1):
-                    models[name] = load_or_train_classifier(data, folder, device=device)
-                if world > 1:
-                    dist.barrier()
-            key[name] = file_key(Path(folder) / "classifier_0.pt")
-
-            def classify_shard(images, labels, names, net=models[name], own=data.class_names):
-                features, logits = classify(net, images)
-                if labels is None or names and not set(names) <= set(own):
-                    return {"features": features}  # a folder's classes are others, or are no classes
-                if names:  # numbered by another list, a folder's own
-                    labels = torch.tensor([own.index(name) for name in names])[labels]
-                return {"features": features, "hit": logits.argmax(1) == labels}
-            judges[name] = classify_shard
+            if rank > 0:
+                dist.barrier()  # rank 0 trains it where there is none, the others read the file
+            net = load_or_train_classifier(data, args.classifier or f"out/{Path(args.data).name}", 0, device)
+            if rank == 0 and world > 1:
+                dist.barrier()
+            ask = functools.partial(judge_by_class, net, data.class_names)
         else:
-            names = prompt_names(sources, args)
-            path = args.clip if name == "clip" and args.clip else place(name)
-            words = place("imagereward_vocab" if name == "imagereward" else "bpe")
-            score = prompt_scorer(name, names, args.prompt, path, words, device)
-            key[name] = [file_key(path), file_key(words), names, args.prompt]
-
-            def score_shard(images, labels, _, name=name, score=score):
-                return {name: score(images.to(device).float() / 255, labels.to(device))}
-            judges[name] = score_shard
-    return judges, key, models
+            net = make_scorer(name, sources, args, device)
+            ask = lambda images, labels, _, name=name, net=net: {
+                name: net(images.to(device).float() / 255, labels.to(device))}
+        judges.append(ask)
+        networks[name] = net
+    return judges, networks
 
 
-def prompt_names(sources, args):
-    """The names of the classes that the labels of all `sources` number: one list, since prompts are read once."""
+def judge_by_class(net, own, images, labels, names):
+    """The classifier's features and, where the labels' class `names` are among its `own`, whether it sees them."""
+    features, logits = classify(net, [images])
+    if labels is None or names and not set(names) <= set(own):
+        return {"features": features}  # a folder's classes are others, or are no classes
+    if names:  # numbered by another list, a folder's own
+        labels = torch.tensor([own.index(name) for name in names])[labels]
+    return {"features": features, "accuracy": logits.argmax(1) == labels}
+
+
+def make_scorer(kind, sources, args, device):
+    """`prompt_scorer` for the classes of all `sources`: one list of names, since the prompts are read once."""
+    names = read_class_names(args.class_names, sources[0].class_names)
     for source in sources:
         if source.labels is None:
-            raise UserError(f"{source.name} has no labels, and its images are to be compared with their class's prompt:"
-                            " give an .npz with labels, or a folder with one of each class in it")
-        names = read_class_names(args.class_names, source.class_names)
-        if source.labels.max() >= len(names):
-            raise UserError(f"{source.name} has class {source.labels.max()}, and there are only {len(names)} class "
-                            "names: give --class_names")
-        if names != read_class_names(args.class_names, sources[0].class_names):
-            raise UserError(f"{source.name} has other classes than {sources[0].name}: judge them in two calls")
-    return names
+            raise UserError(f"{source.name} has no labels, and an image is compared with the prompt of its class: give "
+                            "an .npz with labels, or a folder with one of each class in it")
+        if source.labels.max() >= len(names) or names != read_class_names(args.class_names, source.class_names):
+            raise UserError(f"{source.name} has other classes than the {len(names)} of {sources[0].name}: give "
+                            "--class_names, or judge them in two calls")
+    return prompt_scorer(kind, names, args.prompt, args.folder, device, args.clip if kind == "clip" else None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1366,8 +1100,8 @@ class Watch:
     def look(self, name, model, step=None, **how):
         """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.
 
-        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. {} when a signal
-        came while drawing. Cost: eval_images pictures. A row of a step goes to the log too.
+        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. {} when a
+        signal came while drawing. Cost: eval_images pictures. A row of a step goes to the log too.
         """
         args, seed = self.run.args, self.run.args.seed
         how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
@@ -1384,7 +1118,8 @@ class Watch:
                 row = self.figures(images, self.labels) if self.run.rank == 0 else {}
                 self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
                 if step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
-                    self.run.note({"step": step} | {"eval_reward" if key == "reward" else key: value for key, value in row.items()})
+                    self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value
+                                                    for key, value in row.items()}})
         if self.run.told:
             return {}
         self.show(step or 0)
@@ -1410,29 +1145,25 @@ class Watch:
 
 
 def parse():
-    """The flags -> (args, what is to be judged), contradictions refused."""
+    """The flags, contradictions refused."""
     p = Parser("The judges of samples.")
     # what is judged, by whom, against what
     p.add_argument("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
     p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
     p.add_argument("--judges", nargs="+", choices=JUDGES, default=["inception"], help="each brings columns")
-    p.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="kid and prc need images in --ref")
-    p.add_argument("--ref", help="reference: .npz or .pt of mu and sigma, an .npz of images, or a folder of images")
+    p.add_argument("--ref", help=".npz of mu and sigma (FID alone) or of images; or a folder, cropped like the samples")
     p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
-    p.add_argument("--is_order", choices=["torch-fidelity", "adm"], default="torch-fidelity",
-                   help="inception score: shuffled by seed 2020, or the splits as the images come")
     p.add_argument("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
     # images drawn from --ckpt; None: as the checkpoint was made for
     p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, all classes alike often")
     p.add_argument("--ar_steps", type=int, nargs="+", default=[None], metavar="K", help="AR steps, a row each")
-    p.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="G", help="1 = none, a row each")
+    p.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="G", help="of teachers, a row each")
     p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt: guidance over the AR steps")
-    p.add_argument("--head_steps", type=int, help="--ckpt: denoising steps")
+    p.add_argument("--head_steps", type=int, help="--ckpt: denoising steps of teachers")
     p.add_argument("--temperature", type=float, default=1.0, help="--ckpt: scale of the noise")
     p.add_argument("--order", choices=ORDERS, default="random", help="--ckpt: in which tokens are revealed")
     p.add_argument("--seed", type=int, default=0, help="--ckpt: image i is that of (seed, i)")
     p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
-    p.add_argument("--plot", help="draw figures against --ar_steps or --guidance, a curve a checkpoint, into this .png")
     # the judges' weights and words
     p.add_argument("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     p.add_argument("--inception", help="this file instead of the one in --folder")
@@ -1442,108 +1173,75 @@ def parse():
     p.add_argument("--class_names", help="JSON list for the prompts; None: the source's names, else ImageNet's")
     p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
     # where and how
-    p.add_argument("--out", default="out/fid", help="folder of results.json and, while it runs, of the shards")
+    p.add_argument("--out", default="out/fid", help="folder of results.json")
     p.add_argument("--batch", type=int, default=64, help="images at once, a process; less if memory is short")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = p.parse_args()
     check_numbers(args, one="size num ar_steps head_steps batch")
-    judged = args.samples + args.ckpt
-    if not judged:
+    if not args.samples + args.ckpt:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
-    for path in judged + [args.ref] * bool(args.ref):
-        if not os.path.exists(path):
-            raise UserError(f"no such file or folder: {path}")
-    drawing = ("num", "ar_steps", "head_steps", "guidance", "guidance_schedule", "temperature", "order", "seed", "vae")
-    ignored = [flag for flag in drawing if not args.ckpt and getattr(args, flag) != p.get_default(flag)]
-    if ignored:
-        raise UserError(f"--{ignored[0]} is for images drawn from a --ckpt: leave it out")
-    if "inception" in args.judges and not (args.ref or args.save_stats or "is" in args.metrics):
-        raise UserError(f"--metrics {' '.join(args.metrics)} compare with a reference: give --ref")
-    if args.ref and "inception" not in args.judges or args.data and "classifier" not in args.judges:
-        raise UserError("--ref is for --judges inception, --data for --judges classifier: name that judge")
-    if "classifier" in args.judges and not args.data:
-        raise UserError("--judges classifier needs --data: the set whose classes it learns")
-    if args.plot and not (args.ckpt and len(swept(args)) == 1):
-        raise UserError("--plot draws figures against AR steps or guidance: give --ckpt and several of one of them")
-    if args.save_stats and (len(judged) > 1 or swept(args) or "inception" not in args.judges):
-        raise UserError("--save_stats keeps inception's statistics of one set of samples: give one, and that judge")
-    return args, judged
+    for flag in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
+        if not args.ckpt and getattr(args, flag) != p.get_default(flag):
+            raise UserError(f"--{flag} is for images drawn from a --ckpt: leave it out")
+    if (args.ref or args.save_stats) and "inception" not in args.judges:
+        raise UserError("--ref and --save_stats are for --judges inception: name that judge")
+    if bool(args.data) != ("classifier" in args.judges):
+        raise UserError("--judges classifier and --data, the set whose classes it learns, go together")
+    return args
 
 
-def swept(args):
-    """The flags that were given several values."""
-    return [flag for flag in ("ar_steps", "guidance") if len(set(getattr(args, flag))) > 1]
-
-
-def rows_wanted(args, judged):
-    """The rows of the table: yields (path, {flag: value}), of a checkpoint for each of --ar_steps and --guidance.
-
-    Where there are teachers and students, --guidance and --head_steps are for the teachers: a student has its own.
-    """
-    teachers = [path for path in args.ckpt if read_checkpoint(path).get("stage", "teacher") == "teacher"]
-    for path in judged:
-        beside = bool(teachers) and path not in teachers
-        for K in args.ar_steps if path in args.ckpt else [None]:
-            for g in [None] if beside or path not in args.ckpt else args.guidance:
-                yield path, {"ar_steps": K, "guidance": g, "head_steps": None if beside else args.head_steps}
-
-
-def make_row(source, answers, models, reference, args):
+def make_row(source, answers, networks, reference, args):
     """One row of the table from what the judges said of every image: what was judged, its figures, their meaning."""
     row = {"name": source.name, "n": source.count, "made_by": source.made_by}
     if "pool" in answers:
-        row |= inception_row(answers["pool"], models["inception"], reference, args)
+        pool, net = answers["pool"], networks["inception"]
+        logits = torch.cat([net.logits(part).cpu() for part in torch.from_numpy(pool).split(4096)])
+        row["is"], row["is_std"] = inception_score(logits, shuffle=True)
+        if reference:
+            row["fid"] = frechet_distance(*mean_and_covariance(pool), reference["mu"], reference["sigma"])
+        if "features" in reference:
+            row["kid"], row["kid_std"] = kernel_distance(pool, reference["features"])
+            row["precision"], row["recall"] = precision_recall(pool, reference["features"])
         if args.save_stats:
-            mu, sigma = mean_and_covariance(answers["pool"])
-            save_npz(args.save_stats, n=source.count, made_from=json.dumps([source.key, args.inception_hash]),
-                     mu=mu.astype(np.float32), sigma=sigma)  # torch-fidelity compares these types
-    for name in ("clip", "pickscore", "imagereward"):
+            mu, sigma = mean_and_covariance(pool)
+            with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
+                np.savez(file, n=source.count, made_from=source.name, mu=mu.astype(np.float32), sigma=sigma)
+    if "features" in answers:
+        row["fd"] = frechet_distance(*mean_and_covariance(answers["features"]), *networks["classifier"].reference)
+    for name in ("accuracy", "clip", "pickscore", "imagereward"):
         if name in answers:
             row[name] = float(answers[name].astype(np.float64).mean())
-    if "features" in answers:
-        row["fd"] = frechet_distance(*mean_and_covariance(answers["features"]), *models["classifier"].reference)
-        if "hit" in answers:
-            row["accuracy"] = float(answers["hit"].mean())
-        elif source.labels is not None:
-            print(f"note: {source.name}: its folders are not the classifier's classes, so no accuracy", flush=True)
-    few = min(source.count, (reference or {}).get("n") or source.count)
+    few = min(source.count, reference.get("n") or source.count)
     if few < 2048 and {"fid", "fd", "kid"} & set(row):
-        print(f"warning: {source.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
-              "the images, and KID scatters: compare with equal n only", flush=True)
-    return {**row, "conventions": conventions(row, reference, models, args)}
+        say(f"warning: {source.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about the "
+            "images, and KID scatters: compare with equal n only")
+    return {**row, "conventions": conventions(row, networks, reference, args)}
 
 
-def conventions(row, reference, models, args):
-    """What the figures of a row mean, in lines; printed and saved with them."""
-    lines = []
-    if "inception" in models:
-        lines.append(f"inception: 2015-12-05, weights sha256 {args.inception_hash[:8]}, resized to 299 by TF1 bilinear "
-                     "without half-pixel centres, (x-128)/128, float32")
-        lines.append(f"reference: {reference['text'] if reference else 'none, so no FID'}")
-    if "is" in row:
-        lines.append(f"is: 10 splits, {args.is_order} order, logits without bias")
-    if "kid" in row:
-        size = min(1000, row["n"], len(reference["features"]))
-        lines.append(f"kid: mean of 100 subsets of {size}, unbiased, (x.y/2048 + 1)^3")
-    if "precision" in row:
-        lines.append("precision: share of the generated inside the reference's manifold, recall: the reverse, k = 3, "
-                     "inception's 2048 features")
-    if "clip" in row:
-        lines.append(f"clip: {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64")
-    for name in [name for name in ("clip", "pickscore") if name in row]:
-        lines.append(f"{name}: exp(logit_scale) * cosine with the prompt {args.prompt!r}; pixels by bicubic")
-    if "imagereward" in row:
-        lines.append(f"imagereward: normalised as published, prompt {args.prompt!r}")
-    if "fd" in row:
-        lines.append(f"fd, accuracy: by the classifier of {args.data} (its own test accuracy "
-                     f"{models['classifier'].accuracy:.4f}); fd to 10,000 training images; not comparable with FID")
-    return lines
+def conventions(row, networks, reference, args):
+    """What the figures of a row mean: a line each, printed and saved with them."""
+    subset = min(1000, row["n"], len(reference.get("features", ())))
+    cosine = f"exp(logit_scale) * cosine with the prompt {args.prompt!r}, pixels by bicubic"
+    own = networks["classifier"].accuracy if "classifier" in networks else 0
+    lines = {
+        "inception": f"{os.path.basename(args.inception or WEIGHTS['inception'])}, resized to 299 by TF1 bilinear "
+                     "without half-pixel centres, (x-128)/128, float32",
+        "fid": f"against {reference.get('text')}",
+        "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
+        "kid": f"mean of 100 subsets of {subset}, unbiased, (x.y/2048 + 1)^3",
+        "precision": "share of the generated inside the reference's manifold, recall: the reverse, k = 3",
+        "clip": f"{cosine}; {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64",
+        "pickscore": cosine,
+        "imagereward": f"normalised as published, prompt {args.prompt!r}",
+        "fd": f"by the classifier of {args.data} to 10,000 training images; not comparable with FID",
+        "accuracy": f"by the same, whose own on test images is {own:.4f}"}
+    return [f"{name}: {text}" for name, text in lines.items() if name in {**row, **networks}]
 
 
 def print_table(rows):
     """Figures by row, under what they mean; the columns are those that some row has."""
     print("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
-    others = ("name", "ckpt", "is_std", "kid_std", "made_by", "conventions")
+    others = ("name", "is_std", "kid_std", "made_by", "conventions")
     columns = list(dict.fromkeys(k for row in rows for k in row if k not in others))
     print("".join(f"{c:>12}" for c in columns) + "  of")
     for row in rows:
@@ -1551,87 +1249,45 @@ def print_table(rows):
         print("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}", flush=True)
 
 
-def read_results(out):
-    """The rows in out/results.json; [] where none are."""
-    path = Path(out) / "results.json"
+def add_results(path, rows):
+    """Put rows into results.json; they replace those of the same samples judged the same way. [] only reads it."""
+    same = lambda row: [row.get(key) for key in ("name", "n", "conventions")]
     try:
-        return json.loads(path.read_text())["rows"] if path.exists() else []
+        found = json.loads(path.read_text())["rows"] if path.exists() else []
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no table of results: move it away, or choose another --out") from None
-
-
-def add_results(out, rows):
-    """Put rows into out/results.json. They replace those of the same samples judged the same way; others stay."""
-    same = lambda row: [row.get(key) for key in ("name", "n", "conventions")]
-    folder = os.open(out, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # another call may end in the same moment
-    try:
-        kept = [row for row in read_results(out) if same(row) not in [same(new) for new in rows]] + rows
-        lines = list(dict.fromkeys(line for row in kept for line in row.get("conventions", [])))
-        write_json(Path(out) / "results.json", {"rows": kept, "conventions": lines})
-    finally:
-        os.close(folder)
-
-
-def curves_against(flag, rows, path):
-    """Figures of one checkpoint as save_panels draws them: {("", "fd against ar_steps"): {K: value}, ...}."""
-    curves = {}
-    for row in rows:
-        for name in ("fid", "is", "kid", "precision", "recall", "fd", "accuracy", "clip", "pickscore", "imagereward"):
-            if row.get("ckpt") == path and name in row and flag in row:
-                curves.setdefault(("", f"{name} against {flag}"), {})[row[flag]] = row[name]
-    return curves
+    if rows:
+        write_json(path, {"rows": [row for row in found if same(row) not in [same(new) for new in rows]] + rows})
 
 
 def main():
     """Judge every row that was asked for, print the table with its conventions, add it to results.json."""
-    args, judged = parse()
+    args = parse()
     device, rank, world = setup(args.device)
     os.makedirs(args.out, exist_ok=True)
-    read_results(args.out)  # complains now, not after the work
-    for path, suffix in ((args.plot, ".png"), (args.save_stats, ".npz")):
-        if path and rank == 0:
-            check_output(path, [suffix])
+    if rank == 0:
+        add_results(Path(args.out) / "results.json", [])  # complains now, not after the work
+    if args.save_stats and rank == 0:
+        check_output(args.save_stats, [".npz"])
     vae = load_vae(args.vae).to(device) if args.vae else None
-    wanted = list(rows_wanted(args, judged))
-    sources = [open_source(path, given, args, device, vae) for path, given in wanted]  # all, before hours go into one
-    for metric, least in {"is": 10, "prc": 4}.items():
-        few = [source for source in sources if source.count < least]
-        if few and metric in args.metrics and "inception" in args.judges:
-            raise UserError(f"{few[0].name}: {few[0].count} images, and {metric} needs {least}: more, or leave it out")
-    sides = {source.side for source in sources}
-    if args.ref and os.path.isdir(args.ref) and len(sides) > 1:
-        raise UserError(f"--ref is cropped to the size of the samples, and these are of {sorted(sides)} px: judge them "
-                        "in calls of their own, or crop folders by --size")
-    judges, key, models = make_judges(args, sources, device, rank, world)
-    reference, images = open_reference(args.ref, args, max(sides)) if args.ref else (None, None)
-    rows, folders = [], []
-
-    def ask(source, judges, key):
-        """`collect`, with shards that stay until all is done: a call stopped in its last row must not draw the first
-        again."""
-        folders.append(shard_folder(source, key, args, rank))
-        return collect(source, judges, folders[-1], args, rank, world)
-
+    sources = open_sources(args, device, vae)
+    if args.save_stats and len(sources) > 1:
+        raise UserError("--save_stats keeps the statistics of one set of samples: give one")
+    reference, images = open_reference(args.ref, sources[0].side) if args.ref else ({}, None)
+    judges, networks = make_judges(args, sources, device, rank, world)
     if images:
-        answers = ask(images, {"inception": judges["inception"]}, key["inception"])
-        reference = complete_reference(reference, images, answers["pool"]) if rank == 0 else None
-    for path, given in wanted:
+        ask = lambda images, *_: {"pool": networks["inception"](images)[0]}
+        answers = collect(images, [ask], args.batch, rank, world)
+        reference = complete_reference(reference, images, answers["pool"]) if rank == 0 else {}
+    rows = []
+    while sources:
         source = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
-        began = time.time()
-        answers = ask(source, judges, key)
+        answers = collect(source, judges, args.batch, rank, world)
         if rank == 0:
-            rows.append(make_row(source, answers, models, reference, args) | {"seconds": round(time.time() - began, 1)})
-            rows[-1] |= {"ckpt": path} if path in args.ckpt else {}
-            rows[-1] |= {flag: given[flag] for flag in swept(args) if given[flag] is not None}
-    if rank > 0:
-        return
-    print_table(rows)
-    add_results(args.out, rows)
-    if args.plot:
-        save_panels([(path, curves_against(*swept(args), rows, path)) for path in args.ckpt], args.plot)
-    for folder in set(folders):
-        disown(folder)  # deletes it
+            rows.append(make_row(source, answers, networks, reference, args))
+    if rank == 0:
+        print_table(rows)
+        add_results(Path(args.out) / "results.json", rows)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def diffusion_loss(out, x0, x_t, t, eps):
 
 
 def discretised_log_likelihood(x, mean, log_scale):
-    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The last step's term of the bound."""
+    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The bound's term of the last step."""
     def cdf(z):  # the public code's tanh approximation, kept so that losses agree
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
@@ -425,8 +425,8 @@ class MAR(nn.Module):
         return x.float()
 
     def transformer(self, tokens, visible, labels, predict):
-        """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> the conditions
-        c (B, P, D) of the tokens `predict` (B, P), float32. bf16 inside on CUDA; head and losses stay float32."""
+        """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
+        (B, P, D) of the tokens `predict` (B, P), float32. bf16 inside on CUDA; head and losses stay float32."""
         return self.tail(self.trunk(tokens, visible, labels), predict)
 
     def condition(self, tokens, mask, labels):
@@ -463,7 +463,7 @@ class MAR(nn.Module):
         return (z - sigma * eps) / alpha
 
     def denoise(self, x, c, c_null, guidance, steps, temperature, noise):
-        """The slow inner chain: x (B, P, C) start noise, c (B, P, D), c_null the same or None, noise(j) -> (B, P, C) for
+        """The slow inner chain: x (B, P, C) start noise, c (B, P, D), c_null the same or None, noise(j) -> (B, P, C) of
         chain step j -> x0 (B, P, C). Conditions and time steps are embedded once for all steps; both halves of the
         guidance go through the head as one batch."""
         schedule, B, C = cosine_schedule(steps), len(x), self.config.token_dim
@@ -591,9 +591,9 @@ ORDERS = "random", "raster", "outward", "inward"
 
 
 def token_orders(keys, seq_len, kind="random"):
-    """An order of the tokens for each picture: (B,) keys -> (B, L) long. When m tokens are masked, they are the first m of
-    the order: so drawing starts at its end. kind: "random", as MAR is trained; for the sampler also by rows, from the
-    centre or from the border. Tokens equally far from the centre come in random order."""
+    """An order of the tokens for each picture: (B,) keys -> (B, L) long. When m tokens are masked, they are the first m
+    of the order: so drawing starts at its end. kind: "random", as MAR is trained; for the sampler also by rows, from
+    the centre or from the border. Tokens equally far from the centre come in random order."""
     side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
     row, column = place // side, place % side
     from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
@@ -608,8 +608,8 @@ def token_orders(keys, seq_len, kind="random"):
 
 
 def weights_in(file, ema):
-    """The state dict of a MAR in a checkpoint, wherever people keep it: averaged or not, Lightning's, or the file itself;
-    without what DDP, torch.compile and Lightning put before the names. {} where there is none."""
+    """The state dict of a MAR in a checkpoint, wherever people keep it: averaged or not, Lightning's, or the file
+    itself; without what DDP, torch.compile and Lightning put before the names. {} where there is none."""
     for key in ["model_ema", "ema"] * ema + ["model", "state_dict", None]:
         found = file.get(key) if key else file
         first = [name for name in found if str(name).endswith("class_emb.weight")] if isinstance(found, dict) else []

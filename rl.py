@@ -32,8 +32,8 @@ from PIL import Image
 from data import (LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
                   run_main, setup, train_indices)
 from distill import Gradients, Run, prepare, set_lr, update_ema
-from fid import (TEMPLATE, WEIGHTS, Watch, frechet_distance, judge, load_inception,
-                 load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
+from fid import (TEMPLATE, WEIGHTS, Watch, frechet_distance, judge, load_inception, load_or_train_classifier,
+                 mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
                    reveal_plan, take, token_orders)
 
@@ -128,9 +128,7 @@ def parse_args(argv=None):
 def prompt_reward(kind):
     """How well a picture fits the prompt of its class, by one of fid.py's public judges."""
     def build(args, data, names, device):
-        weights, words = WEIGHTS[kind], WEIGHTS["imagereward_vocab" if kind == "imagereward" else "bpe"]
-        return prompt_scorer(kind, names, args.prompt, os.path.join(args.folder, weights),
-                             os.path.join(args.folder, words), device)
+        return prompt_scorer(kind, names, args.prompt, args.folder, device)
     return build
 
 
@@ -323,7 +321,7 @@ def train(args, reference, score, run, watch, class_names):
     run.restore("rl", **state)
     watch.look("before", reference)  # the row which all later ones are compared with
     run.leave_if_told()
-    prepare(args, student, frozen=reference)
+    prepare(args, student, frozen=[reference])
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
     dims = reference.config.latent_size**2 * reference.config.vae_channels
@@ -408,7 +406,6 @@ def make_figures(args, data, functions, weights, device):
     "fid"."""
     if data:  # seed 1: FD and accuracy come from a network that no reward has seen
         classifier = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", 1, device)
-        reference = classifier.reference
     elif args.ref:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
         reference = statistics_in(args.ref, read_npz(args.ref))
@@ -423,7 +420,7 @@ def make_figures(args, data, functions, weights, device):
         reward = sum(weight * row[name] for name, weight in weights.items())
         row = {"reward": reward, **row, "diversity": diversity(images, labels)}
         if data:
-            row.update(judge(classifier, images, labels, reference))
+            row.update(judge(classifier, images, labels))
         elif args.ref:
             pool = torch.cat([inception(part.to(device))[0].cpu() for part in images.split(args.chunk)])
             row["fid"] = frechet_distance(*mean_and_covariance(pool), *reference)
@@ -469,7 +466,8 @@ def main(argv=None):
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
-    run = Run(args, device, rank, world, ["rl"], divided=["batch"], same=["reward", "watch", "prompt", "class_names", "ref"])
+    run = Run(args, device, rank, world, ["rl"], divided=["batch"],
+              same=["reward", "watch", "prompt", "class_names", "ref"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
     if args.ref:
