@@ -255,7 +255,7 @@ def distil(args, teacher, data, run, watch):
     levels, norm = torch.zeros(2, 2, 10, device=run.device), torch.zeros((), device=run.device)
 
     for step in run.steps("student", args.steps, args.batch, flops_an_image(teacher.config, passes=8, rows=12)):
-        # look at the student, before the update: so a look that was broken off is made when the run goes on
+        # look at the student, before the update: so a look that a kill broke off is made when the run goes on
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
 

@@ -160,7 +160,7 @@ def diffusion_loss(out, x0, x_t, t, eps):
 
 
 def discretised_log_likelihood(x, mean, log_scale):
-    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The bound's term of the last step."""
+    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The bound at its last step."""
     def cdf(z):  # the public code's tanh approximation, kept so that losses agree
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 

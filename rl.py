@@ -328,7 +328,7 @@ def train(args, reference, score, run, watch, class_names):
     sums, since = torch.zeros(5, device=run.device), run.step  # for the log: sums over the updates since its last line
 
     for step in run.steps("rl", args.steps, args.batch):
-        # look at the student, before the update: so a look that was broken off is made when the run goes on
+        # look at the student, before the update: so a look that a kill broke off is made when the run goes on
         if step > 0 and step % args.eval_every == 0:
             evaluate(args, run, watch, ema, step, class_names)
 
