@@ -171,6 +171,266 @@ def tiny_mar(folder=None, stage="student", **changes):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The mathematics: the losses, the estimators and the chains against closed forms
+
+
+def gsim_monte_carlo(distance, draws=4_000_000):
+    """Gradient of the weighted loss for mean and scale of a Gaussian student N(.7, .5^2), teacher N(0, 1)."""
+    g = torch.Generator().manual_seed(0)
+    theta = 0.1 + 1.4 * torch.rand(draws, 1, generator=g, dtype=torch.float64)
+    alpha, sigma = theta.cos(), theta.sin()
+    mean = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x0 = mean + scale * torch.randn(draws, 1, generator=g, dtype=torch.float64)
+    eps = torch.randn(draws, 1, generator=g, dtype=torch.float64)
+    variance = alpha**2 * 0.25 + sigma**2  # of the student's x_t: the critic is exact, and no function of theta
+    x_t = alpha * x0 + sigma * eps
+    eps_q, eps_p = sigma * (x_t - alpha * 0.7) / variance, sigma * x_t  # a score is -eps / sigma
+    loss = distill.gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance)
+    return torch.stack(torch.autograd.grad(loss.mean(), (mean, scale)))
+
+
+def test_gsim_is_the_gradient_of_the_score_divergence():
+    """METHOD 4's proof. E|s_q - s_p|^2 = alpha^2 m^2 + v - 2 + 1/v with v = alpha^2 s^2 + sigma^2, in closed form."""
+    theta = torch.linspace(0.1, 1.5, 200_001, dtype=torch.float64)
+    alpha, sigma = theta.cos(), theta.sin()
+    weight, v = sigma**2 / alpha, alpha**2 * 0.25 + sigma**2
+    exact = torch.stack([(weight * 2 * alpha**2 * 0.7).mean(), (weight * (1 - 1 / v**2) * 2 * alpha**2 * 0.5).mean()])
+    both = gsim_monte_carlo(lambda y: (y.square()[:, 0], 2 * y))
+    only_1 = gsim_monte_carlo(lambda y: (0 * y[:, 0], 2 * y))
+    only_2 = gsim_monte_carlo(lambda y: (y.square()[:, 0], 0 * y))
+    close(both, exact, 0.02)
+    for part in (only_1, only_2):
+        assert ((part - exact).abs() > 0.1 * exact.abs()).all(), (part, exact)  # either alone is another gradient
+
+
+def slope_at(name, x0, t, eps, eps_q, eps_p):
+    """distill.gsim_slope or vsd_slope at x0 for the noise predictions of functions eps_q and eps_p of x_t."""
+    alpha, sigma = (z.to(x0.dtype) for z in alpha_sigma(t))
+    x_t = (alpha * x0 + sigma * eps).requires_grad_()
+    return getattr(distill, name)(x0, x_t, eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
+
+
+def test_gsim_slope_is_the_derivative_of_the_loss_down_to_x0():
+    """Finite differences in x0, through x_t = alpha x0 + sigma eps and two networks that are no Gaussians."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 6, 6, dtype=torch.float64) / 2
+    eps_q, eps_p = (lambda x: (x @ A).tanh()), (lambda x: (x @ B).sin())
+    t = torch.tensor([20, 150, 500, 800, 973])
+    x0, eps, way = torch.randn(3, 5, 6, dtype=torch.float64)
+    alpha, sigma = (z.double() for z in alpha_sigma(t))
+
+    def loss(x0):
+        x_t = alpha * x0 + sigma * eps
+        return distill.gsim_loss(eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
+
+    slope, said = slope_at("gsim_slope", x0, t, eps, eps_q, eps_p)
+    close(said, loss(x0), 1e-6)
+    close((slope * way).sum(1), (loss(x0 + 1e-6 * way) - loss(x0 - 1e-6 * way)) / 2e-6, 1e-4)  # token by token
+
+
+def test_vsd_slope_is_its_formula():
+    """The difference of the two x0 estimates, over the teacher's mean distance from the student's sample."""
+    torch.manual_seed(0)
+    (A, B), t = torch.randn(2, 6, 6), torch.tensor([20, 400, 973])
+    x0, eps = torch.randn(2, 3, 6)
+    alpha, sigma = alpha_sigma(t)
+    x_t = alpha * x0 + sigma * eps
+    x0_q, x0_p = (x_t - sigma * (x_t @ A)) / alpha, (x_t - sigma * (x_t @ B)) / alpha
+    slope, size = slope_at("vsd_slope", x0, t, eps, lambda x: x @ A, lambda x: x @ B)
+    close(slope, (x0_q - x0_p) / ((x0 - x0_p).abs().mean(1, keepdim=True) + 1e-3), 1e-4)
+    close(size, (x0_q - x0_p).norm(dim=1), 1e-4)
+
+
+def test_pseudo_huber_and_its_derivative():
+    y = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    d, d_prime = distill.pseudo_huber(y)
+    close(torch.autograd.grad(d.sum(), y)[0], d_prime.detach(), 1e-8)
+    close(d, y.norm(dim=1), 1e-4)  # a norm, but smooth at 0
+
+
+def test_distillation_gradients_vanish_when_student_is_teacher():
+    """Equal scores: VSD's gradient is 0 for every sample. GSIM's is 0 on average only: L1 is a trade in expectation."""
+    n = 200_000
+    t = torch.randint(20, 974, (n,), generator=torch.Generator().manual_seed(0))
+    alpha, sigma = alpha_sigma(t)
+    x0, eps = torch.randn(n, 1), torch.randn(n, 1)
+    exact = lambda x: sigma * x  # eps of data N(0, 1), for teacher and critic alike
+    assert slope_at("vsd_slope", x0, t, eps, exact, exact)[0].abs().max() == 0
+    v, _ = slope_at("gsim_slope", x0, t, eps, exact, exact)
+    assert v.mean().abs() < 4 * v.std() / n**0.5 + 1e-6 and (v * x0).mean().abs() < 4 * (v * x0).std() / n**0.5 + 1e-6
+
+
+def test_vsd_points_from_student_to_teacher():
+    """Student N(1, 1), teacher N(0, 1): descending the gradient must lower x0's mean."""
+    t = torch.randint(20, 974, (10_000,), generator=torch.Generator().manual_seed(0))
+    alpha, sigma = alpha_sigma(t)
+    x0, eps = 1 + torch.randn(10_000, 1), torch.randn(10_000, 1)
+    student, teacher = (lambda x: sigma * (x - alpha)), (lambda x: sigma * x)
+    for name in ("vsd_slope", "gsim_slope"):
+        assert slope_at(name, x0, t, eps, student, teacher)[0].mean() > 0, name
+
+
+def test_tokens_are_made_noisy_in_one_place():
+    """x_t = alpha x0 + sigma eps with a t of its own a token, and no noise that another purpose has."""
+    keys, places, x0 = image_keys(range(3)), torch.arange(5).expand(3, -1), torch.randn(3, 5, 7)
+    x_t, t, eps, alpha, sigma = distill.noised(x0, keys, distill.STUDENT, places, 20, 973)
+    assert t.shape == (3, 5) and alpha.shape == sigma.shape == (3, 5, 1) and len(t.unique()) > 10
+    close(alpha**2 + sigma**2, torch.ones(3, 5, 1), 1e-6), close(x_t, alpha * x0 + sigma * eps, 0.0)
+    purposes = [distill.TEACHER + i for i in range(8)] + [distill.NOISE, distill.CRITIC, distill.STUDENT]
+    draws = torch.stack([distill.noised(x0, keys, purpose, places)[2] for purpose in purposes]).flatten()
+    assert len(draws.unique()) > 0.999 * len(draws)
+
+
+def test_guidance_of_one_is_none_and_zero_is_the_null_class():
+    model, n = tiny_mar(), torch.randn(6, 12)
+    t, c, null = torch.full((6,), 300), torch.randn(6, 32), torch.randn(6, 32)
+    close(distill.guided_eps(model, n, t, c, None, 1.0), model.eps(n, t, c), 1e-6)
+    close(distill.guided_eps(model, n, t, c, null, 1.0), model.eps(n, t, c), 1e-5)
+    close(distill.guided_eps(model, n, t, c, null, 0.0), model.eps(n, t, null), 1e-5)
+
+
+def test_one_step_inverts_a_perfect_head():
+    """If the head knew x0, x0 is what one step returns: the formula divides by the right alpha."""
+    model, x0 = tiny_mar(), torch.randn(9, 12)
+    model.eps = lambda z, s, c: (z - alpha_sigma(s)[0] * x0) / alpha_sigma(s)[1]
+    close(model.one_step(torch.randn(9, 12), None), x0, 1e-5)
+
+
+def test_teacher_chain_samples_a_gaussian_whose_score_is_known():
+    """With the exact eps of data N(m, s^2) in the head's place, 100 steps give samples of N(m, s^2)."""
+    model, m, s = tiny_mar(vae_stride=2), 0.7, 0.5  # vae_stride 2: no clamp of pixels
+
+    class Exact(torch.nn.Module):
+        cond_embed, time_embed = staticmethod(lambda c: c), staticmethod(lambda t: t[:, None].float())
+
+        def forward(self, x, y):
+            alpha, sigma = alpha_sigma(y[:, 0].long())
+            eps = sigma * (x - alpha * m) / (alpha**2 * s**2 + sigma**2)
+            return torch.cat([eps, -torch.ones_like(x)], 1)  # v = -1: the posterior's own variance
+
+    model.head_net = Exact()
+    keys = image_keys(range(2000))
+    positions = torch.zeros(2000, 1, dtype=torch.long)
+    x = model.denoise(gaussian(keys, START, positions, 12)[:, 0], torch.zeros(2000, 1), None, 1.0, 100, 1.0,
+                      lambda j: gaussian(keys, CHAIN + j, positions, 12)[:, 0])
+    assert abs(x.mean() - m) < 0.02 and abs(x.std() - s) < 0.02, (x.mean(), x.std())
+
+
+def direction_args(**changes):
+    return argparse.Namespace(**{**dict(pairs=64, noise_std=0.1, chunk=1000), **changes})
+
+
+def test_reinforce_finds_the_gradient_of_linear_and_quadratic_rewards():
+    """METHOD 5's proof. A pair's difference has no even part, so the curvature of a quadratic cancels too."""
+    torch.manual_seed(0)
+    w, A, z = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 2, 2)
+    labels, args = torch.tensor([0, 1, 2]), direction_args(pairs=60000, chunk=60000)
+
+    def linear(a, labels):  # each class has a direction of its own
+        return (w[labels] * a.flatten(1)).sum(1)
+
+    def quadratic(a, labels):
+        return linear(a, labels) - (a.flatten(1) @ A).square().sum(1) / 2
+
+    for score in (linear, quadratic):
+        v, r, _ = rl.reinforce_direction(score, z, labels, image_keys(range(3)), args)
+        truth, r_truth, _ = rl.pathwise_direction(score, z, labels, None, args)
+        close(r, r_truth, 1e-5), close(v, truth, 0.02)
+    close(truth.flatten(1), w - z.flatten(1) @ A @ A.T, 1e-4)  # and pathwise is the derivative
+
+
+def test_reinforce_agreement_is_estimated_from_two_halves():
+    """Without the gradient at hand: sqrt(2q / (1 + q)) of the halves' cosine q. By theory sqrt(H / (H + dims + 1))."""
+    torch.manual_seed(0)
+    w, z = torch.randn(200, 48), torch.zeros(200, 48)
+    for pairs in (8, 64):
+        v, _, q = rl.reinforce_direction(lambda a, i: (w[i] * a).sum(1), z, torch.arange(200), image_keys(range(200)),
+                                         direction_args(pairs=pairs))
+        cosine = torch.nn.functional.cosine_similarity(v.flatten(), w.flatten(), dim=0)
+        assert abs(cosine - (pairs / (pairs + 49)) ** 0.5) < 0.03, (pairs, cosine)
+        assert abs(cosine - (2 * q / (1 + q)) ** 0.5) < 0.05, (pairs, cosine, q)
+
+
+def chain_problem(K):
+    """A tiny MAR with weights that learn, three episodes of it, and a loss of the finished pictures."""
+    model, labels, seeds = tiny_mar(), torch.tensor([0, 1, 3]), [(9, i) for i in range(3)]
+    with torch.no_grad():  # gains of 1 and not of 0.1: or no token would heed another
+        for name, p in model.requires_grad_(True).named_parameters():
+            p += p.ndim == 1 and name.endswith("weight")
+    w = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    loss = lambda x: (w * x).mean() + (x.square()).mean() / 2
+    x = model.generate(labels, K, seeds=seeds)
+    leaf = x.clone().requires_grad_()
+    slope = torch.autograd.grad(loss(leaf), leaf)[0]
+    return model, labels, seeds, loss, x, slope
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def naive_chain(model, labels, keys, K):
+    """The chain as one graph: what backward_chain must equal."""
+    L, C = model.config.seq_len, model.config.token_dim
+    tokens = torch.zeros(len(labels), L, C)
+    for visible, predict in reveal_plan(token_orders(keys, L), K):
+        c = model.transformer(tokens, visible, labels, predict)
+        x0 = model.one_step(gaussian(keys, START, predict, C), c)
+        tokens = tokens.scatter(1, predict[:, :, None].expand(-1, -1, C), x0)
+    return model.unpatchify(tokens)
+
+
+def test_chain_gradient_is_exact():
+    K = 6
+    model, labels, seeds, loss, x, slope = chain_problem(K)
+    rl.backward_chain(model, x, slope, labels, image_keys(seeds), K)
+    ours = flat_gradient(model)
+
+    model.zero_grad()
+    again = naive_chain(model, labels, image_keys(seeds), K)
+    close(again, x, 1e-5)
+    loss(again).backward()
+    close(ours, flat_gradient(model), 1e-4)  # one graph through all steps
+
+    with torch.no_grad():  # finite differences along the gradient: every weight at once
+        start = torch.nn.utils.parameters_to_vector(model.parameters())
+        step, along = 1e-3 * ours / ours.norm(), []
+        for sign in (1, -1):
+            torch.nn.utils.vector_to_parameters(start + sign * step, model.parameters())
+            along.append(loss(model.generate(labels, K, seeds=seeds).double()))
+        torch.nn.utils.vector_to_parameters(start, model.parameters())
+    slope_found = (along[0] - along[1]) / (2 * step.norm())
+    assert abs(slope_found / ours.norm() - 1) < 0.01, (slope_found, ours.norm())
+
+
+def test_retrace_finds_the_chain_in_its_picture():
+    """The context of every AR step lies in the finished picture; another model's steps are found on the same path."""
+    model, labels, seeds, _, x, _ = chain_problem(6)
+    close(rl.retrace(model, x, labels, image_keys(seeds), 6), x, 1e-5)
+    other = chain_problem(6)[0]
+    other.head_net.input_proj.weight.data *= 1.1
+    along, apart = rl.retrace(other, x, labels, image_keys(seeds), 6), other.generate(labels, 6, seeds=seeds)
+    assert 0 < (along - x).abs().mean() < (apart - x).abs().mean()  # off the path the differences add up
+
+
+def test_rl_gradient_is_autograds_through_the_whole_chain():
+    """What Adam is given is the derivative of mean(-r + kl |x - x_ref|^2 / (2 s^2 dims)), x_ref constant, by one graph
+    through decoder, clamp and all AR steps: for pixels and for latents, in one micro-batch and in two."""
+    torch.manual_seed(0)
+    latents = dict(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
+    for vae, changes, flags in ((None, {}, []), (TinyVAE(), latents, ["--data", "nowhere"])):
+        with scratch() as folder, mock.patch.object(rl, "load_vae", lambda path: vae):
+            write_student(folder, **changes)
+            flags += ["--vae", folder / "student.pt"] if vae else []
+            found = [rl_gradient_and_autograds(folder, vae, "--accumulate", n, "--out", folder / f"in_{n}", *flags)
+                     for n in (1, 2)]
+            for ours, autograds in found:
+                assert autograds.norm() > 1e-3
+                close(ours, autograds, 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # model.py: the networks and the diffusion are the public ones
 
 
@@ -475,33 +735,6 @@ def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
     return f"{size}, K = {K}\n" + "\n".join(figures) + "\n"
 
 
-def test_one_step_inverts_a_perfect_head():
-    """If the head knew x0, x0 is what one step returns: the formula divides by the right alpha."""
-    model, x0 = tiny_mar(), torch.randn(9, 12)
-    model.eps = lambda z, s, c: (z - alpha_sigma(s)[0] * x0) / alpha_sigma(s)[1]
-    close(model.one_step(torch.randn(9, 12), None), x0, 1e-5)
-
-
-def test_teacher_chain_samples_a_gaussian_whose_score_is_known():
-    """With the exact eps of data N(m, s^2) in the head's place, 100 steps give samples of N(m, s^2)."""
-    model, m, s = tiny_mar(vae_stride=2), 0.7, 0.5  # vae_stride 2: no clamp of pixels
-
-    class Exact(torch.nn.Module):
-        cond_embed, time_embed = staticmethod(lambda c: c), staticmethod(lambda t: t[:, None].float())
-
-        def forward(self, x, y):
-            alpha, sigma = alpha_sigma(y[:, 0].long())
-            eps = sigma * (x - alpha * m) / (alpha**2 * s**2 + sigma**2)
-            return torch.cat([eps, -torch.ones_like(x)], 1)  # v = -1: the posterior's own variance
-
-    model.head_net = Exact()
-    keys = image_keys(range(2000))
-    positions = torch.zeros(2000, 1, dtype=torch.long)
-    x = model.denoise(gaussian(keys, START, positions, 12)[:, 0], torch.zeros(2000, 1), None, 1.0, 100, 1.0,
-                      lambda j: gaussian(keys, CHAIN + j, positions, 12)[:, 0])
-    assert abs(x.mean() - m) < 0.02 and abs(x.std() - s) < 0.02, (x.mean(), x.std())
-
-
 def test_checkpoints_that_do_not_fit_are_refused():
     model = tiny_mar()
     with scratch() as folder:
@@ -576,85 +809,6 @@ def test_checkpoint_write_is_all_or_nothing():
 # distill.py: the loss
 
 
-def gsim_monte_carlo(distance, draws=4_000_000):
-    """Gradient of the weighted loss for mean and scale of a Gaussian student N(.7, .5^2), teacher N(0, 1)."""
-    g = torch.Generator().manual_seed(0)
-    theta = 0.1 + 1.4 * torch.rand(draws, 1, generator=g, dtype=torch.float64)
-    alpha, sigma = theta.cos(), theta.sin()
-    mean = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    x0 = mean + scale * torch.randn(draws, 1, generator=g, dtype=torch.float64)
-    eps = torch.randn(draws, 1, generator=g, dtype=torch.float64)
-    variance = alpha**2 * 0.25 + sigma**2  # of the student's x_t: the critic is exact, and no function of theta
-    x_t = alpha * x0 + sigma * eps
-    eps_q, eps_p = sigma * (x_t - alpha * 0.7) / variance, sigma * x_t  # a score is -eps / sigma
-    loss = distill.gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance)
-    return torch.stack(torch.autograd.grad(loss.mean(), (mean, scale)))
-
-
-def test_gsim_is_the_gradient_of_the_score_divergence():
-    """METHOD 4's proof. E|s_q - s_p|^2 = alpha^2 m^2 + v - 2 + 1/v with v = alpha^2 s^2 + sigma^2, in closed form."""
-    theta = torch.linspace(0.1, 1.5, 200_001, dtype=torch.float64)
-    alpha, sigma = theta.cos(), theta.sin()
-    weight, v = sigma**2 / alpha, alpha**2 * 0.25 + sigma**2
-    exact = torch.stack([(weight * 2 * alpha**2 * 0.7).mean(), (weight * (1 - 1 / v**2) * 2 * alpha**2 * 0.5).mean()])
-    both = gsim_monte_carlo(lambda y: (y.square()[:, 0], 2 * y))
-    only_1 = gsim_monte_carlo(lambda y: (0 * y[:, 0], 2 * y))
-    only_2 = gsim_monte_carlo(lambda y: (y.square()[:, 0], 0 * y))
-    close(both, exact, 0.02)
-    for part in (only_1, only_2):
-        assert ((part - exact).abs() > 0.1 * exact.abs()).all(), (part, exact)  # either alone is another gradient
-
-
-def slope_at(name, x0, t, eps, eps_q, eps_p):
-    """distill.gsim_slope or vsd_slope at x0 for the noise predictions of functions eps_q and eps_p of x_t."""
-    alpha, sigma = (z.to(x0.dtype) for z in alpha_sigma(t))
-    x_t = (alpha * x0 + sigma * eps).requires_grad_()
-    return getattr(distill, name)(x0, x_t, eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
-
-
-def test_gsim_slope_is_the_derivative_of_the_loss_down_to_x0():
-    """Finite differences in x0, through x_t = alpha x0 + sigma eps and two networks that are no Gaussians."""
-    torch.manual_seed(0)
-    A, B = torch.randn(2, 6, 6, dtype=torch.float64) / 2
-    eps_q, eps_p = (lambda x: (x @ A).tanh()), (lambda x: (x @ B).sin())
-    t = torch.tensor([20, 150, 500, 800, 973])
-    x0, eps, way = torch.randn(3, 5, 6, dtype=torch.float64)
-    alpha, sigma = (z.double() for z in alpha_sigma(t))
-
-    def loss(x0):
-        x_t = alpha * x0 + sigma * eps
-        return distill.gsim_loss(eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
-
-    slope, said = slope_at("gsim_slope", x0, t, eps, eps_q, eps_p)
-    close(said, loss(x0), 1e-6)
-    close((slope * way).sum(1), (loss(x0 + 1e-6 * way) - loss(x0 - 1e-6 * way)) / 2e-6, 1e-4)  # token by token
-
-
-def test_vsd_slope_is_its_formula():
-    """The difference of the two x0 estimates, over the teacher's mean distance from the student's sample."""
-    torch.manual_seed(0)
-    (A, B), t = torch.randn(2, 6, 6), torch.tensor([20, 400, 973])
-    x0, eps = torch.randn(2, 3, 6)
-    alpha, sigma = alpha_sigma(t)
-    x_t = alpha * x0 + sigma * eps
-    x0_q, x0_p = (x_t - sigma * (x_t @ A)) / alpha, (x_t - sigma * (x_t @ B)) / alpha
-    slope, size = slope_at("vsd_slope", x0, t, eps, lambda x: x @ A, lambda x: x @ B)
-    close(slope, (x0_q - x0_p) / ((x0 - x0_p).abs().mean(1, keepdim=True) + 1e-3), 1e-4)
-    close(size, (x0_q - x0_p).norm(dim=1), 1e-4)
-
-
-def test_tokens_are_made_noisy_in_one_place():
-    """x_t = alpha x0 + sigma eps with a t of its own a token, and no noise that another purpose has."""
-    keys, places, x0 = image_keys(range(3)), torch.arange(5).expand(3, -1), torch.randn(3, 5, 7)
-    x_t, t, eps, alpha, sigma = distill.noised(x0, keys, distill.STUDENT, places, 20, 973)
-    assert t.shape == (3, 5) and alpha.shape == sigma.shape == (3, 5, 1) and len(t.unique()) > 10
-    close(alpha**2 + sigma**2, torch.ones(3, 5, 1), 1e-6), close(x_t, alpha * x0 + sigma * eps, 0.0)
-    purposes = [distill.TEACHER + i for i in range(8)] + [distill.NOISE, distill.CRITIC, distill.STUDENT]
-    draws = torch.stack([distill.noised(x0, keys, purpose, places)[2] for purpose in purposes]).flatten()
-    assert len(draws.unique()) > 0.999 * len(draws)
-
-
 def test_average_of_weights_and_levels_of_the_losses():
     """update_ema keeps `decay` of the old. Time steps are uniform over a range with both its ends, and the student's
     are T_MIN..T_MAX, the critic's and the teacher's all 1,000."""
@@ -699,43 +853,6 @@ def test_distillation_brings_the_student_to_the_data():
             said.append(distance(folder / loss, "student.pt"))
     assert max(said) < 0.65 * start, (start, said)
     return f"one step of the teacher {start:.2f}, students by gsim and vsd {said[0]:.2f}, {said[1]:.2f}"
-
-
-def test_pseudo_huber_and_its_derivative():
-    y = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
-    d, d_prime = distill.pseudo_huber(y)
-    close(torch.autograd.grad(d.sum(), y)[0], d_prime.detach(), 1e-8)
-    close(d, y.norm(dim=1), 1e-4)  # a norm, but smooth at 0
-
-
-def test_distillation_gradients_vanish_when_student_is_teacher():
-    """Equal scores: VSD's gradient is 0 for every sample. GSIM's is 0 on average only: L1 is a trade in expectation."""
-    n = 200_000
-    t = torch.randint(20, 974, (n,), generator=torch.Generator().manual_seed(0))
-    alpha, sigma = alpha_sigma(t)
-    x0, eps = torch.randn(n, 1), torch.randn(n, 1)
-    exact = lambda x: sigma * x  # eps of data N(0, 1), for teacher and critic alike
-    assert slope_at("vsd_slope", x0, t, eps, exact, exact)[0].abs().max() == 0
-    v, _ = slope_at("gsim_slope", x0, t, eps, exact, exact)
-    assert v.mean().abs() < 4 * v.std() / n**0.5 + 1e-6 and (v * x0).mean().abs() < 4 * (v * x0).std() / n**0.5 + 1e-6
-
-
-def test_vsd_points_from_student_to_teacher():
-    """Student N(1, 1), teacher N(0, 1): descending the gradient must lower x0's mean."""
-    t = torch.randint(20, 974, (10_000,), generator=torch.Generator().manual_seed(0))
-    alpha, sigma = alpha_sigma(t)
-    x0, eps = 1 + torch.randn(10_000, 1), torch.randn(10_000, 1)
-    student, teacher = (lambda x: sigma * (x - alpha)), (lambda x: sigma * x)
-    for name in ("vsd_slope", "gsim_slope"):
-        assert slope_at(name, x0, t, eps, student, teacher)[0].mean() > 0, name
-
-
-def test_guidance_of_one_is_none_and_zero_is_the_null_class():
-    model, n = tiny_mar(), torch.randn(6, 12)
-    t, c, null = torch.full((6,), 300), torch.randn(6, 32), torch.randn(6, 32)
-    close(distill.guided_eps(model, n, t, c, None, 1.0), model.eps(n, t, c), 1e-6)
-    close(distill.guided_eps(model, n, t, c, null, 1.0), model.eps(n, t, c), 1e-5)
-    close(distill.guided_eps(model, n, t, c, null, 0.0), model.eps(n, t, null), 1e-5)
 
 
 def test_masked_share_follows_the_public_distribution():
@@ -2851,41 +2968,6 @@ def test_fid_refuses_what_would_give_a_wrong_number():
 # rl.py: directions, the chain backwards, and the loop
 
 
-def direction_args(**changes):
-    return argparse.Namespace(**{**dict(pairs=64, noise_std=0.1, chunk=1000), **changes})
-
-
-def test_reinforce_finds_the_gradient_of_linear_and_quadratic_rewards():
-    """METHOD 5's proof. A pair's difference has no even part, so the curvature of a quadratic cancels too."""
-    torch.manual_seed(0)
-    w, A, z = torch.randn(3, 4), torch.randn(4, 4), torch.randn(3, 2, 2)
-    labels, args = torch.tensor([0, 1, 2]), direction_args(pairs=60000, chunk=60000)
-
-    def linear(a, labels):  # each class has a direction of its own
-        return (w[labels] * a.flatten(1)).sum(1)
-
-    def quadratic(a, labels):
-        return linear(a, labels) - (a.flatten(1) @ A).square().sum(1) / 2
-
-    for score in (linear, quadratic):
-        v, r, _ = rl.reinforce_direction(score, z, labels, image_keys(range(3)), args)
-        truth, r_truth, _ = rl.pathwise_direction(score, z, labels, None, args)
-        close(r, r_truth, 1e-5), close(v, truth, 0.02)
-    close(truth.flatten(1), w - z.flatten(1) @ A @ A.T, 1e-4)  # and pathwise is the derivative
-
-
-def test_reinforce_agreement_is_estimated_from_two_halves():
-    """Without the gradient at hand: sqrt(2q / (1 + q)) of the halves' cosine q. By theory sqrt(H / (H + dims + 1))."""
-    torch.manual_seed(0)
-    w, z = torch.randn(200, 48), torch.zeros(200, 48)
-    for pairs in (8, 64):
-        v, _, q = rl.reinforce_direction(lambda a, i: (w[i] * a).sum(1), z, torch.arange(200), image_keys(range(200)),
-                                         direction_args(pairs=pairs))
-        cosine = torch.nn.functional.cosine_similarity(v.flatten(), w.flatten(), dim=0)
-        assert abs(cosine - (pairs / (pairs + 49)) ** 0.5) < 0.03, (pairs, cosine)
-        assert abs(cosine - (2 * q / (1 + q)) ** 0.5) < 0.05, (pairs, cosine, q)
-
-
 def test_reinforce_does_not_depend_on_batch_or_chunk():
     torch.manual_seed(0)
     z, labels, keys = torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 2, 3]), image_keys(range(4))
@@ -2893,68 +2975,6 @@ def test_reinforce_does_not_depend_on_batch_or_chunk():
     whole = rl.reinforce_direction(score, z, labels, keys, direction_args(pairs=7))[0]
     part = rl.reinforce_direction(score, z[1:3], labels[1:3], keys[1:3], direction_args(pairs=7, chunk=5))[0]
     close(part, whole[1:3], 1e-4)
-
-
-def chain_problem(K):
-    """A tiny MAR with weights that learn, three episodes of it, and a loss of the finished pictures."""
-    model, labels, seeds = tiny_mar(), torch.tensor([0, 1, 3]), [(9, i) for i in range(3)]
-    with torch.no_grad():  # gains of 1 and not of 0.1: or no token would heed another
-        for name, p in model.requires_grad_(True).named_parameters():
-            p += p.ndim == 1 and name.endswith("weight")
-    w = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    loss = lambda x: (w * x).mean() + (x.square()).mean() / 2
-    x = model.generate(labels, K, seeds=seeds)
-    leaf = x.clone().requires_grad_()
-    slope = torch.autograd.grad(loss(leaf), leaf)[0]
-    return model, labels, seeds, loss, x, slope
-
-
-def flat_gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def naive_chain(model, labels, keys, K):
-    """The chain as one graph: what backward_chain must equal."""
-    L, C = model.config.seq_len, model.config.token_dim
-    tokens = torch.zeros(len(labels), L, C)
-    for visible, predict in reveal_plan(token_orders(keys, L), K):
-        c = model.transformer(tokens, visible, labels, predict)
-        x0 = model.one_step(gaussian(keys, START, predict, C), c)
-        tokens = tokens.scatter(1, predict[:, :, None].expand(-1, -1, C), x0)
-    return model.unpatchify(tokens)
-
-
-def test_chain_gradient_is_exact():
-    K = 6
-    model, labels, seeds, loss, x, slope = chain_problem(K)
-    rl.backward_chain(model, x, slope, labels, image_keys(seeds), K)
-    ours = flat_gradient(model)
-
-    model.zero_grad()
-    again = naive_chain(model, labels, image_keys(seeds), K)
-    close(again, x, 1e-5)
-    loss(again).backward()
-    close(ours, flat_gradient(model), 1e-4)  # one graph through all steps
-
-    with torch.no_grad():  # finite differences along the gradient: every weight at once
-        start = torch.nn.utils.parameters_to_vector(model.parameters())
-        step, along = 1e-3 * ours / ours.norm(), []
-        for sign in (1, -1):
-            torch.nn.utils.vector_to_parameters(start + sign * step, model.parameters())
-            along.append(loss(model.generate(labels, K, seeds=seeds).double()))
-        torch.nn.utils.vector_to_parameters(start, model.parameters())
-    slope_found = (along[0] - along[1]) / (2 * step.norm())
-    assert abs(slope_found / ours.norm() - 1) < 0.01, (slope_found, ours.norm())
-
-
-def test_retrace_finds_the_chain_in_its_picture():
-    """The context of every AR step lies in the finished picture; another model's steps are found on the same path."""
-    model, labels, seeds, _, x, _ = chain_problem(6)
-    close(rl.retrace(model, x, labels, image_keys(seeds), 6), x, 1e-5)
-    other = chain_problem(6)[0]
-    other.head_net.input_proj.weight.data *= 1.1
-    along, apart = rl.retrace(other, x, labels, image_keys(seeds), 6), other.generate(labels, 6, seeds=seeds)
-    assert 0 < (along - x).abs().mean() < (apart - x).abs().mean()  # off the path the differences add up
 
 
 class Held:
@@ -3039,22 +3059,6 @@ def rl_gradient_and_autograds(folder, vae, *flags):
     nats = (x - x_ref).flatten(1).square().sum(1) / (2 * rl.S_KL**2)  # of an image
     (kl * nats / x[0].numel() - r).mean().backward()
     return ours, flat_gradient(model)
-
-
-def test_rl_gradient_is_autograds_through_the_whole_chain():
-    """What Adam is given is the derivative of mean(-r + kl |x - x_ref|^2 / (2 s^2 dims)), x_ref constant, by one graph
-    through decoder, clamp and all AR steps: for pixels and for latents, in one micro-batch and in two."""
-    torch.manual_seed(0)
-    latents = dict(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
-    for vae, changes, flags in ((None, {}, []), (TinyVAE(), latents, ["--data", "nowhere"])):
-        with scratch() as folder, mock.patch.object(rl, "load_vae", lambda path: vae):
-            write_student(folder, **changes)
-            flags += ["--vae", folder / "student.pt"] if vae else []
-            found = [rl_gradient_and_autograds(folder, vae, "--accumulate", n, "--out", folder / f"in_{n}", *flags)
-                     for n in (1, 2)]
-            for ours, autograds in found:
-                assert autograds.norm() > 1e-3
-                close(ours, autograds, 1e-4)
 
 
 @functools.lru_cache
@@ -3199,8 +3203,8 @@ def test_rl_resumes_bit_exactly():
 
 
 def test_rl_goes_on_with_an_evaluation_that_a_signal_broke_off():
-    """SIGTERM while the row of step 3, at the end, is being drawn: --resume makes it, and log, table and best.pt are those
-    of a run left alone. While the row of step 2, in the middle, is drawn: the next step is saved, that row is left out,
+    """SIGTERM while the row of step 3, at the end, is being drawn: --resume makes it, and log, table and best.pt are
+    those of a run left alone. While the row of step 2, in the middle, is drawn: the next step is saved, that row is left out,
     and the weights and the last row are those of a run left alone."""
     flags = ("--steps", 3, "--max_fd_rise", 9, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
     with scratch() as folder:
