@@ -258,7 +258,6 @@ def distil(args, teacher, data, run, watch):
         # look at the student, before the update: so a look that a kill broke off is made when the run goes on
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
-
         # learning rates: the student's ends at 0, the critic's stays, since its target never comes to rest
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
@@ -310,7 +309,6 @@ def distil(args, teacher, data, run, watch):
         if run.due(args.save_every) or run.told:  # told by a signal to leave
             run.save("student", ema, data.class_names, **state)
     watch.look("student", ema, run.step)
-    run.leave_if_told()
 
 
 def prepare(args, *trained, frozen=()):
@@ -423,8 +421,9 @@ def train_teacher(args, config, data, run):
     An update costs a transformer pass forward and backward, and `draws` head passes on the masked tokens.
     """
     torch.manual_seed(args.seed)
-    model = MAR(config).to(run.device).train()
+    model = MAR(config).to(run.device).train()  # with dropout, for sizes that have some
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    # MAR's betas and weight decay
     optimizer = make_optimizer(model, args.teacher_lr, (0.9, 0.95), weight_decay=0.02)
     state = dict(model=model, ema=ema, optimizer=optimizer)
     run.restore("teacher", **state)
@@ -432,11 +431,12 @@ def train_teacher(args, config, data, run):
     gradients = Gradients(model)
 
     for step in run.steps("teacher", args.teacher_steps, args.teacher_batch, flops_an_image(config, 3, 3 * args.draws)):
+        # warm-up, constant, and to 0 over the last share of the stage
         set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
         # dropout's generator starts anew each step: so a resumed run drops the same
         torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
-        # the gradient
+        # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         batch, loss = training_batch(data, model, args.teacher_batch, args.seed, step, run), 0.0
         for part in micro_batches(batch, args.accumulate, [gradients]):
             part_loss = teacher_loss(model, *part, args.draws) / args.accumulate
@@ -447,12 +447,12 @@ def train_teacher(args, config, data, run):
         norm = gradients.finish(args.clip)
         optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
-        run.check(norm)  # a bad loss makes a bad norm
+        run.check(norm)  # a loss that is not finite makes such a norm: the next log line stops the run
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
             run.log(loss=run.average(loss), grad_norm=norm)
-        if run.due(args.save_every) or run.told:
+        if run.due(args.save_every) or run.told:  # told by a signal to leave
             run.save("teacher", ema, data.class_names, **state)
     return ema
 
@@ -533,6 +533,7 @@ def main(argv=None):
                    guidance_schedule=args.guidance_schedule)
         run.leave_if_told()
     distil(args, teacher, data, run, watch)
+    run.leave_if_told()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
