@@ -1,7 +1,7 @@
 """All tests: python test_all.py [words]. Only functions whose name holds one of the words run, if words are given.
 
     python test_all.py                      # every test_..., in less than 10 minutes on two cores
-    python test_all.py measure_rl_memory    # measurements of the README run only when named: minutes, gigabytes
+    python test_all.py measure_rl_memory    # measurements run only when named: minutes, gigabytes
 
 Three kinds of tests: the mathematics against closed forms; agreement with the public code's outputs in
 ../shared/fixtures (skipped, with the reason, where that folder is missing); every stage end to end at a tiny size. They
@@ -707,7 +707,7 @@ def test_cuda_graph_draws_the_pictures_of_eager_mode():
 
 
 def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
-    """README, Speed: CPU seconds an image with random weights, in one thread, each shortcut of a student taken away
+    """Section "Speed": CPU seconds an image with random weights, in one thread, each shortcut of a student taken away
     in turn; and the teacher's. CPU and not wall seconds, so that a busy machine gives the same."""
     def embed_each_token(self, n, c, c_null=None, guidance=1.0):
         alpha, sigma = alpha_sigma(s := torch.full(n.shape[:-1], self.config.t_init))
@@ -1000,7 +1000,7 @@ def test_one_two_and_four_processes_train_alike():
     float32), of the teacher, of the student and the critic, and of rl's student.
 
     What is left is rounding, which training magnifies: about twofold every 3 steps at the student's rates of shapes
-    (5e-4, beta_1 = 0), so with those it is 3e-6 to 9e-6 after 20 steps (README). Much of it sits in the bias of
+    (5e-4, beta_1 = 0), so with those it is 3e-6 to 9e-6 after 20 steps. Much of it sits in the bias of
     attention's keys, whose gradient is zero by symmetry: Adam makes full steps of its rounding. No output knows of it.
     """
     with scratch() as folder:
@@ -3476,7 +3476,7 @@ def test_rl_stops_at_a_nan_reward_and_keeps_the_last_good_checkpoint():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Measurements: they print figures of the README, take minutes or gigabytes, and run only when named
+# Measurements: they print figures of assets/measurements.md, take minutes or gigabytes, and run only when named
 
 
 def random_latents(folder, images=16):
