@@ -3554,7 +3554,10 @@ def on_fake_gpu(work):
                                 f"-Wl,-rpath,{torch_folder}/lib"], cwd=folder, capture_output=True, text=True)
         if built.returncode:  # these interfaces are PyTorch's own affair, and this is its 2.13
             raise Skip(f"this PyTorch ({torch.__version__}) has other interfaces: {built.stderr[:200]}")
-        result = run("test_all.py", "--rank", work.__name__, timeout=900, LD_PRELOAD=str(folder / "gpu.so"))
+        for _ in range(2):  # fake tensors now and then crash the interpreter (PyTorch 2.13): that is no verdict
+            result = run("test_all.py", "--rank", work.__name__, timeout=900, LD_PRELOAD=str(folder / "gpu.so"))
+            if result.returncode != -signal.SIGSEGV:
+                break
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
