@@ -277,7 +277,6 @@ def distil(args, teacher, data, run, watch):
                 c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
                 x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
             fake = x0.detach()
-
             # 3. the critic learns the score of what the student draws
             x_t, t, eps, _, _ = noised(fake, keys, CRITIC, masked)
             loss_phi = critic_loss(critic.eps(x_t, t, c_phi), eps)  # (B, P)
@@ -288,7 +287,8 @@ def distil(args, teacher, data, run, watch):
             if students_turn:
                 x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
                 x_t.requires_grad_()
-                eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
+                with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
+                    eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
                 slope, loss_theta = SLOPES[args.loss](fake, x_t, eps, eps_q, eps_p, alpha, sigma)
                 x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
                 levels[0] += by_level(t, loss_theta)

@@ -410,11 +410,14 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     path = Path(folder) / f"classifier_{seed}.pt"
     if path.exists():
         saved = read_checkpoint(path)
-        if saved.get("made_from") != made_from or "reference" not in saved:
+        if saved.get("made_from") != made_from:
             raise UserError(f"{path} was made from {saved.get('made_from')}, wanted is {made_from}: delete that file")
         net = fill_model(lambda: Classifier(data.num_classes, data.img_size), saved["model"], path)
-        net.accuracy, net.reference = saved["accuracy"], tuple(x.numpy() for x in saved["reference"])
-        return net.to(device, memory_format=torch.channels_last)
+        net = net.to(device, memory_format=torch.channels_last)
+        net.accuracy = saved["accuracy"]  # files of earlier versions have no reference
+        net.reference = (tuple(x.numpy() for x in saved["reference"]) if "reference" in saved else
+                         feature_statistics(net, data))
+        return net
     net = train_classifier(data, seed, device)
     os.makedirs(folder, exist_ok=True)
     save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.cpu().state_dict(),
