@@ -347,7 +347,6 @@ class MAR(nn.Module):
         self.head_net = Head(config.token_dim, D, config.head_width, config.head_depth)
         self.checkpoint_blocks = False  # recompute blocks in backward: a third more time for a fraction of the memory
         self.initialise()
-        by_onednn(self)  # on a CPU; see the last section
 
     def initialise(self):
         """MAR's initialisation: Xavier for matrices, normal(.02) for embeddings, zero for the ends of the head's."""
@@ -769,52 +768,6 @@ def write_json(path, content):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Faster, same numbers
-
-
-def by_onednn(model):
-    """Let every nn.Linear of `model` multiply by oneDNN on a CPU, in place, where that pays.
-
-    PyTorch's own choice is MKL, which leaves AVX-512 unused on AMD: large products run at half the speed, forward and
-    backward. Small ones lose to the change of layout: they are even at about 4 million multiply-adds. Same sums,
-    another order.
-    """
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
-
-
-class ByOneDNN(torch.autograd.Function):
-    """The product and its gradients by PyTorch's oneDNN operators. Left to autograd they would keep a second copy of
-    every result until backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.shape = x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen network's x is not asked for
-        return F.linear(x.to_mkldnn(), weight, bias).to_dense()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, weight), grad, found = ctx.saved_tensors, grad.to_mkldnn(), [None, None, None]
-        if ctx.needs_input_grad[0]:
-            found[0] = torch.ops.aten.mkldnn_linear_backward_input(ctx.shape, grad, weight).to_dense()
-        if ctx.needs_input_grad[1]:
-            found[1:] = torch.ops.aten.mkldnn_linear_backward_weights(grad, x.to_mkldnn(), weight, True)
-        return tuple(found)
-
-
-ONEDNN = torch.backends.mkldnn.is_available()
-# it keeps buffers for each of the last 1,024 shapes it met: gigabytes where every step masks another number of tokens
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
-
-class Linear(nn.Linear):
-    """nn.Linear by oneDNN: (..., in) -> (..., out)."""
-
-    def forward(self, x):
-        if x.is_cpu and ONEDNN and not torch.compiler.is_compiling() and x.numel() * len(self.weight) > 4e6:
-            return ByOneDNN.apply(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
 
 
 def bf16_weights(model):

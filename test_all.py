@@ -614,18 +614,6 @@ def test_picture_depends_on_its_seed_and_not_on_the_batch():
 # The shortcuts of sampling against the plain path, which is written out here and nowhere else
 
 
-def test_one_product_by_onednn_and_by_mkl():
-    x, layer = torch.randn(3, 100, 256, requires_grad=True), torch.nn.Linear(256, 300)  # 23 M multiply-adds: large
-    by_onednn = copy.deepcopy(layer)
-    model_file.by_onednn(by_onednn)
-    assert type(layer) is torch.nn.Linear and type(by_onednn) is model_file.Linear
-    close(by_onednn(x.transpose(0, 1)), layer(x.transpose(0, 1)), 1e-5)
-    gradients = [torch.autograd.grad(product(x).square().sum(), [x, product.weight, product.bias])
-                 for product in (by_onednn, layer)]
-    for ours, plain in zip(*gradients):
-        close(ours, plain, 1e-5)
-
-
 def test_student_embeds_its_time_step_once():
     model, n, c, c_null = tiny_mar(), torch.randn(9, 12), torch.randn(9, 32), torch.randn(9, 32)
     s = torch.full((9,), model.config.t_init)  # the plain path: a row for each token
@@ -719,11 +707,10 @@ def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
 
     model, figures = MAR(SIZES[size]).eval().requires_grad_(False), []
     without = {"nothing": (MAR, "generate", MAR.generate),
-               "oneDNN": (model_file.Linear, "forward", torch.nn.Linear.forward),
                "one time step for all": (MAR, "one_step", embed_each_token),
                "the last block's cut": (MAR, "tail", whole_last_block)}
     jobs = [("student", B, name, {}) for B in batches for name in without]
-    jobs += [("teacher", 1, name, {"head_steps": 100, "guidance": 2.9}) for name in ("nothing", "oneDNN")]
+    jobs += [("teacher", 1, "nothing", {"head_steps": 100, "guidance": 2.9})]
     for who, B, name, how in jobs:
         times = []
         for _ in range(repeat if who == "student" else 1):
@@ -2139,11 +2126,9 @@ def test_defaults_come_from_the_checkpoint():
 
 def flops_of(model, generate_kwargs):
     """Arithmetic of one picture in floating-point operations, multiply and add apart, matrix products only."""
-    by_onednn = {torch.ops.aten.mkldnn_linear: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}  # of shapes
-
     def counted(head_steps):
         # attention as plain products: of the fused kernels the counter knows only those for CUDA
-        with FlopCounterMode(display=False, custom_mapping=by_onednn) as counter, sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model.generate(torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device),
                            **{**generate_kwargs, "head_steps": head_steps})
         return counter.get_total_flops()
@@ -3818,8 +3803,7 @@ print('GiB', peak() - before)
 def measure_rl_memory():
     """Peak memory of one RL update's chain for K = 8 and 64: ours, and one graph of the whole chain.
 
-    glibc is told to give freed blocks back at once (else the peak tells how its heap is broken up by 64 shapes), and
-    products are MKL's, since oneDNN keeps buffers for each shape: what is compared is what the method has to hold.
+    glibc is told to give freed blocks back at once: else the peak tells how its heap is broken up by 64 shapes.
     """
     figures = []
     for K in (8, 64):
@@ -3827,7 +3811,6 @@ def measure_rl_memory():
             script = PEAK + f"""
 import model, rl
 from model import *
-model.ONEDNN = False
 torch.manual_seed(0)
 model, labels, seeds = MAR(SIZES['cifar10']).eval(), torch.arange(4), [(0, i) for i in range(4)]
 keys, C = image_keys(seeds), model.config.token_dim
