@@ -34,12 +34,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, own, read_class_names, run_main, setup,
-                  train_indices)
+from data import (DTYPES, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, own, read_class_names, run_main,
+                  setup, train_indices)
 from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
-                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, save_checkpoint, take, token_orders,
-                   uniform, write_json)
+                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, take,
+                   token_orders, uniform, write_json)
 
 # Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
 # made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
@@ -85,8 +85,6 @@ def parse_args(argv=None):
     flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--critic", default="full", help="what of the critic is trained: full, or the decoder's last N blocks and "
-         "the head; the rest is shared with the teacher, which saves up to 3 of 8 passes")
     flag("--guidance", type=float, default=2.9, help="scale baked into the student; 1 = none")
     flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
          help="linear: the scale grows with the share revealed, as MAR samples")
@@ -118,10 +116,10 @@ def parse_args(argv=None):
     # system
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
     known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
-    args.critic = int(args.critic) if args.critic.isdecimal() else args.critic
     check_numbers(args, one="teacher_batch draws t_init critic_steps batch accumulate ar_steps teacher_head_steps "
                             "eval_every eval_images save_every log_every", share="teacher_ema ema")
     args.own = float(not args.data) if args.own is None else args.own
@@ -325,10 +323,10 @@ def distil(args, teacher, data, class_names, run, watch):
     data: None where all contexts are the student's own pictures.
     """
     # copies are in eval mode, as the teacher: the two scores must differ for one reason only, whose samples they score
-    student, ema, critic = copy.deepcopy(teacher), copy.deepcopy(teacher), copy_critic(teacher, args.critic)
+    student, ema, critic = (copy.deepcopy(teacher) for _ in range(3))
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
-    critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
+    critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
     own_pictures = OwnPictures(teacher.config, args.batch).to(run.device)
     state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer,
                  own_pictures=own_pictures)
@@ -359,8 +357,8 @@ def distil(args, teacher, data, class_names, run, watch):
         for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, in_turn):
             # 1. what is known -> a condition for each masked token: one transformer pass of each network
             g = guidance_at(args, masked.shape[1] / teacher.config.seq_len)
-            c_p, c_null, h_p = teacher_conditions(teacher, tokens, visible, labels, masked, g, args.critic)
-            c_phi = critic_conditions(critic, tokens, visible, labels, masked, c_p, h_p, args.critic)
+            c_p, c_null = teacher_conditions(teacher, tokens, visible, labels, masked, g)  # (B, P, D) each
+            c_phi = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
             with torch.set_grad_enabled(students_turn):
@@ -407,7 +405,7 @@ def prepare(args, *trained, frozen=()):
     for model in trained:
         model.checkpoint_blocks = args.recompute
     for model in frozen:
-        if next(model.parameters()).is_cuda:
+        if runs_bf16(next(model.parameters()).device):
             bf16_weights(model)
     if args.compile:
         compile_blocks(*trained, *frozen)
@@ -419,17 +417,13 @@ def guidance_at(args, share_masked):
 
 
 @torch.no_grad()
-def teacher_conditions(teacher, tokens, visible, labels, masked, g, blocks):
-    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for g = 1.
-    Third: h_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
-    B, last = len(tokens), 1 if blocks in ("full", 0) else blocks  # 1: nobody goes on, any cut will do
-    if g != 1:
-        tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
-        labels = torch.cat([labels, torch.full_like(labels, -1)])
-    x = teacher.trunk(tokens, visible, labels, last)  # (B or 2B, S + L, D)
-    c = teacher.tail(x, masked, last)
-    c_p, c_null = (c, None) if g == 1 else c.chunk(2)
-    return c_p, c_null, x[:B]
+def teacher_conditions(teacher, tokens, visible, labels, masked, g):
+    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for g = 1."""
+    if g == 1:
+        return teacher.transformer(tokens, visible, labels, masked), None
+    tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
+    labels = torch.cat([labels, torch.full_like(labels, -1)])
+    return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -438,28 +432,6 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
         return teacher.eps(x, t, c_p)
     eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
     return null + g * (eps - null)
-
-
-def copy_critic(teacher, blocks):
-    """The critic: a copy of the teacher of which all is trained ("full"), or the head and the decoder's last `blocks`.
-    What is not trained stays the teacher's own tensors."""
-    if blocks == "full":
-        return copy.deepcopy(teacher).requires_grad_(True)
-    modules = [teacher.head_net] + ([*teacher.decoder_blocks[-blocks:], teacher.decoder_norm] if blocks else [])
-    trained = {id(p) for module in modules for p in module.parameters()}
-    trained |= {id(teacher.diffusion_pos_embed_learned)} if blocks else set()
-    critic = copy.deepcopy(teacher, memo={id(p): p for p in teacher.parameters() if id(p) not in trained})
-    theirs = {id(p) for p in teacher.parameters()}
-    for p in critic.parameters():
-        p.requires_grad_(id(p) not in theirs)
-    return critic
-
-
-def critic_conditions(critic, tokens, visible, labels, masked, c_p, h_p, blocks):
-    """c_phi (B, P, D): the critic's own pass, or what it makes of the teacher's."""
-    if blocks == "full":
-        return critic.transformer(tokens, visible, labels, masked)
-    return critic.tail(h_p, masked, blocks) if blocks else c_p
 
 
 def by_level(t, value, bins=10):
@@ -566,8 +538,6 @@ def check_fit(args, config, data):
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
     if args.vae and config.pixels:
         raise UserError("--vae: these pictures are trained on as pixels, no VAE has a part in it: leave it out")
-    if args.critic != "full" and not (isinstance(args.critic, int) and args.critic <= config.decoder_depth):
-        raise UserError(f"--critic {args.critic}: full, or 0 to {config.decoder_depth} of the decoder's blocks")
     mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     if args.t_init and args.t_init > T_MAX:
         raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
@@ -598,7 +568,7 @@ def main(argv=None):
     """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
     teacher, class_names = open_teacher(args)
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
     class_names = data.class_names if data else class_names
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
@@ -609,15 +579,16 @@ def main(argv=None):
     run = Run(args, device, rank, world, ["teacher", "student"], divided)
     run.start()
 
-    # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with --vae,
-    # and not judged: that is fid.py's job
+    # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
+    # --vae, and not judged: that is fid.py's job
     beside = None if data else classifier_beside(args.teacher)
     if not data and config.pixels and rank == 0:
         print(f"no data: contexts are the student's own pictures, {'judged by' if beside else 'not judged: no'} "
               f"{beside or 'classifier_0.pt lies beside the teacher'}", flush=True)
 
     def make_figures():
-        classifier = load_or_train_classifier(data, args.out, device=device) if data else load_classifier(beside, device)
+        classifier = (load_or_train_classifier(data, args.out, device=device) if data else
+                      load_classifier(beside, device))
         return lambda images, labels: judge(classifier, images, labels)
 
     watch = Watch(run, config, make_figures, judges=config.pixels and bool(data or beside),

@@ -38,10 +38,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
+from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, say, setup, train_indices)
-from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, save_checkpoint,
-                   write_json)
+from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, runs_bf16,
+                   save_checkpoint, write_json)
 from sample import check_output, check_vae, draw, draw_together, fill_in, save_grid
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
@@ -426,8 +426,8 @@ def load_classifier(path, device="cpu"):
     """The Classifier in a file. It judges without data: the file holds the data's statistics too."""
     saved = read_checkpoint(path)
     if not {"made_from", "reference"} <= set(saved):
-        raise UserError(f"{path} is no classifier's file, or one of an earlier version, which cannot judge without data: "
-                        "delete it, and it is made anew from --data")
+        raise UserError(f"{path} is no classifier's file, or one of an earlier version: delete it, and it is made anew "
+                        "from --data")
     made_from = saved["made_from"]
     net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
     net.made_from, net.accuracy = made_from, saved["accuracy"]
@@ -954,7 +954,9 @@ def checkpoint_sources(path, args, device, vae):
 
         def read(start, stop, how=how):
             if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
-                bf16_weights(model.to(device))
+                model.to(device)
+                if runs_bf16(device):
+                    bf16_weights(model)
             return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
         name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
         yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), how, read)
@@ -1198,6 +1200,7 @@ def parse():
     p.add_argument("--out", default="out/fid", help="folder of results.json")
     p.add_argument("--batch", type=int, default=64, help="images at once, a process; less if memory is short")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
     args = p.parse_args()
     check_numbers(args, one="size num ar_steps head_steps batch")
     if not args.samples + args.ckpt:
@@ -1208,7 +1211,7 @@ def parse():
     if (args.ref or args.save_stats) and "inception" not in args.judges:
         raise UserError("--ref and --save_stats are for --judges inception: name that judge")
     if bool(args.data or args.classifier) != ("classifier" in args.judges):
-        raise UserError("--judges classifier goes with --data, the set whose classes it learns, or with --classifier FILE")
+        raise UserError("--judges classifier goes with --data, the set whose classes it learns, or --classifier FILE")
     return args
 
 
@@ -1285,7 +1288,7 @@ def add_results(path, rows):
 def main():
     """Judge every row that was asked for, print the table with its conventions, add it to results.json."""
     args = parse()
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, args.dtype)
     os.makedirs(args.out, exist_ok=True)
     if rank == 0:
         add_results(Path(args.out) / "results.json", [])  # complains now, not after the work

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
+from data import (DTYPES, LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
                   run_main, setup, train_indices)
 from distill import Gradients, Run, prepare, set_lr, update_ema
 from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
@@ -58,8 +58,8 @@ def parse_args(argv=None):
     p = Parser("Post-train a one-step student with rewards.")
     flag = p.add_argument
     # files and data
-    flag("--data", default=None, help="what distill.py was run on: shapes, cifar10 or a folder; needed for the student's "
-         "place, or for classifiers that do not lie beside it")
+    flag("--data", default=None, help="what distill.py was run on: shapes, cifar10, a folder; left out, classifiers are "
+         "those that lie beside --ckpt")
     flag("--ckpt", default=None, help="the student (default out/<name of the data, or imagenet>/student.pt)")
     flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
@@ -104,6 +104,7 @@ def parse_args(argv=None):
     # system
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
     known, _ = p.parse_known_args(argv)  # a first reading: the data or the student set the defaults of the second
     where = os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
     ckpt = known.ckpt or where
@@ -478,7 +479,7 @@ def open_student(args, device):
 def main(argv=None):
     """Check everything that can be checked, open the student and the rewards, train."""
     args = parse_args(argv)
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, args.dtype)
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
