@@ -19,11 +19,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -93,24 +96,71 @@ def fixture(name):
         return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
 
 
-def run(*argv, timeout=300, **env):
-    """One of our programs as a user starts it: -> CompletedProcess with text output, in one thread."""
+class Command(multiprocessing.get_context("fork").Process):
+    """work() as a command of its own. It runs in a fork of this process: so it need not import torch again."""
+
+    def __init__(self, work, **env):
+        super().__init__(daemon=True)
+        self.work, self.env = work, {name: str(value) for name, value in env.items()}
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # its stdout and stderr
+        self.start()
+
+    def run(self):
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(self.files[fd - 1].fileno(), fd)
+            setattr(sys, name, open(fd, "w", buffering=1, closefd=False))
+        os.environ.update(self.env)
+        os.chdir(HERE)
+        usual_signals()
+        self.work()
+
+    def ended(self, timeout=300):
+        """Wait for its end: -> CompletedProcess with text output."""
+        self.join(timeout)
+        self.kill(), self.join()
+        for file in self.files:
+            file.seek(0)
+        return subprocess.CompletedProcess((), self.exitcode, *(file.read() for file in self.files))
+
+
+def script(program, *argv):
+    """What the interpreter does with one of our programs: work for a Command."""
+    def work():
+        sys.argv = [str(program), *map(str, argv)]
+        runpy.run_path(str(HERE / program), run_name="__main__")
+    return work
+
+
+def run(program, *argv):
+    """One of our programs as a user starts it: -> CompletedProcess."""
+    return Command(script(program, *argv)).ended()
+
+
+def fresh(*argv, timeout=300, **env):
+    """The same in a new interpreter, which costs seconds: for what forks share."""
     return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
-def torchrun(world, *argv, timeout=300, restarts=0, **env):
-    """The same on `world` gloo processes of this machine."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-                f"--max-restarts={restarts}")
-    return run(*launcher, *argv, timeout=timeout, **env)
+def on_ranks(world, work):
+    """work() on `world` gloo processes, told by torchrun's variables who they are: -> rank 0's stdout."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [Command(work, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(world)]
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        time.sleep(0.01)
+    results = [rank.ended(2) for rank in ranks]  # where one has failed the others wait for it
+    assert not any(result.returncode for result in results), "".join(result.stderr[-4000:] for result in results)
+    return results[0].stdout
 
 
-def ranks(world, work, *words, restarts=0):
-    """Run the function `work` of this file, called with `words` (strings), on `world` gloo processes: -> its stdout."""
-    result = torchrun(world, "test_all.py", "--rank", work.__name__, *words, restarts=restarts)
-    assert result.returncode == 0, result.stderr[-9000:]  # torchrun's own account of a failure comes last
-    return result.stdout
+def usual_signals():
+    """A program that ran in this process may have taken them over."""
+    for number in distill.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    distill.HEARD.clear()
 
 
 @contextlib.contextmanager
@@ -152,6 +202,9 @@ def tiny_config(**changes):
     return MARConfig(**{**dict(img_size=8, vae_stride=1, patch_size=2, vae_channels=3, num_classes=4, width=32, heads=2,
                                encoder_depth=2, decoder_depth=2, buffer_size=2, head_depth=1, head_width=32,
                                dropout=0.0, mask_ratio_min=0.5, t_init=625), **changes})
+
+
+TINY_SHAPES = tiny_config(img_size=16, patch_size=4, num_classes=8, mask_ratio_min=0.1)
 
 
 def tiny_mar(folder=None, stage="student", **changes):
@@ -901,8 +954,21 @@ def distill_tiny(out, *flags, world=1):
     """A whole tiny run of distill.py into the folder `out`; asserts that it ended well."""
     out.mkdir(exist_ok=True)
     (out / "classifier_0.pt").write_bytes(shapes_classifier())
-    result = torchrun(world, *TINY, "--out", out, *flags) if world > 1 else run(*TINY, "--out", out, *flags)
-    assert result.returncode == 0, result.stderr[-2000:]
+    on_ranks(world, script(*TINY, "--out", out, *flags))
+
+
+class Blind:
+    """Stands in for the judges of distill.py and rl.py, where only training is looked at."""
+    rows = {}
+    __init__ = show = lambda *_, **__: None
+    look = lambda *_, **__: {}
+
+
+def blind_distill(out, *flags, said=None):
+    """distill.py in this process, of a tiny network and without its judge; the stages' shares of TINY's flags hold."""
+    with (mock.patch.object(distill, "Watch", Blind), contextlib.redirect_stdout(said or io.StringIO()),
+          mock.patch.dict(SIZES, shapes=TINY_SHAPES)):
+        distill.main([*map(str, TINY[1:]), "--out", str(out), *map(str, flags)])
 
 
 def weights(folder, name="student.pt", key="ema"):
@@ -960,13 +1026,6 @@ def test_two_processes_train_as_one():
             assert apart(two, one) < bound, (name, key, apart(two, one))
 
 
-class Blind:
-    """Stands in for the judges of distill.py and rl.py, where only training is looked at."""
-    rows = {}
-    __init__ = show = lambda *_, **__: None
-    look = lambda *_, **__: {}
-
-
 def one_and_twenty_steps_of_everything(folder, out):
     """Teacher; student and critic; rl: one step, and 20, on as many processes as there are, into folder/out/STAGE_N.
     All start alike, at folder/teacher.pt and folder/student.pt."""
@@ -996,7 +1055,7 @@ def test_one_two_and_four_processes_train_alike():
         one_and_twenty_steps_of_everything(folder, 1)
         worst = {}
         for world in (2, 4):
-            ranks(world, one_and_twenty_steps_of_everything, folder, world)
+            on_ranks(world, lambda: one_and_twenty_steps_of_everything(folder, world))
             for stage, networks in {"teacher": ("model",), "student": ("model", "critic"), "rl": ("model",)}.items():
                 one, many = ([read_checkpoint(folder / f"{w}" / f"{stage}_{n}" / "resume.pt") for n in (1, 20)]
                              for w in (1, world))
@@ -1024,7 +1083,7 @@ def test_turns_and_parts_train_alike_on_two_processes():
     with scratch() as folder:
         tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
         turns_in_two_parts(folder, "1")
-        ranks(2, turns_in_two_parts, folder, "2")
+        on_ranks(2, lambda: turns_in_two_parts(folder, "2"))
         for key in ("model", "critic"):
             one, two = (weights(folder / world, "resume.pt", key) for world in "12")
             assert apart(two, one) < 1e-6 < apart(one, weights(folder, "teacher.pt")), (key, apart(two, one))
@@ -1050,7 +1109,7 @@ def ours_beside_ddp(size, batch, rounds, micro_steps):
     """Rank 0 prints as json: how far parameters and gradient norms are apart after 4 steps of two micro-batches, ours
     against torch's DDP, and the times of `rounds` pairs of steps, ours and DDP's in turns."""
     device, rank, world = setup("cpu")
-    config, batch, micro_steps = replace(SIZES[size], num_classes=8), int(batch), int(micro_steps)
+    config = replace(SIZES[size], num_classes=8)
     shapes = open_data("shapes", img_size=config.img_size)
     torch.manual_seed(rank)  # different weights, so that both have to start from rank 0's
     model = MAR(config)
@@ -1086,7 +1145,7 @@ def ours_beside_ddp(size, batch, rounds, micro_steps):
     said = {"parameters": apart(model.state_dict(), theirs.state_dict()),
             "norms": max(abs(a / b - 1).item() for a, b in norms), "ours": [], "ddp": [], "cpu": {"ours": 0, "ddp": 0}}
     work = data(0, micro_steps)  # one batch for all rounds: the share masked, and so the work, changes with the step
-    for i in range(int(rounds)):
+    for i in range(rounds):
         for name, step in ((("ours", our_step), ("ddp", ddp_step)), (("ddp", ddp_step), ("ours", our_step)))[i % 2]:
             torch.distributed.barrier()
             start, cpu = time.perf_counter(), time.process_time()
@@ -1101,7 +1160,8 @@ def test_gradients_are_those_of_torchs_ddp():
     """The same training by model.Gradients and by torch.nn.parallel.DistributedDataParallel, two micro-batches a step:
     parameters and norms agree to 1e-6. Speed: the median of (DDP's time / ours) over steps in turns; a figure to look
     at, for a busy machine makes it useless as a bound. DDP_ROUNDS=200 measures longer than a test's 6 rounds."""
-    said = json.loads(ranks(2, ours_beside_ddp, "cifar10_cpu", 8, os.environ.get("DDP_ROUNDS", 6), 1).splitlines()[-1])
+    rounds = int(os.environ.get("DDP_ROUNDS", 6))
+    said = json.loads(on_ranks(2, lambda: ours_beside_ddp("cifar10_cpu", 8, rounds, 1)).splitlines()[-1])
     assert said["parameters"] < 1e-6 and said["norms"] < 1e-6, said
     ratios = sorted(b / a for a, b in zip(said["ours"], said["ddp"]))
     quarter, cpu = len(ratios) // 4, said["cpu"]["ddp"] / said["cpu"]["ours"]
@@ -1233,12 +1293,6 @@ def test_a_learning_rate_that_blows_up_stops_before_the_next_log_line():
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
         refuses(run(*TINY, "--out", folder, "--teacher_lr", "1e30", "--clip", 0), "not finite at step")
         assert not (folder / "log.jsonl").exists()
-
-
-def blind_distill(out, *flags):
-    """distill.py in this process, without its judge; the stages' shares of TINY's flags are kept."""
-    with mock.patch.object(distill, "Watch", Blind), contextlib.redirect_stdout(io.StringIO()):
-        distill.main([*map(str, TINY[1:]), "--out", str(out), *map(str, flags)])
 
 
 def test_a_nan_stops_the_student_and_keeps_the_last_good_checkpoint():
@@ -1422,32 +1476,32 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
             assert apart(*(weights(run / "run", "resume.pt", key) for run in (folder, whole))) == 0, key
 
 
-def distil_with_accidents(folder):
-    """Two runs of 12 steps of stage 1, `whole` and `hurt`. In `hurt` rank 1 is killed at step 5 in its first life; in
-    its second, which torchrun starts, SIGTERM comes at step 8."""
-    life, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+def distil_with_accidents(folder, name, resume=False):
+    """A run of 12 steps of stage 1. In the run `hurt` rank 1 is killed at step 5 in its first life; in its second,
+    which torchrun starts, SIGTERM comes at step 8."""
+    life, rank, real = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ["RANK"], distill.training_batch
     accidents = {("0", 5): signal.SIGKILL, ("1", 8): signal.SIGTERM}
-    for name in ("whole", "hurt"):
-        def batch(data, model, batch, seed, step, run):
-            if name == "hurt" and rank == "1" and not resume and (life, step) in accidents:
-                os.kill(os.getpid(), accidents[life, step])
-            return distill_batch(data, model, batch, seed, step, run)
 
-        distill_batch = distill.training_batch
-        resume = ["--resume"] if life == "0" and os.path.exists(f"{folder}/{name}/resume.pt") else []
-        with mock.patch.object(distill, "Watch", Blind), mock.patch.object(distill, "training_batch", batch):
-            distill.main([*map(str, TINY[1:]), "--teacher_steps", "0", "--teacher", f"{folder}/teacher.pt", "--steps",
-                          "12", "--out", f"{folder}/{name}", "--save_every", "3", "--log_every", "1", *resume])
+    def batch(data, model, batch, seed, step, run):
+        if name == "hurt" and rank == "1" and not resume and (life, step) in accidents:
+            os.kill(os.getpid(), accidents[life, step])
+        return real(data, model, batch, seed, step, run)
+
+    with mock.patch.object(distill, "training_batch", batch):
+        blind_distill(f"{folder}/{name}", "--teacher_steps", 0, "--teacher", f"{folder}/teacher.pt", "--steps", 12,
+                      "--save_every", 3, "--log_every", 1, *["--resume"] * resume, said=sys.stdout)
 
 
 def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well():
     """Both accidents happen to one run, and it ends in the bits of the undisturbed run of two processes."""
     with scratch() as folder:
         tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        said = ranks(2, distil_with_accidents, folder, restarts=1)
-        assert "SIGTERM at step 9" in said and read_checkpoint(folder / "hurt" / "resume.pt")["step"] == 9, said
-        assert read_checkpoint(folder / "whole" / "resume.pt")["step"] == 12
-        ranks(2, distil_with_accidents, folder)
+        result = fresh("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+                       "test_all.py", "--rank", "distil_with_accidents", folder, "hurt")
+        assert result.returncode == 0, result.stderr[-9000:]  # torchrun's own account of a failure comes last
+        assert "SIGTERM at step 9" in result.stdout and read_checkpoint(folder / "hurt" / "resume.pt")["step"] == 9
+        for name, resume in (("hurt", True), ("whole", False)):
+            on_ranks(2, lambda: distil_with_accidents(folder, name, resume))
         files = [read_checkpoint(folder / run / "resume.pt") for run in ("hurt", "whole")]
         for key in ("model", "ema", "critic"):
             assert apart(*(file[key] for file in files)) == 0, key
@@ -1838,10 +1892,8 @@ def test_latent_cache_by_command():
     with scratch() as tmp:
         folder = make_folder(tmp / "bugs", size=(70, 64), each=3)
         command = ["data.py", "--data", folder, "--vae", vae_file(), "--img_size", "64", "--out", tmp / "lat",
-                   "--batch", "2",
-                   "--device", "cpu"]
-        done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command))
-        assert done.returncode == 0, done.stderr[-2000:]
+                   "--batch", "2", "--device", "cpu"]
+        on_ranks(2, script(*command))
         built = np.load(tmp / "lat/train/moments.npy")
         vae, files = data.load_vae(vae_file()), data.list_images(folder / "train")[1]
         for row, file in zip(built, files, strict=True):
@@ -2038,8 +2090,7 @@ def test_two_processes_write_the_same_npz():
     with scratch() as folder:
         tiny_mar(folder, num_classes=20)  # more than a grid shows: all of them are drawn
         common = ["sample.py", "--ckpt", folder / "student.pt", "--num", "51", "--device", "cpu"]
-        result = torchrun(2, "--", *common, "--batch", "8", "--out", folder / "two.npz")
-        assert result.returncode == 0, result.stderr[-2000:]
+        on_ranks(2, script(*common, "--batch", "8", "--out", folder / "two.npz"))
         sample_main(*common[1:], "--batch", 64, "--out", folder / "one.npz")
         one, two = np.load(folder / "one.npz"), np.load(folder / "two.npz")
         assert one["arr_0"].shape == (51, 8, 8, 3) and one["arr_0"].dtype == np.uint8 and one["arr_0"].std() > 20
@@ -2385,7 +2436,7 @@ def test_edit_takes_a_photo_upright():
 def test_compile_without_a_compiler_ends_in_one_line():
     with scratch() as folder:
         tiny_mar(folder)
-        refuses(run("sample.py", "--ckpt", folder / "student.pt", "--num", 4, "--compile", "--device", "cpu",
+        refuses(fresh("sample.py", "--ckpt", folder / "student.pt", "--num", 4, "--compile", "--device", "cpu",
                     "--out", folder / "x.npz", CXX="no such compiler", TORCHINDUCTOR_CACHE_DIR=str(folder / "cache")),
                 "No working C++ compiler", "leave --compile out")
         assert not (folder / "x.npz").exists()
@@ -2882,15 +2933,12 @@ def test_fid_judges_checkpoints_and_folders_by_the_classifier():
 
 
 def test_two_processes_judge_as_one():
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'fid.py'; import test_all, fid;"
-            "fid.load_inception = lambda path: test_all.Quick(); fid.run_main(fid.main)")
-    with scratch() as folder:
+    with scratch() as folder, mock.patch.object(fid, "load_inception", lambda path: Quick()):
         np.savez(folder / "a.npz", arr_0=pictures(201))  # no equal shares
-        (folder / "go.py").write_text(code)
         for world in (1, 2):
-            flags = ("--save_stats", folder / f"{world}.npz", "--out", folder)
-            result = torchrun(world, folder / "go.py", HERE, folder / "a.npz", *flags)
-            assert result.returncode == 0, result.stderr[-800:]
+            argv = ["fid.py", f"{folder}/a.npz", "--save_stats", f"{folder}/{world}.npz", "--out", str(folder)]
+            with mock.patch.object(sys, "argv", argv):
+                on_ranks(world, lambda: run_main(fid.main))
         one, two = (np.load(folder / f"{world}.npz") for world in (1, 2))
         close(two["mu"], one["mu"], 1e-6), close(two["sigma"], one["sigma"], 1e-6)
         rows = json.loads((folder / "results.json").read_text())["rows"]
@@ -3240,8 +3288,7 @@ def test_rl_two_processes_make_the_update_of_one():
         write_student(folder)
         run_rl(folder, "--out", str(folder / "one"), "--steps", "2")
         run_rl(folder, "--out", str(folder / "parts"), "--steps", "2", "--accumulate", "2")
-        result = torchrun(2, HERE / "rl.py", *rl_flags(folder, "--out", str(folder / "two"), "--steps", "2"))
-        assert result.returncode == 0, result.stderr[-2000:]
+        on_ranks(2, script("rl.py", *rl_flags(folder, "--out", str(folder / "two"), "--steps", "2")))
         one = read_checkpoint(folder / "one" / "resume.pt")
         for other in ("parts", "two"):
             file = read_checkpoint(folder / other / "resume.pt")
@@ -3540,7 +3587,7 @@ def on_fake_gpu(work):
         if built.returncode:  # these interfaces are PyTorch's own affair, and this is its 2.13
             raise Skip(f"this PyTorch ({torch.__version__}) has other interfaces: {built.stderr[:200]}")
         for _ in range(2):  # fake tensors now and then crash the interpreter (PyTorch 2.13): that is no verdict
-            result = run("test_all.py", "--rank", work.__name__, timeout=900, LD_PRELOAD=str(folder / "gpu.so"))
+            result = fresh("test_all.py", "--rank", work.__name__, timeout=900, LD_PRELOAD=str(folder / "gpu.so"))
             if result.returncode != -signal.SIGSEGV:
                 break
     assert result.returncode == 0, result.stderr[-3000:]
@@ -3751,7 +3798,7 @@ def measure_on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
             for flags in ([], ["--compile"], ["--recompute"], ["--compile", "--recompute"]):
                 argv = ["--data", latents, "--teacher", teacher, "--batch", images, "--steps", updates, "--log_every",
                         updates // 3, "--save_every", 10 * updates, "--device", device, *flags, "--out", folder / "out"]
-                result = run("distill.py", *argv, timeout=3000)
+                result = fresh("distill.py", *argv, timeout=3000)
                 assert result.returncode == 0, result.stderr[-2000:]
                 last = json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])  # warm, and all compiled
                 print(f"{size}, {images} images an update{''.join(f', {flag}' for flag in flags)}: "
@@ -3761,7 +3808,7 @@ def measure_on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
         for flags in ([], ["--compile"], ["--graph"], ["--compile", "--graph"]) if device == "cuda" else ([],):
             # a teacher's whole chain at K = 64 would be a graph of half a million kernels
             steps = ["--ar_steps", 64, "--head_steps", 4] if "--graph" in flags else ["--ar_steps", 4, 64]
-            result = run("sample.py", "--bench", "--size", size, *steps, *flags, "--device", device,
+            result = fresh("sample.py", "--bench", "--size", size, *steps, *flags, "--device", device,
                          "--batch", 4 * images, timeout=3000)
             print(result.stdout if result.returncode == 0 else f"{flags}: {result.stderr[-2000:]}", flush=True)
 
@@ -3793,7 +3840,7 @@ distill.save_checkpoint, before = lambda *_: None, peak()
 distill.main({argv!r})
 print('GiB', peak() - before)
 """
-            result = run("-c", script, timeout=3000)
+            result = fresh("-c", script, timeout=3000)
             assert result.returncode == 0, result.stderr[-2000:]
             figures.append(f"{' '.join(flags)}: {float(result.stdout.split()[-1]):.2f} GiB")
             shutil.rmtree(folder / "out")
@@ -3828,7 +3875,7 @@ else:
     rl.backward_chain(model, x, torch.ones_like(x) / x.numel(), labels, keys, {K})
 print('MiB', 1024 * peak(), 1024 * (peak() - before))
 """
-            result = run("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", timeout=3000)
+            result = fresh("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", timeout=3000)
             assert result.returncode == 0, result.stderr[-2000:]
             whole, more = map(float, result.stdout.split()[-2:])
             figures.append(f"K {K} {kind}: {whole:.0f} MiB ({more:.0f} above weights and gradients)")
@@ -4002,20 +4049,17 @@ def measure_judges():
 
 
 def main():
-    if sys.argv[1:2] == ["--rank"]:  # one of the processes that `ranks` started
+    if sys.argv[1:2] == ["--rank"]:  # a process that a test started
         torch.set_num_threads(1)
         return globals()[sys.argv[2]](*sys.argv[3:])
     words, passed, failed, skipped = sys.argv[1:], 0, 0, 0
     torch.set_num_threads(1)  # sums in one order, and two threads on a busy machine wait for each other
-    usual_handlers = {number: signal.getsignal(number) for number in distill.SIGNALS}
     for name, test in list(globals().items()):
         named = any(word in name for word in words)
         if not (name.startswith("test_") and (named or not words) or name.startswith("measure_") and named):
             continue
         start, said = time.time(), io.StringIO()
-        for number, usual in usual_handlers.items():  # a program that ran in this process may have taken them over
-            signal.signal(number, usual)
-        distill.HEARD.clear()
+        usual_signals()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # shown if the test fails
                 figures = test()
