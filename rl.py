@@ -58,8 +58,8 @@ def parse_args(argv=None):
     p = Parser("Post-train a one-step student with rewards.")
     flag = p.add_argument
     # files and data
-    flag("--data", default=None, help="what distill.py was run on: shapes, cifar10, a folder; left out, classifiers are "
-         "those that lie beside --ckpt")
+    flag("--data", default=None, help="what distill.py was run on: shapes, cifar10, a folder; left out, the "
+         "classifiers are those beside --ckpt")
     flag("--ckpt", default=None, help="the student (default out/<name of the data, or imagenet>/student.pt)")
     flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
