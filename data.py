@@ -869,7 +869,7 @@ OWNED = {}  # {folder: its lock, open}
 
 def own(folder, rank=0):
     """Make `folder`, and make it this command's own until the command ends, however that may be; rank 0 does so for all
-    ranks. UserError where another has it."""
+    ranks. UserError where another has it. What was half-written when a process was killed goes."""
     os.makedirs(folder, exist_ok=True)
     if rank > 0 or os.path.abspath(folder) in OWNED:
         return
@@ -886,6 +886,8 @@ def own(folder, rank=0):
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     OWNED[os.path.abspath(folder)] = lock
+    for left in Path(folder).glob("*.*.*.writing"):  # model.replacing's names
+        left.unlink(missing_ok=True)
 
 
 def setup(device="auto"):

@@ -738,7 +738,8 @@ def read_checkpoint(path):
 def replacing(path, mode="w"):
     """A file to write whose contents get the name `path` when the block ends well: at any moment there is the old file
     or the new one, whole. A full disk becomes one line, not a traceback."""
-    temporary = f"{path}.writing{os.environ.get('RANK', '')}"  # ranks may finish one thing in the same moment
+    # two programs, or ranks, may finish one thing in the same moment; on two nodes they may have one process number
+    temporary = f"{path}.{os.getpid()}.{os.environ.get('RANK', '')}.writing"
     try:
         with open(temporary, mode) as f:
             yield f

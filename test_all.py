@@ -1228,6 +1228,30 @@ def test_sigterm_writes_a_checkpoint_and_ends_well():
         assert apart(weights(folder, "resume.pt", "model"), weights(folder / "whole", "resume.pt", "model")) == 0
 
 
+def test_a_second_signal_ends_at_once():
+    """torchrun passes on what the terminal has sent already: within a second it is the same signal."""
+    code = "import distill, time; distill.listen(); print('on', flush=True); time.sleep(99)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"on\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.6)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)  # 1.2 s after the first, if 0.6 s after the last
+    assert process.wait(20) == -signal.SIGINT
+
+
+def test_a_reader_that_leaves_is_no_success():
+    """`| head -1`: what was to be done was not done."""
+    code = "import data; data.run_main(lambda: [print(i, file=data.sys.{}, flush=True) for i in range(10**6)])"
+    for stream, errors in (("stdout", None), ("stderr", subprocess.STDOUT)):
+        process = subprocess.Popen([sys.executable, "-c", code.format(stream)], cwd=HERE, stdout=subprocess.PIPE,
+                                   stderr=errors)
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.wait(60) == 141, (stream, process.returncode)
+
+
 def test_a_learning_rate_that_blows_up_stops_before_the_next_log_line():
     with scratch() as folder:
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
@@ -1267,7 +1291,7 @@ def test_what_a_kill_inside_a_write_leaves_is_no_obstacle():
 
     def killed_at_step_4(file, path):
         if file["step"] == 4 and path.endswith("resume.pt"):
-            Path(f"{path}.writing").write_bytes(Path(path).read_bytes()[:99999])
+            Path(f"{path}.99..writing").write_bytes(Path(path).read_bytes()[:99999])
             raise Killed
         real(file, path)
 
@@ -1279,9 +1303,10 @@ def test_what_a_kill_inside_a_write_leaves_is_no_obstacle():
                 raise AssertionError("went on")
             except Killed:
                 assert read_checkpoint(folder / "killed" / "resume.pt")["step"] == 3
-        (folder / "killed" / "config.json.writing").write_text('{"data": ')
+        (folder / "killed" / "config.json.99..writing").write_text('{"data": ')
         with open(folder / "killed" / "log.jsonl", "a") as f:
             f.write('{"stage": "teacher", "st')
+        data.OWNED.clear()  # a dead process owns nothing
         blind_distill(folder / "killed", "--resume")
         for key in ("model", "ema", "critic"):
             assert apart(*(weights(folder / run, "resume.pt", key) for run in ("killed", "whole"))) == 0, key
@@ -1318,7 +1343,7 @@ def kill_at_random_moments(folder, program, kills):
     def writing(out, since):
         """Whether a checkpoint is being written; what an earlier life left does not count."""
         with contextlib.suppress(FileNotFoundError):
-            return os.stat(f"{out}/resume.pt.writing").st_mtime_ns > since
+            return any(file.stat().st_mtime_ns > since for file in Path(out).glob("resume.pt.*.writing"))
 
     def live(out, kill):
         """One life: -> 0, or -9 for killed, and whether it was killed while a checkpoint was being written."""
@@ -2338,7 +2363,15 @@ def test_export_is_the_public_layout():
 def test_weights_and_heads_are_said_on_the_command_line():
     need_shared()
     public = ["--ckpt", FIXTURES / "mar_tiny.pth"]
-    read = lambda *argv: sample.open_network(sample_args(*argv))[1]
+    def read(*argv):
+        args = sample_args(*argv)
+        return sample.open_network(args.ckpt, args.heads, args.raw)[1]
+
+    def judged(*argv):
+        with mock.patch.object(sys, "argv", ["fid.py", *map(str, argv)]):
+            args = fid.parse()
+        return [*fid.checkpoint_sources(args.ckpt[0], args, "cpu", vae="one")][0]
+
     raw, ema = read(*public, "--heads", 4, "--raw"), read(*public, "--heads", 4)
     close(ema.z_proj.weight, raw.z_proj.weight / 2, 1e-6)  # the fixture's EMA is half of its model
     assert raw.config.heads == 4
@@ -2347,6 +2380,9 @@ def test_weights_and_heads_are_said_on_the_command_line():
     with scratch() as folder:
         tiny_mar(folder)
         refused(lambda: read("--ckpt", folder / "student.pt", "--heads", 4), "--heads")
+    assert judged(*public, "--heads", 4).made_by["heads"] == 4  # fid.py has the same flags, and keeps them with a row
+    assert "heads 4, raw True" in judged(*public, "--heads", 4, "--raw").name
+    refused(lambda: judged(*public), "heads")
 
 
 def test_a_word_that_means_two_classes_is_refused():
@@ -2836,6 +2872,22 @@ def test_results_are_added_to():
             refused(lambda: judged("a.npz"), "no table of results")
 
 
+def test_calls_that_end_together_lose_no_row_of_results():
+    with scratch() as folder:
+        children = []
+        for child in range(4):
+            children.append(os.fork())
+            if children[-1] == 0:
+                with contextlib.suppress(BaseException):
+                    for i in range(10):
+                        fid.add_results(folder / "results.json", [{"name": f"{child} {i}"}])
+                os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        rows = json.loads((folder / "results.json").read_text())["rows"]
+        assert {row["name"] for row in rows} == {f"{child} {i}" for child in range(4) for i in range(10)}
+
+
 def test_a_folder_has_one_owner():
     with scratch() as folder:
         code = "import sys, time, data; data.own(sys.argv[1]); print('mine', flush=True); time.sleep(99)"
@@ -2846,7 +2898,9 @@ def test_a_folder_has_one_owner():
             data.own(folder, rank=1)  # of one run rank 0 owns for all
         finally:
             other.kill(), other.wait()
+        (folder / "x.pt.99..writing").touch(), (folder / "my.writing").touch()
         data.own(folder), data.own(folder)  # a dead process owns nothing; what is mine is mine
+        assert sorted(os.listdir(folder)) == [".lock", "my.writing"]
 
 
 def test_a_judge_that_says_nan_is_not_believed():
@@ -2906,7 +2960,8 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                              "minus": {"arr_0": good, "labels": np.full(20, -1)},
                              "marked": {"arr_0": good, "labels": np.zeros(20, np.int64)},
                              "keys": {"mean": np.zeros(2048)},
-                             "width": {"mu": np.zeros(64), "sigma": np.eye(64)}}.items():
+                             "width": {"mu": np.zeros(64), "sigma": np.eye(64)},
+                             "nan": {"mu": np.zeros(2048), "sigma": np.eye(2048) * np.nan}}.items():
             np.savez(f"{name}.npz", **arrays)
         Path("text.npz").write_text("no zip"), Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:3000])
         np.savez_compressed("packed.npz", arr_0=good)
@@ -2931,6 +2986,9 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                             ("cut",): ["b.png", "broken"], ("sizes",): ["20 x 16"],
                             ("good.npz", "--ref", "keys.npz"): ["mean", "mu (2048,)"],
                             ("good.npz", "--ref", "width.npz"): ["(64,)", "2048"],
+                            ("good.npz", "--ref", "nan.npz"): ["nan.npz", "NaN"],
+                            ("good.npz", "--ref", "one.npz"): ["one.npz: 1 image"],
+                            ("good.npz", "--heads", "2"): ["--heads", "--ckpt"],
                             ("good.npz", "--judges", "clip"): ["no labels"], (): ["nothing to judge"],
                             ("minus.npz", "--judges", "clip"): ["no labels"],
                             ("marked.npz", "good.npz", "--judges", "clip", "--class_names", "names.json"):
@@ -3425,9 +3483,10 @@ def test_rl_sigterm_saves_and_ends():
     nothing to save, and none is promised."""
     with scratch() as folder:
         write_student(folder)
-        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
             flags = ("--save_every", "4", "--out", folder / str(code))
-            assert signalled_at(rl, "update_ema", 1, lambda: run_rl(folder, *flags), number) == code
+            with mock.patch.object(os, "dup2"):  # the terminal is gone, says SIGHUP; ours is not
+                assert signalled_at(rl, "update_ema", 1, lambda: run_rl(folder, *flags), number) == code
             assert read_checkpoint(folder / str(code) / "resume.pt")["step"] == 1
             run_rl(folder, *flags, "--resume")
             assert read_checkpoint(folder / str(code) / "resume.pt")["step"] == 4
