@@ -957,7 +957,12 @@ def take_moments(args, advice):
         raise UserError(f"--data {args.data} holds latents: no --vae, no --img_size")
     setup("cpu")
     pictures = list_images(args.data, {".npz"})
-    side = read_moments(pictures[1][0]).shape[-1]
+    for file in pictures[1]:
+        with contextlib.suppress(UserError):  # the first that is whole says the size
+            side = read_moments(file).shape[-1]
+            break
+    else:
+        raise UserError(f"{args.data}: none of its .npz files holds moments and moments_flip of an image")
     build_cache(args, {"img_size": 16 * side}, args.data, pictures, lambda file: read_moments(file, side),
                 lambda moments: moments, advice)
 

@@ -58,7 +58,7 @@ def as_features(x):
     """(N, F) tensor or array -> float tensor on the CPU; UserError where it is not finite."""
     x = torch.as_tensor(x).detach().cpu()
     if not x.isfinite().all():
-        raise UserError("the features hold NaN or infinity: look at the images they were made from")
+        raise UserError("features or logits hold NaN or infinity: look at the images, and the judge's weights")
     return x
 
 
@@ -365,6 +365,8 @@ def train_classifier(data, seed, device, batch=128):
     Its `.reference` is (mu, sigma) of its features of 10,000 training images: what `judge` compares with.
     """
     indices = np.arange(len(data))
+    if len(data) < 2:
+        raise UserError(f"{data.name}: one picture is no data set: what is learnt from it cannot be tried on another")
     if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in SPLITS["test"]):
         test = open_data(data.name, "test", data.img_size, pixels=data.pixels)
         if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
@@ -435,9 +437,10 @@ def read_in_parts(data, indices):
 
 @torch.no_grad()
 def classify(classifier, batches):
-    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU."""
+    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU. None is NaN, which
+    would pass for class 0."""
     features, logits = zip(*map(classifier, batches))
-    return torch.cat(features).cpu(), torch.cat(logits).cpu()
+    return as_features(torch.cat(features)), as_features(torch.cat(logits))
 
 
 def feature_statistics(classifier, data, n=10000):
@@ -1269,7 +1272,7 @@ def add_results(path, rows):
         with contextlib.suppress(OSError):  # some network disks have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)  # a call that ends in the same moment waits, and loses no row
         try:
-            found = json.loads(path.read_text())["rows"] if path.exists() else []
+            found = [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is no table of results: move it away, or choose another --out") from None
         if rows:

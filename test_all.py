@@ -772,8 +772,12 @@ def test_checkpoints_are_read_as_people_keep_them():
         close(load_mar(folder / "mar.safetensors", heads=4).mask_token, model.mask_token, 0.0)
         close(load_mar(folder / "model_ema", ema=False, heads=4).mask_token, model.mask_token + 1, 0.0)
         refused(lambda: load_mar(folder / "bare"), "width 48", "--heads N")
-        torch.save({"model": {**state, "diffloss.net.cond_embed.bias": torch.zeros(9)}}, folder / "shape")
-        refused(lambda: load_mar(folder / "shape", heads=4), "diffloss.net.cond_embed.bias is (9,)")
+        for value, word in ((torch.zeros(9), "is (9,)"), (torch.ones(48).char(), "torch.int8"), ("x", "missing")):
+            torch.save({"model": {**state, "diffloss.net.cond_embed.bias": value}}, folder / "shape")
+            refused(lambda: load_mar(folder / "shape", heads=4), "diffloss.net.cond_embed.bias", word)
+        for channels in ("16", 17):
+            torch.save({"model": state, "args": {"vae_embed_dim": channels}}, folder / "args")
+            refused(lambda: load_mar(folder / "args", heads=4), "tokens of 16 numbers", repr(channels))
         for culprit in (Path("x"), np.float64(1.5)):
             torch.save({"model": state, "args": argparse.Namespace(x=culprit)}, folder / "culprit")
             error = refused(lambda: load_mar(folder / "culprit"), "it holds an object of", type(culprit).__module__[:5])
@@ -1938,12 +1942,15 @@ def test_the_latents_of_mars_main_cache_become_a_cache():
                 want.append(pair.astype(np.float16))
         refused(lambda: data.open_data(tmp / "npz"), f"python data.py --data {tmp / 'npz'}")
         (tmp / "npz/n01440764/cut.npz").write_bytes(b"PK")
+        shutil.copytree(tmp / "npz/n01440764", tmp / "bad/n01440764", ignore=lambda *_: ["0.JPEG.npz", "1.JPEG.npz"])
+        refused(lambda: data.main(["--data", str(tmp / "bad")]), "none of its .npz")
         command = ["--data", str(tmp / "npz"), "--out", str(tmp / "lat"), "--device", "cpu"]
         refused(lambda: data.main(command), "cut.npz", "--skip_broken")
         np.savez(tmp / "npz/n01440764/cut.npz", moments=pair[0] * np.nan, moments_flip=pair[1])
         refused(lambda: data.main(command), "cut.npz", "finite")
         np.savez(tmp / "npz/n01440764/cut.npz", moments=np.zeros((32, 8, 8)), moments_flip=np.zeros((32, 8, 8)))
         refused(lambda: data.main(command), "cut.npz", "(2, 32, 8, 8)")
+        (tmp / "npz/n01440764/0.cut.npz").write_bytes(b"PK")  # the very first
         data.main([*command, "--skip_broken"])
         latents = data.open_data(tmp / "lat")
         assert (latents.img_size, latents.pixels, latents.labels.tolist()) == (64, False, [0, 0, 1, 1])
@@ -2380,6 +2387,7 @@ def test_weights_and_heads_are_said_on_the_command_line():
     with scratch() as folder:
         tiny_mar(folder)
         refused(lambda: read("--ckpt", folder / "student.pt", "--heads", 4), "--heads")
+        refused(lambda: read("--ckpt", folder / "student.pt", "--raw"), "student.pt", "resume.pt", "--raw")
     assert judged(*public, "--heads", 4).made_by["heads"] == 4  # fid.py has the same flags, and keeps them with a row
     assert "heads 4, raw True" in judged(*public, "--heads", 4, "--raw").name
     refused(lambda: judged(*public), "heads")
@@ -2767,9 +2775,13 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from()
     x = (images[:2].float() / 255).requires_grad_()
     net(x)[1].sum().backward()
     assert x.grad.abs().sum() > 0
+    net.last.bias.data[0] = math.nan  # which argmax takes for the largest
+    refused(lambda: fid.classify(net, [images]), "NaN")
     with scratch() as folder:
         save_checkpoint({"made_from": {"data": "cifar10"}, "model": {}, "accuracy": 0.5}, folder / "classifier_0.pt")
         refused(lambda: fid.load_or_train_classifier(data, folder), "classifier_0.pt", "cifar10", "delete")
+        one = open_data(make_folder(folder / "one", classes=("ant",), each=1))
+        refused(lambda: fid.train_classifier(one, 0, "cpu"), "one picture")
 
 
 def test_classifier_keeps_the_statistics_of_its_data():
@@ -2868,8 +2880,9 @@ def test_results_are_added_to():
             assert rows[3]["made_by"] == {"ar_steps": 2, "head_steps": 3, "guidance": 2.0, "temperature": 1.0,
                                           "seed": 5, "guidance_schedule": "constant", "orders": "random"}
             assert any("10 splits" in line for line in rows[3]["conventions"])
-            Path("out/fid/results.json").write_text("[]")
-            refused(lambda: judged("a.npz"), "no table of results")
+            for text in ("[]", '{"rows": {"a": 1}}'):
+                Path("out/fid/results.json").write_text(text)
+                refused(lambda: judged("a.npz"), "no table of results")
 
 
 def test_calls_that_end_together_lose_no_row_of_results():
