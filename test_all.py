@@ -1256,6 +1256,20 @@ def test_a_reader_that_leaves_is_no_success():
         assert process.wait(60) == 141, (stream, process.returncode)
 
 
+def test_commands_start_without_docstrings_and_ranks_and_refuse_an_old_pillow():
+    for program in ("sample.py", "fid.py", "data.py"):
+        done = run(program, "--help", PYTHONOPTIMIZE="2")
+        assert done.returncode == 0, done.stderr
+    with mock.patch.dict(os.environ, RANK="", WORLD_SIZE=""):
+        assert data.rank_and_world() == (0, 1)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), mock.patch.object(data.PIL, "__version__", "9.5.0"):
+        try:
+            run_main(lambda: None)
+        except SystemExit as end:
+            assert end.code == 2 and "Pillow 10.1" in said.getvalue() and said.getvalue().count("\n") == 1
+
+
 def test_a_learning_rate_that_blows_up_stops_before_the_next_log_line():
     with scratch() as folder:
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
