@@ -870,7 +870,7 @@ OWNED = {}  # {folder: its lock, open}
 
 def own(folder, rank=0):
     """Make `folder`, and make it this command's own until the command ends, however that may be; rank 0 does so for all
-    ranks. UserError where another has it."""
+    ranks. UserError where another has it. What was half-written when a process was killed goes."""
     os.makedirs(folder, exist_ok=True)
     if rank > 0 or os.path.abspath(folder) in OWNED:
         return
@@ -887,6 +887,8 @@ def own(folder, rank=0):
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     OWNED[os.path.abspath(folder)] = lock
+    for left in Path(folder).glob("*.*.*.writing"):  # model.replacing's names
+        left.unlink(missing_ok=True)
 
 
 DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
@@ -963,7 +965,12 @@ def take_moments(args, advice):
         raise UserError(f"--data {args.data} holds latents: no --vae, no --img_size")
     setup("cpu")
     pictures = list_images(args.data, {".npz"})
-    side = read_moments(pictures[1][0]).shape[-1]
+    for file in pictures[1]:
+        with contextlib.suppress(UserError):  # the first that is whole says the size
+            side = read_moments(file).shape[-1]
+            break
+    else:
+        raise UserError(f"{args.data}: none of its .npz files holds moments and moments_flip of an image")
     build_cache(args, {"img_size": 16 * side}, args.data, pictures, lambda file: read_moments(file, side),
                 lambda moments: moments, advice)
 
