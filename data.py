@@ -920,7 +920,10 @@ def setup(device="auto", dtype="auto"):
     else:
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
     if world > 1 and not dist.is_initialized():
-        store = next(rendezvous("env://"))[0]
+        try:
+            store = next(rendezvous("env://"))[0]
+        except ValueError:  # not torchrun's doing
+            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start with torchrun, or unset it") from None
         # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
         # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
