@@ -929,10 +929,7 @@ def checkpoint_sources(path, args, device, vae):
     for K, g in itertools.product(args.ar_steps, [None] if student else args.guidance):
         given = {"ckpt": path, "bench": False, "ar_steps": K and [K], "guidance": g}
         flags = argparse.Namespace(**{**vars(args), **given, "head_steps": None if student else args.head_steps})
-        fill_in(flags, file, model.config)
-        how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
-               "guidance_schedule": flags.guidance_schedule, "temperature": args.temperature, "orders": args.order,
-               "seed": args.seed}
+        how = {**fill_in(flags, file, model.config), "seed": args.seed}
 
         def read(start, stop, how=how):
             if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
