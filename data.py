@@ -639,25 +639,21 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv_in, self.down = nn.Conv2d(3, CHANNELS[0], 3, padding=1), nn.ModuleList()
-        for level, (c, width) in enumerate(zip((CHANNELS[0], *CHANNELS), CHANNELS)):
-            last = level == len(CHANNELS) - 1
-            stage = nn.ModuleDict({"block": nn.ModuleList([ResnetBlock(c, width), ResnetBlock(width, width)]),
-                                   "attn": nn.ModuleList([SelfAttention(width) for _ in range(2 * last)])})
-            if not last:
-                stage["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
-            self.down.append(stage)
-        self.mid, self.norm_out, self.conv_out = middle(width), norm(width), nn.Conv2d(width, 32, 3, padding=1)
+        first, last = CHANNELS[0], CHANNELS[-1]
+        blocks = lambda c, width: nn.Sequential(ResnetBlock(c, width), ResnetBlock(width, width))
+        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
+        self.down = nn.ModuleList(nn.ModuleDict({"block": blocks(*pair)}) for pair in zip((first, *CHANNELS), CHANNELS))
+        for level, c in zip(self.down[:-1], CHANNELS):
+            level["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)})
+        self.down[-1]["attn"] = nn.ModuleList([SelfAttention(last), SelfAttention(last)])
+        self.mid, self.norm_out, self.conv_out = middle(last), norm(last), nn.Conv2d(last, 32, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)  # (B, 128, H, W)
-        for stage in self.down:
-            for i, block in enumerate(stage["block"]):
-                h = block(h)
-                if len(stage["attn"]):
-                    h = stage["attn"][i](h)
-            if "downsample" in stage:
-                h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # half; padded right and below
+        for level in self.down[:-1]:
+            h = level["downsample"]["conv"](F.pad(level["block"](h), (0, 1, 0, 1)))  # half; padded right and below
+        for block, attention in zip(self.down[-1]["block"], self.down[-1]["attn"]):
+            h = attention(block(h))
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # (B, 32, H/16, W/16)
 
 
@@ -666,23 +662,20 @@ class Decoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        c = CHANNELS[-1]
-        self.conv_in, self.mid, self.up = nn.Conv2d(16, c, 3, padding=1), middle(c), nn.ModuleList()
-        for level, (width, above) in enumerate(zip(CHANNELS, (*CHANNELS[1:], c))):
-            blocks = [ResnetBlock(above, width), ResnetBlock(width, width), ResnetBlock(width, width)]
-            stage = nn.ModuleDict({"block": nn.Sequential(*blocks)})
-            if level:
-                stage["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-            self.up.append(stage)
-        self.norm_out, self.conv_out = norm(CHANNELS[0]), nn.Conv2d(CHANNELS[0], 3, 3, padding=1)
+        first, last = CHANNELS[0], CHANNELS[-1]
+        blocks = lambda c, width: nn.Sequential(ResnetBlock(c, width), *(ResnetBlock(width, width) for _ in range(2)))
+        self.conv_in, self.mid = nn.Conv2d(16, last, 3, padding=1), middle(last)
+        widths = zip((*CHANNELS[1:], last), CHANNELS)  # from that of the level below to its own
+        self.up = nn.ModuleList(nn.ModuleDict({"block": blocks(*pair)}) for pair in widths)
+        for level, c in zip(self.up[1:], CHANNELS[1:]):
+            level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
+        self.norm_out, self.conv_out = norm(first), nn.Conv2d(first, 3, 3, padding=1)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))  # (B, 512, h, w)
-        for stage in reversed(self.up):  # the public list begins with the full size
-            h = stage["block"](h)
-            if "upsample" in stage:
-                h = stage["upsample"]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, 16h, 16w)
+        for level in reversed(self.up[1:]):  # the public list begins with the full size
+            h = level["upsample"]["conv"](F.interpolate(level["block"](h), scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(self.up[0]["block"](h))))  # (B, 3, 16h, 16w)
 
 
 class KLVAE(nn.Module):

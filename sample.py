@@ -53,9 +53,9 @@ def to_uint8(x):
 
 
 def decode(model, latents, vae=None, chunk=16):
-    """What `generate` returns (B, c, h, w) -> uint8 (B, 3, H, W), and (B,) bool: which are finite. On the same device.
+    """What `generate` returns (B, c, h, w) -> uint8 (B, 3, H, W), on the same device. UserError if one is not finite: a
+    NaN becomes a black pixel, and nobody could tell it from a real one later.
 
-    A NaN becomes a black pixel, and nobody could tell it from a real one later: hence the second tensor.
     chunk: pictures decoded at once; one of 256 px fills hundreds of MB inside the VAE, far more than in the MAR.
     """
     pictures, finite = [], []
@@ -63,11 +63,12 @@ def decode(model, latents, vae=None, chunk=16):
         x = part if model.config.pixels else vae.decode(part / LATENT_SCALE)  # (chunk, 3, H, W)
         pictures.append(to_uint8(x))
         finite.append(x.isfinite().flatten(1).all(1))
-    return torch.cat(pictures), torch.cat(finite)
+    check_finite(model, torch.cat(finite))
+    return torch.cat(pictures)
 
 
 def check_finite(model, finite):
-    """Stop where pictures are NaN or infinite. Costs a wait for the device, which handing over the bytes costs too."""
+    """Stop where one of `finite` (B,) is false. Costs a wait for the device, which handing over the bytes costs too."""
     broken = len(finite) - int(finite.sum())
     if broken:
         raise UserError(f"{getattr(model, 'source', 'this network')}: {broken} of {len(finite)} pictures hold numbers "
@@ -99,8 +100,7 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, generate=None, stop
     labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
     pictures = []
     for part in labels.split(batch):
-        drawn, finite = decode(model, generate(part, seeds=image_seeds(seed, start, len(part))), vae)
-        check_finite(model, finite)
+        drawn = decode(model, generate(part, seeds=image_seeds(seed, start, len(part))), vae)
         pictures.append(drawn.cpu())  # bytes leave the device: a quarter of the floats
         start += len(part)
         if stop is not None and stop():
@@ -190,9 +190,7 @@ def unmasking(model, labels, seed=0, vae=None, **generate_kwargs):
         known = known.scatter(1, predict, True)
         # the decoder is given zeros for unknown latents, their mean; known cells near them change colour a little
         # until their neighbours are there: that is the decoder, not the model changing its mind
-        pictures, finite = decode(model, model.unpatchify(tokens), vae)
-        check_finite(model, finite)
-        yield torch.where(in_pixels(c, known), pictures, 128).cpu()
+        yield torch.where(in_pixels(c, known), decode(model, model.unpatchify(tokens), vae), 128).cpu()
 
 
 def save_gif(model, classes, titles, per_class, path, seed, vae, **how):
