@@ -28,7 +28,9 @@ import sys
 import tarfile
 import urllib.request
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -352,11 +354,11 @@ def prepare_cache(out, settings, keys):
         write_json(out / "cache.json", settings)
 
 
-def build_cache(args, settings, folder, pictures, read, encode, advice):
+def build_cache(args, settings, folder, pictures, read, encode):
     """Read what the cache of a folder lacks; every rank its share. What a stopped run did is kept.
 
     args: data, split, out, batch, skip_broken. pictures: of list_images. read: file -> array. encode: (n, ...) of those
-    -> float16 (n, 2, 32, h, w). advice: the command that skips broken pictures.
+    -> float16 (n, 2, 32, h, w).
     """
     out = Path(args.out or default_cache(args.data, settings["img_size"])) / args.split
     rank, world = rank_and_world()
@@ -377,10 +379,10 @@ def build_cache(args, settings, folder, pictures, read, encode, advice):
             return read(files[lacking[i]])
         except UserError as error:
             if not args.skip_broken:
-                raise UserError(f"{error}; {advice} leaves it out") from None
+                raise UserError(f"{error}; {command(*sys.argv[1:], '--skip_broken')} leaves it out") from None
             tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or not len(mine), unit="img") as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or not len(mine) or None, unit="img") as bar:
         for start in range(0, len(mine), args.batch):
             some = mine[start:start + args.batch]
             arrays = list(pool.map(read_one, some))
@@ -438,25 +440,25 @@ def open_latents(name, split, img_size):
 # Data sets and their batches
 
 
+@dataclass
 class Data:
-    """One split of one data set. Indices run from 0 to len - 1.
+    """One split of one data set. Indices run from 0 to len - 1."""
+    name: str
+    split: str
+    class_names: list
+    img_size: int  # px
+    labels: np.ndarray  # int64 (N,)
+    read: Callable  # of pixels: indices -> uint8 (B, 3, H, W); of latents: indices, flips -> moments (B, 32, h, w)
+    pixels: bool = True
 
-    name, split, class_names (list of str), num_classes, img_size (px), labels (int64 (N,)), pixels (bool; else
-    latents), latent_channels (3 for pixels). read(indices) -> uint8 (B, 3, H, W), read(indices, flips) -> moments.
-    """
-
-    def __init__(self, name, split, class_names, img_size, labels, read, pixels=True):
-        self.name, self.split, self.class_names, self.num_classes = name, split, class_names, len(class_names)
-        self.img_size, self.labels, self.read, self.pixels = img_size, labels, read, pixels
-        self.latent_channels = 3 if pixels else 16
+    num_classes = property(lambda self: len(self.class_names))
+    latent_channels = property(lambda self: 3 if self.pixels else 16)
 
     def __len__(self):
         return len(self.labels)
 
     def images(self, indices):
-        """uint8 (B, 3, H, W), as stored: never flipped."""
-        if not self.pixels:
-            raise UserError(f"{self.name}: this data holds latents, not images")
+        """uint8 (B, 3, H, W), as stored: never flipped. Of data of pixels."""
         return self.read(np.asarray(indices))
 
     def batch(self, indices, flip, generator=None):
@@ -512,7 +514,7 @@ def open_images(name, split, img_size):
             images[i] = read_image(file, img_size)
 
     with (ThreadPoolExecutor() as pool,  # Pillow lets go of Python's lock
-          tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0) as bar):
+          tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0 or None) as bar):
         for _ in pool.map(decode, range(0, len(files), 100)):  # raises what decode raised
             bar.update(min(100, len(files) - bar.n))
     return Data(name, split, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
@@ -526,13 +528,13 @@ def open_cifar10(split, img_size=None, root="data"):
     if img_size not in (None, 32):
         raise UserError(f"cifar10 is of 32 px, not {img_size}")
     folder = Path(root) / "cifar-10-batches-bin"  # under the current folder, where --get cifar10 puts it
-    parts = []
-    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]:
-        if not (folder / name).is_file() or (folder / name).stat().st_size != 10_000 * 3073:
-            raise UserError(f"{folder / name}: missing or not whole: run python data.py --get cifar10 (the Python "
-                            "version, cifar-10-batches-py, is not read: it is a pickle, which can run code)")
-        parts.append(np.fromfile(folder / name, np.uint8).reshape(10_000, 3073))
-    records = np.concatenate(parts)  # (N, 3073)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    try:
+        records = np.stack([np.fromfile(folder / name, np.uint8).reshape(10_000, 3073) for name in names])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: missing or not whole ({error}): run python data.py --get cifar10 (the Python "
+                        "version, cifar-10-batches-py, is not read: it is a pickle, which can run code)") from None
+    records = records.reshape(-1, 3073)  # (N, 3073)
     images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3, 32, 32)
     return Data("cifar10", split, CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
 
@@ -606,13 +608,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.conv2(F.silu(self.norm2(h))) + self.nin_shortcut(x)
 
 
 class SelfAttention(nn.Module):
@@ -640,25 +640,21 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv_in, self.down = nn.Conv2d(3, CHANNELS[0], 3, padding=1), nn.ModuleList()
-        for level, (c, width) in enumerate(zip((CHANNELS[0], *CHANNELS), CHANNELS)):
-            last = level == len(CHANNELS) - 1
-            stage = nn.ModuleDict({"block": nn.ModuleList([ResnetBlock(c, width), ResnetBlock(width, width)]),
-                                   "attn": nn.ModuleList([SelfAttention(width) for _ in range(2 * last)])})
-            if not last:
-                stage["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
-            self.down.append(stage)
-        self.mid, self.norm_out, self.conv_out = middle(width), norm(width), nn.Conv2d(width, 32, 3, padding=1)
+        first, last = CHANNELS[0], CHANNELS[-1]
+        blocks = lambda c, width: nn.Sequential(ResnetBlock(c, width), ResnetBlock(width, width))
+        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
+        self.down = nn.ModuleList(nn.ModuleDict({"block": blocks(*pair)}) for pair in zip((first, *CHANNELS), CHANNELS))
+        for level, c in zip(self.down[:-1], CHANNELS):
+            level["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)})
+        self.down[-1]["attn"] = nn.ModuleList([SelfAttention(last), SelfAttention(last)])
+        self.mid, self.norm_out, self.conv_out = middle(last), norm(last), nn.Conv2d(last, 32, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)  # (B, 128, H, W)
-        for stage in self.down:
-            for i, block in enumerate(stage["block"]):
-                h = block(h)
-                if len(stage["attn"]):
-                    h = stage["attn"][i](h)
-            if "downsample" in stage:
-                h = stage["downsample"]["conv"](F.pad(h, (0, 1, 0, 1)))  # half; padded right and below
+        for level in self.down[:-1]:
+            h = level["downsample"]["conv"](F.pad(level["block"](h), (0, 1, 0, 1)))  # half; padded right and below
+        for block, attention in zip(self.down[-1]["block"], self.down[-1]["attn"]):
+            h = attention(block(h))
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # (B, 32, H/16, W/16)
 
 
@@ -667,23 +663,20 @@ class Decoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        c = CHANNELS[-1]
-        self.conv_in, self.mid, self.up = nn.Conv2d(16, c, 3, padding=1), middle(c), nn.ModuleList()
-        for level, (width, above) in enumerate(zip(CHANNELS, (*CHANNELS[1:], c))):
-            blocks = [ResnetBlock(above, width), ResnetBlock(width, width), ResnetBlock(width, width)]
-            stage = nn.ModuleDict({"block": nn.Sequential(*blocks)})
-            if level:
-                stage["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-            self.up.append(stage)
-        self.norm_out, self.conv_out = norm(CHANNELS[0]), nn.Conv2d(CHANNELS[0], 3, 3, padding=1)
+        first, last = CHANNELS[0], CHANNELS[-1]
+        blocks = lambda c, width: nn.Sequential(ResnetBlock(c, width), *(ResnetBlock(width, width) for _ in range(2)))
+        self.conv_in, self.mid = nn.Conv2d(16, last, 3, padding=1), middle(last)
+        widths = zip((*CHANNELS[1:], last), CHANNELS)  # from that of the level below to its own
+        self.up = nn.ModuleList(nn.ModuleDict({"block": blocks(*pair)}) for pair in widths)
+        for level, c in zip(self.up[1:], CHANNELS[1:]):
+            level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
+        self.norm_out, self.conv_out = norm(first), nn.Conv2d(first, 3, 3, padding=1)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))  # (B, 512, h, w)
-        for stage in reversed(self.up):  # the public list begins with the full size
-            h = stage["block"](h)
-            if "upsample" in stage:
-                h = stage["upsample"]["conv"](F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, 16h, 16w)
+        for level in reversed(self.up[1:]):  # the public list begins with the full size
+            h = level["upsample"]["conv"](F.interpolate(level["block"](h), scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(self.up[0]["block"](h))))  # (B, 3, 16h, 16w)
 
 
 class KLVAE(nn.Module):
@@ -942,7 +935,7 @@ def setup(device="auto", dtype="auto"):
 # Command line
 
 
-def build_latents(args, advice):
+def build_latents(args):
     """--data PATH --vae FILE: both flips of every image as VAE moments."""
     folder, size = split_folder(args.data, args.split), args.img_size or own_size(args.data, args.split)
     if size < PIXEL_LIMIT:
@@ -959,13 +952,11 @@ def build_latents(args, advice):
         return moments.unflatten(0, (2, -1)).transpose(0, 1).half().cpu().numpy()  # (n, 2, 32, h, w): [i, flip]
 
     settings = {"img_size": size, "vae_sha256": file_hash(args.vae)[:16]}
-    build_cache(args, settings, folder, list_images(folder), lambda file: read_image(file, size), encode, advice)
+    build_cache(args, settings, folder, list_images(folder), lambda file: read_image(file, size), encode)
 
 
-def take_moments(args, advice):
+def take_moments(args):
     """--data NPZ_FOLDER: the latents of MAR's main_cache.py become a cache like any other."""
-    if args.vae or args.img_size:
-        raise UserError(f"--data {args.data} holds latents: no --vae, no --img_size")
     setup("cpu")
     pictures = list_images(args.data, {".npz"})
     for file in pictures[1]:
@@ -975,10 +966,10 @@ def take_moments(args, advice):
     else:
         raise UserError(f"{args.data}: none of its .npz files holds moments and moments_flip of an image")
     build_cache(args, {"img_size": 16 * side}, args.data, pictures, lambda file: read_moments(file, side),
-                lambda moments: moments, advice)
+                encode=lambda moments: moments)
 
 
-def main(argv=None):
+def main():
     """Download what --get names, or build the latent cache of --data; UserError before anything long."""
     parser = Parser("Build the latent cache of an image folder, or download public files.")
     # the cache
@@ -994,7 +985,7 @@ def main(argv=None):
     parser.add_argument("--get", nargs="+", default=[], choices=list(PUBLIC), metavar="NAME",
                         help=f"download: {', '.join(PUBLIC)}")
     parser.add_argument("--folder", default=".", help="where --get puts its files; other scripts look in the default")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     check_numbers(args, one="img_size batch")
     if not args.get and not args.data:
         raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
@@ -1003,7 +994,7 @@ def main(argv=None):
         if not Path(args.data).is_dir():
             raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
         build = take_moments if next(Path(args.data).glob("*/*.npz"), None) else build_latents
-        build(args, command(*(sys.argv[1:] if argv is None else argv), "--skip_broken"))
+        build(args)
 
 
 if __name__ == "__main__":

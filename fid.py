@@ -63,16 +63,13 @@ def as_features(x):
     return x
 
 
-def mean_and_covariance(features, chunk=4096):
-    """(N, F) features -> mu (F,), sigma (F, F), float64 numpy; N - 1 in the denominator, as numpy.cov."""
-    x = as_features(features)
+def mean_and_covariance(features):
+    """(N, F) features -> mu (F,), sigma (F, F), float64 numpy; N - 1 in the denominator, as numpy.cov. Takes twice the
+    features' float64 size for a moment: 1.6 GB for 50,000 of Inception's."""
+    x = as_features(features).double()
     if len(x) < 2:
         raise UserError(f"a covariance needs at least 2 images, there are {len(x)}: generate or give more")
-    mu = sum(part.double().sum(0) for part in x.split(chunk)) / len(x)
-    # two passes, in chunks: exact to the last digits, and never a float64 copy of 50,000 x 2,048 numbers
-    centred = ((part.double() - mu) for part in x.split(chunk))
-    sigma = sum(part.T @ part for part in centred) / (len(x) - 1)
-    return mu.numpy(), sigma.numpy()
+    return x.mean(0).numpy(), torch.cov(x.T).numpy()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -95,7 +92,7 @@ def inception_score(logits, splits=10, shuffle=False):
     shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
     it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498.
     """
-    x = as_features(logits)
+    x = torch.as_tensor(logits).cpu()
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
     scores = []
@@ -113,7 +110,7 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
     Binkowski et al. 2018, arXiv 1801.01401.
     """
-    a, b = as_features(a), as_features(b)
+    a, b = torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
     for _ in range(subsets):
@@ -133,7 +130,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
     generated one. (Some forks print them swapped.) A collapsed generator has precision 1 and recall 0.
     """
-    a, b = as_features(generated).float(), as_features(reference).float()
+    a, b = torch.as_tensor(generated).cpu().float(), torch.as_tensor(reference).cpu().float()
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
     def radii(x):  # (N,) distance to the k-th nearest other feature: the nearest of k + 1 is the feature itself
@@ -384,7 +381,7 @@ def train_classifier(data, seed, device, batch=128):
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.25)
     labels = torch.as_tensor(data.labels)
-    for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, mininterval=1):
+    for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, disable=None, mininterval=1):
         picks, flips = train_indices(len(indices), batch, step, seed)
         picks = indices[picks]
         images = data.images(picks)
@@ -914,12 +911,10 @@ def npz_source(path, arrays):
 def read_judged(path):
     """One image that is judged as it is -> uint8 (3, H, W). What is not 8-bit RGB is refused: how grey, alpha or 16
     bits should become RGB is not this file's to guess."""
-    with decoding(path), open(path, "rb") as file, Image.open(file) as image:
+    with decoding(path), Image.open(path) as image:
         pixels = np.asarray(image)
-        file.seek(24)  # of a PNG: its bit depth, of which Pillow says nothing and silently drops the low byte
-        mode = "16-bit" if image.format == "PNG" and file.read(1) == b"\x10" else image.mode
-    if mode != "RGB":
-        raise UserError(f"{path} is {mode}, judged images must be 8-bit RGB: convert them, or do so by --size")
+    if image.mode != "RGB":
+        raise UserError(f"{path} is {image.mode}, judged images must be 8-bit RGB: convert them, or do so by --size")
     return pixels.transpose(2, 0, 1)  # HWC -> CHW
 
 
@@ -957,10 +952,7 @@ def checkpoint_sources(path, args, device, vae):
     for K, g in itertools.product(args.ar_steps, [None] if student else args.guidance):
         given = {"ckpt": path, "bench": False, "ar_steps": K and [K], "guidance": g}
         flags = argparse.Namespace(**{**vars(args), **given, "head_steps": None if student else args.head_steps})
-        fill_in(flags, file, model.config)
-        how = {"ar_steps": flags.ar_steps[0], "head_steps": flags.head_steps, "guidance": flags.guidance,
-               "guidance_schedule": flags.guidance_schedule, "temperature": args.temperature, "orders": args.order,
-               "seed": args.seed}
+        how = {**fill_in(flags, file, model.config), "seed": args.seed}
 
         def read(start, stop, how=how):
             if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
@@ -1002,7 +994,7 @@ def collect(source, judges, batch, rank, world):
     share = -(-source.count // world)
     first, last = min(rank * share, source.count), min((rank + 1) * share, source.count)
     parts = []
-    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world, disable=rank > 0) as bar:
+    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world, disable=rank > 0 or None) as bar:
         for start in range(first, last, batch):
             stop = min(start + batch, last)
             images = source.read(start, stop)

@@ -16,6 +16,7 @@ step without guidance, a teacher by its whole chain and with the guidance of its
     python sample.py --curves out/a/log.jsonl out/b/log.jsonl --out curves.png
 (Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """
+import contextlib
 import functools
 import itertools
 import json
@@ -24,6 +25,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 import zipfile
@@ -51,9 +53,9 @@ def to_uint8(x):
 
 
 def decode(model, latents, vae=None, chunk=16):
-    """What `generate` returns (B, c, h, w) -> uint8 (B, 3, H, W), and (B,) bool: which are finite. On the same device.
+    """What `generate` returns (B, c, h, w) -> uint8 (B, 3, H, W), on the same device. UserError if one is not finite: a
+    NaN becomes a black pixel, and nobody could tell it from a real one later.
 
-    A NaN becomes a black pixel, and nobody could tell it from a real one later: hence the second tensor.
     chunk: pictures decoded at once; one of 256 px fills hundreds of MB inside the VAE, far more than in the MAR.
     """
     pictures, finite = [], []
@@ -61,11 +63,12 @@ def decode(model, latents, vae=None, chunk=16):
         x = part if model.config.pixels else vae.decode(part / LATENT_SCALE)  # (chunk, 3, H, W)
         pictures.append(to_uint8(x))
         finite.append(x.isfinite().flatten(1).all(1))
-    return torch.cat(pictures), torch.cat(finite)
+    check_finite(model, torch.cat(finite))
+    return torch.cat(pictures)
 
 
 def check_finite(model, finite):
-    """Stop where pictures are NaN or infinite. Costs a wait for the device, which handing over the bytes costs too."""
+    """Stop where one of `finite` (B,) is false. Costs a wait for the device, which handing over the bytes costs too."""
     broken = len(finite) - int(finite.sum())
     if broken:
         raise UserError(f"{getattr(model, 'source', 'this network')}: {broken} of {len(finite)} pictures hold numbers "
@@ -97,8 +100,7 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, generate=None, stop
     labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
     pictures = []
     for part in labels.split(batch):
-        drawn, finite = decode(model, generate(part, seeds=image_seeds(seed, start, len(part))), vae)
-        check_finite(model, finite)
+        drawn = decode(model, generate(part, seeds=image_seeds(seed, start, len(part))), vae)
         pictures.append(drawn.cpu())  # bytes leave the device: a quarter of the floats
         start += len(part)
         if stop is not None and stop():
@@ -188,9 +190,7 @@ def unmasking(model, labels, seed=0, vae=None, **generate_kwargs):
         known = known.scatter(1, predict, True)
         # the decoder is given zeros for unknown latents, their mean; known cells near them change colour a little
         # until their neighbours are there: that is the decoder, not the model changing its mind
-        pictures, finite = decode(model, model.unpatchify(tokens), vae)
-        check_finite(model, finite)
-        yield torch.where(in_pixels(c, known), pictures, 128).cpu()
+        yield torch.where(in_pixels(c, known), decode(model, model.unpatchify(tokens), vae), 128).cpu()
 
 
 def save_gif(model, classes, titles, per_class, path, seed, vae, **how):
@@ -249,7 +249,7 @@ def save_npz(rounds, labels, side, path):
 
 def save_samples(model, labels, path, rank, world, batch, **how):
     """Pictures of `labels` (N,) numpy, drawn by all ranks, to an .npz, or to a folder as <index>_<label>.png."""
-    starts = tqdm(range(0, len(labels), world * batch), unit="round", disable=rank > 0)
+    starts = tqdm(range(0, len(labels), world * batch), unit="round", disable=rank > 0 or None)
     rounds = (draw_together(model, labels[i:i + world * batch], rank, world, i, batch=batch, **how) for i in starts)
     if rank > 0:
         for _ in rounds:  # take part in drawing and sending, write nothing
@@ -274,8 +274,7 @@ def export(model, file, path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Speed; and the curves of runs
 
-PANEL, COLUMNS = (840, 480), 3  # px of a panel, at twice the final size: drawn large and shrunk, lines come out smooth
-CURVES = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (23, 190, 207)]
+COLOURS = "royalblue", "crimson", "seagreen", "darkorange", "purple", "sienna", "darkcyan"  # of curves
 
 
 def seconds_of(work, device, repeat=1):
@@ -292,8 +291,6 @@ def seconds_of(work, device, repeat=1):
 
 def bench(model, args, device):
     """A table of seconds an image. Student and teacher differ in head steps and guidance alone: one network is both."""
-    if args.compile:
-        compile_blocks(model)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {model.config.seq_len} "
           f"tokens; without VAE; warm, median of 3\n"
@@ -312,43 +309,40 @@ def bench(model, args, device):
 
 
 def read_log(path):
-    """log.jsonl -> {"stage: quantity": {step: value}} of finite numbers; of a repeated step (resume) the last."""
+    """log.jsonl -> {"stage: quantity": {step: value}} of finite numbers, up to a line that a kill cut off."""
     curves = {}
-    for line in Path(path).read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        for entry in map(json.loads, Path(path).read_text(errors="replace").splitlines()):
             step, stage = entry.pop("step"), entry.pop("stage")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # the run was killed while it wrote this line
-        for name, value in entry.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                curves.setdefault(f"{stage}: {name}", {})[step] = value
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    curves.setdefault(f"{stage}: {name}", {})[step] = value
     return curves
 
 
-def save_panels(runs, path):
-    """runs: list of (title, {quantity: {step: value}}) -> PNG: a panel a quantity, a colour a run."""
-    names = list(dict.fromkeys(name for _, curves in runs for name in curves))  # in order of appearance
-    if not names:
+def panel(name, runs):
+    """One quantity of all runs -> uint8 (3, 420, 420): a curve a run. Drawn large and shrunk, lines come out smooth."""
+    points = np.array([point for _, curves in runs for point in curves.get(name, {}).items()])  # (n, 2): step, value
+    (first, low), (last, high) = points.min(0), points.max(0)
+    image, font = Image.new("RGB", (840, 840), PAPER), ImageFont.load_default(26)
+    pen = ImageDraw.Draw(image)
+    pen.text((30, 10), f"{name}, {low:.4g} to {high:.4g}; steps {first:.0f} to {last:.0f}", INK, font)
+    for i, (run, curves) in enumerate(runs):
+        if name in curves:
+            steps, values = zip(*curves[name].items())
+            x, y = np.interp(steps, (first, last), (30, 810)), np.interp(values, (low, high), (810, 60))
+            pen.line([*zip(x, y)], COLOURS[i % len(COLOURS)], 4, joint="curve")
+            pen.text((40, 60 + 36 * i), f"{run}: {values[-1]:.4g}", COLOURS[i % len(COLOURS)], font)
+    return torch.from_numpy(np.array(image.reduce(2))).permute(2, 0, 1)
+
+
+def save_curves(logs, path):
+    """log.jsonl files -> PNG: three panels a row, each with the last value of every run."""
+    runs = [(Path(log).parent, read_log(log)) for log in logs]
+    panels = [panel(name, runs) for name in dict.fromkeys(name for _, curves in runs for name in curves)]
+    if not panels:
         raise UserError("no numbers to draw: --curves wants the log.jsonl of runs")
-    (W, H), legend, font = PANEL, 40 * len(runs) + 20, ImageFont.load_default(26)
-    canvas = Image.new("RGB", (COLUMNS * W, math.ceil(len(names) / COLUMNS) * H + legend), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    for i, (title, _) in enumerate(runs):
-        pen.text((30, 40 * i + 20), title, CURVES[i % len(CURVES)], font)
-    for i, name in enumerate(names):
-        lines = {j: np.array(sorted(curves[name].items())) for j, (_, curves) in enumerate(runs) if name in curves}
-        points = np.concatenate(list(lines.values()))  # (n, 2): step, value
-        (first, low), (last, high) = points.min(0), points.max(0)
-        x0, y0 = i % COLUMNS * W + 30, i // COLUMNS * H + legend + 50
-        x1, y1 = x0 + W - 60, y0 + H - 80
-        pen.text((x0, y0 - 36), f"{name}, {low:.4g} to {high:.4g}; steps {first:.0f} to {last:.0f}", INK, font)
-        pen.rectangle([x0, y0, x1, y1], outline=INK, width=2)
-        for j, line in lines.items():
-            x, y = np.interp(line[:, 0], (first, last), (x0, x1)), np.interp(line[:, 1], (low, high), (y1, y0))
-            pen.line([*zip(x, y)], CURVES[j % len(CURVES)], 4, joint="curve")
-    with replacing(path, "wb") as file:
-        canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS).save(file, "PNG")
+    save_grid([("", torch.stack(panels[i:i + 3])) for i in range(0, len(panels), 3)], path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,9 +383,9 @@ def parse():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
     p.add_argument("--batch", type=int, default=64, help="pictures at once; fewer if memory is short")
-    # with --num and --bench, on a GPU
+    # for much work on a GPU
     p.add_argument("--compile", action="store_true", help="join small kernels: takes a minute first")
-    p.add_argument("--graph", action="store_true", help="a batch is one CUDA graph: for small ones; never run yet")
+    p.add_argument("--graph", action="store_true", help="--num, --bench: a batch is one CUDA graph; never run yet")
     args = p.parse_args()
     check_numbers(args, one="num per_class ar_steps head_steps batch heads")
     job = next((job for job in ("gif", "num", "edit", "export", "bench", "curves") if getattr(args, job)), "grid")
@@ -414,19 +408,23 @@ def open_network(path, heads=None, raw=False):
 
 
 def fill_in(args, file, config):
-    """Flags not given (of `parse`, or of fid.py) take the values that the checkpoint `file` was made for, in place."""
+    """Flags not given (of `parse`, or of fid.py) take the values that the checkpoint `file` was made for, in place.
+    -> how to draw: keyword arguments of MAR.generate."""
     made = file["args"] if "stage" in file else {"guidance": {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0)}
-    head_steps, guidance = made.get("teacher_head_steps", 100), made.get("guidance", 1.0)
-    if file.get("stage", "teacher") != "teacher" and not args.bench:  # public files, and random weights, are teachers
-        head_steps, guidance = 1, 1.0
-        if args.head_steps not in (None, 1) or args.guidance not in (None, 1):
-            raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave "
-                            "--head_steps and --guidance out")
-    args.ar_steps = args.ar_steps or [min(made.get("ar_steps", 64), config.seq_len)]
+    student = file.get("stage", "teacher") != "teacher" and not args.bench  # public files, and random weights, are none
+    if student and (args.head_steps not in (None, 1) or args.guidance not in (None, 1)):
+        raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave "
+                        "--head_steps and --guidance out")
+    defaults = {"ar_steps": [min(made.get("ar_steps", 64), config.seq_len)],
+                "head_steps": 1 if student else made.get("teacher_head_steps", 100),
+                "guidance": 1.0 if student else made.get("guidance", 1.0),
+                "guidance_schedule": made.get("guidance_schedule", "linear")}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     mask_counts(config.seq_len, max(args.ar_steps))  # complains when K is above the number of tokens
-    args.head_steps = args.head_steps or head_steps
-    args.guidance = guidance if args.guidance is None else args.guidance
-    args.guidance_schedule = args.guidance_schedule or made.get("guidance_schedule", "linear")
+    return {**{name: getattr(args, name) for name in defaults}, "ar_steps": args.ar_steps[0],
+            "temperature": args.temperature, "orders": args.order}
 
 
 def find_classes(wanted, names):
@@ -447,15 +445,11 @@ def find_classes(wanted, names):
 
 def check_output(path, suffixes):
     """Refuse a file that could not be written, before hours are spent on what belongs into it."""
-    path, trial = Path(path), Path(f"{path}.{os.getpid()}")
+    path = Path(path)
     if path.suffix.lower() not in suffixes or path.is_dir():
         raise UserError(f"cannot write {path}: wanted is a file whose name ends in {' or '.join(suffixes)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()  # an OSError says why not
 
 
 def main():
@@ -470,16 +464,18 @@ def main():
     elif job != "bench" and rank == 0:
         check_output(out, {"gif": [".gif"], "num": [".npz"], "export": [".pth", ".pt"]}.get(job, [".png"]))
     if job == "curves":
-        save_panels([(str(Path(path).parent), read_log(path)) for path in args.curves], out)
+        save_curves(args.curves, out)
         return print(f"{out}: {len(args.curves)} run(s)")
     file, model = ({}, MAR(SIZES[args.size]).eval()) if args.size else open_network(args.ckpt, args.heads, args.raw)
     if job == "export":
         export(model, file, out)
         return print(f"{out}: {model.config}")
     model.to(device)
-    fill_in(args, file, model.config)
+    how = fill_in(args, file, model.config)
     if runs_bf16(device):
         bf16_weights(model)
+    if args.compile:
+        compile_blocks(model)
     if job == "bench":
         return bench(model, args, device)
     vae = load_vae(args.vae).to(device) if args.vae else None
@@ -492,8 +488,6 @@ def main():
     some = range(0, count, 1 if job == "num" or count <= 16 else count // 4)
     classes = find_classes(args.classes, names) if args.classes else list(some)
     titles = [title_of(names[label], f"class {label}") for label in classes]
-    how = {"ar_steps": args.ar_steps[0], "head_steps": args.head_steps, "guidance": args.guidance,
-           "guidance_schedule": args.guidance_schedule, "temperature": args.temperature, "orders": args.order}
     rows = []
     if job == "edit":
         how["known"], stays = open_edit(model, args.edit, args.box, vae)
@@ -501,8 +495,6 @@ def main():
         args.ar_steps = [min(K, int(how["known"][1].sum())) for K in args.ar_steps]  # every step reveals a token
     if job == "num":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
-        if args.compile:
-            compile_blocks(model)
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.array(classes)[np.arange(args.num) % len(classes)]
         generate = graphed(model, min(args.batch, args.num), **how) if args.graph else None
