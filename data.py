@@ -382,7 +382,7 @@ def build_cache(args, settings, folder, pictures, read, encode):
                 raise UserError(f"{error}; {command(*sys.argv[1:], '--skip_broken')} leaves it out") from None
             tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or not len(mine) or None, unit="img") as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or None, unit="img") as bar:
         for start in range(0, len(mine), args.batch):
             some = mine[start:start + args.batch]
             arrays = list(pool.map(read_one, some))

@@ -994,7 +994,8 @@ def collect(source, judges, batch, rank, world):
     share = -(-source.count // world)
     first, last = min(rank * share, source.count), min((rank + 1) * share, source.count)
     parts = []
-    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world, disable=rank > 0 or None) as bar:
+    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world,
+              disable=rank > 0 or None) as bar:
         for start in range(first, last, batch):
             stop = min(start + batch, last)
             images = source.read(start, stop)
