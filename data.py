@@ -44,6 +44,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+import model
 from model import UserError, fill_model, read_checkpoint, replacing, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
@@ -881,8 +882,12 @@ def own(folder, rank=0):
     OWNED[os.path.abspath(folder)] = lock
 
 
-def setup(device="auto"):
-    """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs."""
+DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
+
+
+def setup(device="auto", dtype="auto"):
+    """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
+    of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
     rank, world = rank_and_world()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -915,6 +920,9 @@ def setup(device="auto"):
         # rank is torchrun's to notice
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=world,
                                 store=dist.PrefixStore(f"life {life}", store), timeout=timedelta(hours=2))
+    model.BF16 = dtype == "bfloat16" or dtype == "auto" and (kind == "cuda" or model.multiplies_bf16())
+    if kind == "cpu" and model.BF16 and rank == 0:
+        say("the transformer multiplies in bf16 (--dtype float32: not)")
     return torch.device(device), rank, world
 
 

@@ -1,11 +1,12 @@
 """Distil MAR's inner chain of 100 denoising steps to one. Stage 0: a teacher where there is none. Stage 1: GSIM.
 
-Needed before: nothing for shapes; for ImageNet its latents (data.py), the public teacher (data.py --get mar_base).
+Needed before: nothing for shapes; for ImageNet the public teacher (data.py --get mar_base), and no picture.
 
     python distill.py --data shapes                                  # CPU, from nothing, under 15 minutes
     python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
     python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
-    torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B
+    python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
+    torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B, no data
     torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint, bit for bit
 
 The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop,
@@ -33,11 +34,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, own, run_main, setup, train_indices
-from fid import Watch, judge, load_or_train_classifier
+from data import (DTYPES, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, own, read_class_names, run_main,
+                  setup, train_indices)
+from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
-                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, save_checkpoint, take, token_orders,
-                   uniform, write_json)
+                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, take,
+                   token_orders, uniform, write_json)
 
 # Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
 # made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
@@ -55,6 +57,10 @@ DEFAULTS = {
         size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
+    "cifar10_cpu": dict(
+        size="cifar10_cpu", teacher=None, teacher_steps=17000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.999,
+        draws=2, steps=800, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
+        ar_steps=16, eval_every=1000, eval_images=1000, save_every=100),
 }
 
 
@@ -63,13 +69,14 @@ def parse_args(argv=None):
     p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
     flag = p.add_argument
     # files and data
-    flag("--data", default="data/imagenet", help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache")
+    flag("--data", default=None, help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache; left out: "
+         "the teacher is distilled without data")
     flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
-    flag("--out", default=None, help="folder of the run (default out/<name of the data>)")
+    flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
-    flag("--teacher", default=PUBLIC["mar_base"][1], help="teacher checkpoint; its size is read off the file")
+    flag("--teacher", default=None, help="teacher checkpoint; its size is read off the file (default the public MAR-B)")
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
@@ -78,8 +85,6 @@ def parse_args(argv=None):
     flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--critic", default="full", help="what of the critic is trained: full, or the decoder's last N blocks and "
-         "the head; the rest is shared with the teacher, which saves up to 3 of 8 passes")
     flag("--guidance", type=float, default=2.9, help="scale baked into the student; 1 = none")
     flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
          help="linear: the scale grows with the share revealed, as MAR samples")
@@ -88,6 +93,8 @@ def parse_args(argv=None):
     flag("--critic_steps", type=int, default=1, help="critic updates per student update")
     flag("--steps", type=int, default=150000, help="updates of the critic; the student has steps / critic_steps")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
+    flag("--own", type=float, default=None, help="share of the updates whose contexts are the student's own pictures "
+         "(default 0 with --data, 1 without)")
     # optimisers
     flag("--lr", type=float, default=1e-5, help="student's learning rate")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
@@ -109,23 +116,46 @@ def parse_args(argv=None):
     # system
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    known, _ = p.parse_known_args(argv)  # a first reading: --data sets the defaults of the second
-    alike = known.data if known.data in DEFAULTS else "cifar10" if known.pixels or is_small(known.data) else ""
-    p.set_defaults(**DEFAULTS.get(alike, {}))
-    if known.teacher != PUBLIC["mar_base"][1]:  # a teacher is given: none is trained, whatever the data's default
-        p.set_defaults(teacher_steps=0)
-    elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
-        p.set_defaults(teacher=None)
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
+    known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
+    p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
-    args.critic = int(args.critic) if args.critic.isdecimal() else args.critic
     check_numbers(args, one="teacher_batch draws t_init critic_steps batch accumulate ar_steps teacher_head_steps "
                             "eval_every eval_images save_every log_every", share="teacher_ema ema")
-    args.out = args.out or os.path.join("out", os.path.basename(os.path.normpath(args.data)))
+    args.own = float(not args.data) if args.own is None else args.own
+    if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
+        raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
+    args.out = args.out or os.path.join("out", name_of(args))
     return args
 
 
+def name_of(args):
+    """out/<this>: the data's name, or the teacher's: imagenet, cifar10 of assets/cifar10_teacher.pt."""
+    if args.data or args.teacher == PUBLIC["mar_base"][1]:
+        return os.path.basename(os.path.normpath(args.data or "imagenet"))
+    folder, name = os.path.split(os.path.abspath(args.teacher))
+    return os.path.splitext(name)[0].removesuffix("teacher").removesuffix("_") or os.path.basename(folder)
+
+
+def recipe(known):
+    """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
+    given, teacher = known.teacher or not known.data, known.teacher or PUBLIC["mar_base"][1]
+    file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # open_teacher misses it
+    width = file.get("config", {}).get("width")
+    by_data = "cifar10" if known.data and (known.pixels or is_small(known.data)) else known.data
+    by_size = [name for name in DEFAULTS if SIZES[name].width == width or name == known.size]
+    found = {"teacher": teacher, **DEFAULTS.get((by_size or [by_data])[0], {})}
+    if given:  # none is trained, whatever the data's default
+        found.update(teacher=teacher, teacher_steps=0)
+    elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
+        found.update(teacher=None)
+    if not known.data and "config" in file:
+        found["ar_steps"] = file["args"]["ar_steps"]
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# A batch: real pictures, some tokens known, the rest to be predicted
+# A batch: pictures, some tokens known, the rest to be predicted
 
 
 def masked_count(config, seed, step):
@@ -136,22 +166,70 @@ def masked_count(config, seed, step):
     return min(config.seq_len, max(1, math.ceil(config.seq_len * ratio)))
 
 
-def training_batch(data, model, batch, seed, step, run):
-    """-> tokens (B, L, C), labels (B,), keys (B,), visible (B, V), masked (B, P) on the device; B = batch / world.
+def real_pictures(data, model, batch, seed, step, run):
+    """This rank's share of `batch` pictures of the data: -> tokens (B, L, C), labels (B,) on the device."""
+    indices, flip = train_indices(len(data), batch, step, seed, run.rank, run.world)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + run.rank)  # the VAE's posterior noise
+    x, labels = data.batch(indices, flip, generator)
+    return model.patchify(run.upload(x)), run.upload(labels)
+
+
+class OwnPictures(torch.nn.Module):
+    """The student's own pictures, which serve as contexts like real ones: the last POOL drawings of a batch each.
+
+    GSIM never reads the value of a masked token, so all that data give is what is known; and these are the contexts
+    that the student meets when it draws. Every rank holds the whole pool, as buffers, so that resume.pt has it too.
+    """
+
+    POOL, EVERY, AR_STEPS = 16, 4, 8  # AR_STEPS transformer passes every EVERY updates: 2 an update beside GSIM's 8
+
+    def __init__(self, config, batch):
+        super().__init__()
+        self.batch, self.ar_steps = batch, min(self.AR_STEPS, config.seq_len)
+        self.register_buffer("tokens", torch.zeros(self.POOL * batch, config.seq_len, config.token_dim))
+        self.register_buffer("labels", torch.zeros(self.POOL * batch, dtype=torch.long))
+
+    @torch.no_grad()
+    def draw(self, model, seed, drawing, run):
+        """Replace the oldest `batch` pictures by new ones of `model`, of all classes alike often. One all_gather."""
+        labels, _ = train_indices(model.config.num_classes, self.batch, drawing, seed, run.rank, run.world)
+        place = drawing * self.batch + run.rank * len(labels) + torch.arange(len(labels))
+        seeds = run.upload(torch.stack([torch.full_like(place, seed), place], 1))
+        labels = run.upload(torch.as_tensor(labels))
+        tokens = model.patchify(model.generate(labels, self.ar_steps, seeds=seeds))  # (B, L, C), this rank's
+        start = drawing % self.POOL * self.batch
+        for mine, pool in ((tokens, self.tokens), (labels, self.labels)):
+            parts = pool[start:start + self.batch].chunk(run.world)  # views: written in place
+            if run.world > 1:
+                dist.all_gather(list(parts), mine.contiguous())
+            else:
+                parts[0].copy_(mine)
+
+    def pictures(self, model, seed, time, run):
+        """As real_pictures, the `time`th time: any of the pool. Every few times `model` draws some first."""
+        if time % self.EVERY == 0:
+            self.draw(model, seed, time // self.EVERY, run)
+        filled = min(time // self.EVERY + 1, self.POOL) * self.batch
+        picks = np.random.default_rng([seed, time, 1]).integers(filled, size=self.batch)
+        picks = run.upload(torch.as_tensor(np.array_split(picks, run.world)[run.rank]))
+        return self.tokens[picks], self.labels[picks]
+
+
+def training_batch(pictures, config, batch, seed, step, run):
+    """pictures: tokens (B, L, C), labels (B,), this rank's share of `batch` -> tokens, labels, keys (B,), visible
+    (B, V), masked (B, P) on the device.
 
     Everything depends on (seed, step) and the picture's place in the global batch alone, but for the noise of the VAE's
     posterior, which is drawn by rank. All masked tokens are predicted, though sampling reveals only some of them next:
     orders are random, so all are alike, and the others are more signal from the same transformer pass.
     """
-    indices, flip = train_indices(len(data), batch, step, seed, run.rank, run.world)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4096 + run.rank)  # the VAE's posterior noise
-    x, labels = data.batch(indices, flip, generator)
-    place = step * batch + run.rank * len(indices) + torch.arange(len(indices))
+    tokens, labels = pictures
+    place = step * batch + run.rank * len(labels) + torch.arange(len(labels))
     keys = run.upload(image_keys(torch.stack([torch.full_like(place, seed), place], 1)))
-    orders = token_orders(keys, model.config.seq_len)
-    m = masked_count(model.config, seed, step)
+    orders = token_orders(keys, config.seq_len)
+    m = masked_count(config, seed, step)
     masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
-    return model.patchify(run.upload(x)), run.upload(labels), keys, visible, masked
+    return tokens, labels, keys, visible, masked
 
 
 def micro_batches(batch, parts, gradients):
@@ -239,16 +317,19 @@ def critic_loss(eps_q, eps):
 # Stage 1: distillation
 
 
-def distil(args, teacher, data, run, watch):
+def distil(args, teacher, data, class_names, run, watch):
     """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json. Each network's transformer
     runs once an update, and serves all head calls: 8 forward equivalents, teacher 2 (null class), student 3, critic 3.
+    data: None where all contexts are the student's own pictures.
     """
     # copies are in eval mode, as the teacher: the two scores must differ for one reason only, whose samples they score
-    student, ema, critic = copy.deepcopy(teacher), copy.deepcopy(teacher), copy_critic(teacher, args.critic)
+    student, ema, critic = (copy.deepcopy(teacher) for _ in range(3))
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
-    critic_optimizer = make_optimizer(critic, args.critic_lr, (0.0, 0.99))
-    state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
+    critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
+    own_pictures = OwnPictures(teacher.config, args.batch).to(run.device)
+    state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer,
+                 own_pictures=own_pictures)
     run.restore("student", **state)
     prepare(args, student, critic, frozen=[teacher])
     gradients, critic_gradients = Gradients(student), Gradients(critic)
@@ -262,15 +343,22 @@ def distil(args, teacher, data, run, watch):
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
 
+        # pictures to know a part of: real ones, or the student's own, as often as --own says
+        time = int(args.own * step)  # so many updates have had the student's own
+        if int(args.own * (step + 1)) > time:
+            pictures = own_pictures.pictures(ema, args.seed + 2, time, run)
+        else:
+            pictures = real_pictures(data, teacher, args.batch, args.seed + 1, step, run)
+
         # gradients of both networks at the same weights; a batch is a single AR step, never a whole picture
-        batch = training_batch(data, teacher, args.batch, args.seed + 1, step, run)
+        batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
         students_turn = step % args.critic_steps == 0
         in_turn = [critic_gradients, gradients] if students_turn else [critic_gradients]
         for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, in_turn):
             # 1. what is known -> a condition for each masked token: one transformer pass of each network
             g = guidance_at(args, masked.shape[1] / teacher.config.seq_len)
-            c_p, c_null, h_p = teacher_conditions(teacher, tokens, visible, labels, masked, g, args.critic)
-            c_phi = critic_conditions(critic, tokens, visible, labels, masked, c_p, h_p, args.critic)
+            c_p, c_null = teacher_conditions(teacher, tokens, visible, labels, masked, g)  # (B, P, D) each
+            c_phi = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
             with torch.set_grad_enabled(students_turn):
@@ -307,7 +395,7 @@ def distil(args, teacher, data, run, watch):
             run.log(**level_means(run.average(levels)), grad_norm=norm, critic_norm=critic_norm)
             levels.zero_()
         if run.due(args.save_every) or run.told:  # told by a signal to leave
-            run.save("student", ema, data.class_names, **state)
+            run.save("student", ema, class_names, **state)
     watch.look("student", ema, run.step)
 
 
@@ -317,7 +405,7 @@ def prepare(args, *trained, frozen=()):
     for model in trained:
         model.checkpoint_blocks = args.recompute
     for model in frozen:
-        if next(model.parameters()).is_cuda:
+        if runs_bf16(next(model.parameters()).device):
             bf16_weights(model)
     if args.compile:
         compile_blocks(*trained, *frozen)
@@ -329,17 +417,13 @@ def guidance_at(args, share_masked):
 
 
 @torch.no_grad()
-def teacher_conditions(teacher, tokens, visible, labels, masked, g, blocks):
-    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for g = 1.
-    Third: h_p (B, S + L, D) on the way to c_p, before the last `blocks` of the decoder, where a critic may go on."""
-    B, last = len(tokens), 1 if blocks in ("full", 0) else blocks  # 1: nobody goes on, any cut will do
-    if g != 1:
-        tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
-        labels = torch.cat([labels, torch.full_like(labels, -1)])
-    x = teacher.trunk(tokens, visible, labels, last)  # (B or 2B, S + L, D)
-    c = teacher.tail(x, masked, last)
-    c_p, c_null = (c, None) if g == 1 else c.chunk(2)
-    return c_p, c_null, x[:B]
+def teacher_conditions(teacher, tokens, visible, labels, masked, g):
+    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for g = 1."""
+    if g == 1:
+        return teacher.transformer(tokens, visible, labels, masked), None
+    tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
+    labels = torch.cat([labels, torch.full_like(labels, -1)])
+    return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -348,28 +432,6 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
         return teacher.eps(x, t, c_p)
     eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
     return null + g * (eps - null)
-
-
-def copy_critic(teacher, blocks):
-    """The critic: a copy of the teacher of which all is trained ("full"), or the head and the decoder's last `blocks`.
-    What is not trained stays the teacher's own tensors."""
-    if blocks == "full":
-        return copy.deepcopy(teacher).requires_grad_(True)
-    modules = [teacher.head_net] + ([*teacher.decoder_blocks[-blocks:], teacher.decoder_norm] if blocks else [])
-    trained = {id(p) for module in modules for p in module.parameters()}
-    trained |= {id(teacher.diffusion_pos_embed_learned)} if blocks else set()
-    critic = copy.deepcopy(teacher, memo={id(p): p for p in teacher.parameters() if id(p) not in trained})
-    theirs = {id(p) for p in teacher.parameters()}
-    for p in critic.parameters():
-        p.requires_grad_(id(p) not in theirs)
-    return critic
-
-
-def critic_conditions(critic, tokens, visible, labels, masked, c_p, h_p, blocks):
-    """c_phi (B, P, D): the critic's own pass, or what it makes of the teacher's."""
-    if blocks == "full":
-        return critic.transformer(tokens, visible, labels, masked)
-    return critic.tail(h_p, masked, blocks) if blocks else c_p
 
 
 def by_level(t, value, bins=10):
@@ -437,7 +499,8 @@ def train_teacher(args, config, data, run):
         torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
         # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
-        batch, loss = training_batch(data, model, args.teacher_batch, args.seed, step, run), 0.0
+        pictures = real_pictures(data, model, args.teacher_batch, args.seed, step, run)
+        batch, loss = training_batch(pictures, config, args.teacher_batch, args.seed, step, run), 0.0
         for part in micro_batches(batch, args.accumulate, [gradients]):
             part_loss = teacher_loss(model, *part, args.draws) / args.accumulate
             part_loss.backward()
@@ -462,12 +525,12 @@ def train_teacher(args, config, data, run):
 
 
 def check_fit(args, config, data):
-    """The teacher, the data and the flags must speak of the same pictures."""
+    """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
     for what, theirs, ours in (("pictures of side", config.img_size, data.img_size),
-                               ("classes", config.num_classes, data.num_classes)):
+                               ("classes", config.num_classes, data.num_classes)) if data else ():
         if theirs != ours:
             raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another")
-    if config.pixels != data.pixels:
+    if data and config.pixels != data.pixels:
         raise UserError(f"the teacher works on {'pixels' if config.pixels else 'latents'}, --data {args.data} holds "
                         "the other: build the latent cache with data.py, or choose another teacher")
     if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
@@ -475,35 +538,39 @@ def check_fit(args, config, data):
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
     if args.vae and config.pixels:
         raise UserError("--vae: these pictures are trained on as pixels, no VAE has a part in it: leave it out")
-    if args.critic != "full" and not (isinstance(args.critic, int) and args.critic <= config.decoder_depth):
-        raise UserError(f"--critic {args.critic}: full, or 0 to {config.decoder_depth} of the decoder's blocks")
     mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     if args.t_init and args.t_init > T_MAX:
         raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
 
 
 def open_teacher(args):
-    """--teacher -> the frozen network, or None where one is to be trained."""
+    """--teacher -> the frozen network and its class names, or None and None where one is to be trained."""
+    if args.teacher_steps and not args.data:
+        raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
     if args.teacher and args.teacher_steps:
         raise UserError("--teacher and --teacher_steps: give a checkpoint or train one here, not both")
     if not args.teacher and not args.teacher_steps:
         raise UserError("no teacher: give --teacher FILE (python data.py --get mar_base fetches the public one), or "
                         "--teacher_steps N to train one")
     if not args.teacher:
-        return None
-    stage = read_checkpoint(args.teacher).get("stage", "teacher")
+        return None, None
+    file = read_checkpoint(args.teacher)
+    stage = file.get("stage", "teacher")
     if stage != "teacher":
         raise UserError(f"--teacher {args.teacher} is of stage {stage}, its head knows one time step only: give the "
                         "teacher.pt it was distilled from")
-    return load_mar(args.teacher)
+    teacher = load_mar(args.teacher)
+    count = teacher.config.num_classes  # the public files name no classes
+    return teacher, file.get("class_names") or (read_class_names() if count == 1000 else [*map(str, range(count))])
 
 
 def main(argv=None):
     """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
-    teacher = open_teacher(args)
-    device, rank, world = setup(args.device)
-    data = open_data(args.data, pixels=args.pixels)
+    teacher, class_names = open_teacher(args)
+    device, rank, world = setup(args.device, args.dtype)
+    data = open_data(args.data, pixels=args.pixels) if args.data else None
+    class_names = data.class_names if data else class_names
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, config, data)
@@ -512,12 +579,20 @@ def main(argv=None):
     run = Run(args, device, rank, world, ["teacher", "student"], divided)
     run.start()
 
+    # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
+    # --vae, and not judged: that is fid.py's job
+    beside = None if data else classifier_beside(args.teacher)
+    if not data and config.pixels and rank == 0:
+        print(f"no data: contexts are the student's own pictures, {'judged by' if beside else 'not judged: no'} "
+              f"{beside or 'classifier_0.pt lies beside the teacher'}", flush=True)
+
     def make_figures():
-        classifier = load_or_train_classifier(data, args.out, device=device)
+        classifier = (load_or_train_classifier(data, args.out, device=device) if data else
+                      load_classifier(beside, device))
         return lambda images, labels: judge(classifier, images, labels)
 
-    # latents are shown, with --vae, and not judged: that is fid.py's job
-    watch = Watch(run, config, make_figures, judges=data.pixels, shows=data.pixels or vae is not None, vae=vae)
+    watch = Watch(run, config, make_figures, judges=config.pixels and bool(data or beside),
+                  shows=config.pixels or vae is not None, vae=vae)
 
     if teacher is None and run.resumed and run.resumed["stage"] == "student":
         teacher = load_mar(os.path.join(args.out, "teacher.pt"))
@@ -532,7 +607,7 @@ def main(argv=None):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
                    guidance_schedule=args.guidance_schedule)
         run.leave_if_told()
-    distil(args, teacher, data, run, watch)
+    distil(args, teacher, data, class_names, run, watch)
     run.leave_if_told()
 
 

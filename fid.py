@@ -38,10 +38,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
+from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, say, setup, train_indices)
-from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, save_checkpoint,
-                   write_json)
+from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, runs_bf16,
+                   save_checkpoint, write_json)
 from sample import check_output, check_vae, draw, draw_together, fill_in, save_grid
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
@@ -325,7 +325,7 @@ class Classifier(nn.Module):
     def __init__(self, num_classes, img_size, width=24):
         super().__init__()
         self.num_classes, self.img_size = num_classes, img_size
-        self.accuracy = self.reference = None  # `train_classifier` finds them
+        self.accuracy = self.reference = self.made_from = None  # found when it is trained
         layers, channels = [], 3
         for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
@@ -398,21 +398,39 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
                  "images": len(data), "seed": int(seed), "recipe": 1}
     path = Path(folder) / f"classifier_{seed}.pt"
     if path.exists():
-        saved = read_checkpoint(path)
-        if saved.get("made_from") != made_from:
-            raise UserError(f"{path} was made from {saved.get('made_from')}, wanted is {made_from}: delete that file")
-        net = fill_model(lambda: Classifier(data.num_classes, data.img_size), saved["model"], path)
-        net = net.to(device, memory_format=torch.channels_last)
-        net.accuracy = saved["accuracy"]  # files of earlier versions have no reference
-        net.reference = (tuple(x.numpy() for x in saved["reference"]) if "reference" in saved else
-                         feature_statistics(net, data))
+        net = load_classifier(path, device)
+        if net.made_from != made_from:
+            raise UserError(f"{path} was made from {net.made_from}, wanted is {made_from}: delete that file")
         return net
     net = train_classifier(data, seed, device)
+    net.made_from = made_from
     os.makedirs(folder, exist_ok=True)
     save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.cpu().state_dict(),
                      "reference": tuple(map(torch.from_numpy, net.reference))}, path)
     print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
     return net.to(device)
+
+
+def load_classifier(path, device="cpu"):
+    """The Classifier in a file. It judges without data: the file holds the data's statistics too."""
+    saved = read_checkpoint(path)
+    if not {"made_from", "reference"} <= set(saved):
+        raise UserError(f"{path} is no classifier's file, or one of an earlier version: delete it, and it is made anew "
+                        "from --data")
+    made_from = saved["made_from"]
+    net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
+    net.made_from, net.accuracy = made_from, saved["accuracy"]
+    net.reference = tuple(x.double().numpy() for x in saved["reference"])
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def classifier_beside(checkpoint, seed=0):
+    """The file of the data's classifier that lies beside a checkpoint: classifier_<seed>.pt in its folder, or, as in
+    assets/, x_classifier.pt beside x_teacher.pt and x_student.pt; None where there is none."""
+    path = Path(checkpoint)
+    named = [path.with_name(re.sub("teacher|student", "classifier", path.name))] * (seed == 0)
+    return next((file for file in [path.with_name(f"classifier_{seed}.pt"), *named] if file.exists() and file != path),
+                None)
 
 
 def read_in_parts(data, indices):
@@ -920,7 +938,9 @@ def checkpoint_sources(path, args, device, vae):
 
         def read(start, stop, how=how):
             if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
-                bf16_weights(model.to(device))
+                model.to(device)
+                if runs_bf16(device):
+                    bf16_weights(model)
             return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
         name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
         yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), how, read)
@@ -1020,13 +1040,13 @@ def make_judges(args, sources, device, rank, world):
             net = load_inception(args.inception or os.path.join(args.folder, WEIGHTS[name])).to(device)
             ask = lambda images, *_, net=net: {"pool": net(images)[0]}
         elif name == "classifier":
-            data = open_data(args.data)
             if rank > 0:
                 dist.barrier()  # rank 0 trains it where there is none, the others read the file
-            net = load_or_train_classifier(data, args.classifier or f"out/{Path(args.data).name}", 0, device)
+            net = (load_or_train_classifier(open_data(args.data), args.classifier or f"out/{Path(args.data).name}", 0,
+                                            device) if args.data else load_classifier(args.classifier, device))
             if rank == 0 and world > 1:
                 dist.barrier()
-            ask = functools.partial(judge_by_class, net, data.class_names)
+            ask = functools.partial(judge_by_class, net, net.made_from["classes"])
         else:
             net = make_scorer(name, sources, args, device)
             ask = lambda images, labels, _, name=name, net=net: {
@@ -1156,13 +1176,15 @@ def parse():
     p.add_argument("--inception", help="this file instead of the one in --folder")
     p.add_argument("--clip", help="this file instead: OpenAI's; a plain state dict is taken for theirs (quick GELU)")
     p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
-    p.add_argument("--classifier", help="classifier: the folder where it is kept; None: out/<data>, as distill.py")
+    p.add_argument("--classifier", help="classifier: the folder where it is kept (None: out/<data>, as distill.py); "
+                   "or its file, which needs no --data")
     p.add_argument("--class_names", help="JSON list for the prompts; None: the source's names, else ImageNet's")
     p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
     # where and how
     p.add_argument("--out", default="out/fid", help="folder of results.json")
     p.add_argument("--batch", type=int, default=64, help="images at once, a process; less if memory is short")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
     args = p.parse_args()
     check_numbers(args, one="size num ar_steps head_steps batch")
     if not args.samples + args.ckpt:
@@ -1172,8 +1194,8 @@ def parse():
             raise UserError(f"--{flag} is for images drawn from a --ckpt: leave it out")
     if (args.ref or args.save_stats) and "inception" not in args.judges:
         raise UserError("--ref and --save_stats are for --judges inception: name that judge")
-    if bool(args.data) != ("classifier" in args.judges):
-        raise UserError("--judges classifier and --data, the set whose classes it learns, go together")
+    if bool(args.data or args.classifier) != ("classifier" in args.judges):
+        raise UserError("--judges classifier goes with --data, the set whose classes it learns, or --classifier FILE")
     return args
 
 
@@ -1220,7 +1242,7 @@ def conventions(row, networks, reference, args):
         "clip": f"{cosine}; {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64",
         "pickscore": cosine,
         "imagereward": f"normalised as published, prompt {args.prompt!r}",
-        "fd": f"by the classifier of {args.data} to 10,000 training images; not comparable with FID",
+        "fd": f"by {args.classifier or 'the classifier of ' + args.data} to 10,000 training images; not FID",
         "accuracy": f"by the same, whose own on test images is {own:.4f}"}
     return [f"{name}: {text}" for name, text in lines.items() if name in {**row, **networks}]
 
@@ -1250,7 +1272,7 @@ def add_results(path, rows):
 def main():
     """Judge every row that was asked for, print the table with its conventions, add it to results.json."""
     args = parse()
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, args.dtype)
     os.makedirs(args.out, exist_ok=True)
     if rank == 0:
         add_results(Path(args.out) / "results.json", [])  # complains now, not after the work

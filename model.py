@@ -399,34 +399,21 @@ class MAR(nn.Module):
         x = self.z_proj_ln(torch.cat([buffer, x], dim=1))  # (B, S + V, D)
         return self.encoder_norm(self.run_blocks(self.encoder_blocks, x))
 
-    def trunk(self, tokens, visible, labels, last=1):
-        """All of a pass but the decoder's `last` blocks: tokens (B, L, C), visible (B, V), labels (B,) (-1: null class)
-        -> x (B, S + L, D), no matter what is to be predicted. Networks that differ in those blocks alone can share it.
+    def transformer(self, tokens, visible, labels, predict):
+        """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
+        (B, P, D) of the tokens `predict` (B, P), float32. Inside bf16 where `runs_bf16`; head and losses are float32.
+
+        In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others.
         """
         S = self.config.buffer_size
-        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+        with torch.autocast("cuda" if tokens.is_cuda else "cpu", torch.bfloat16, enabled=runs_bf16(tokens.device)):
             x = self.decoder_embed(self.encode(tokens, visible, labels))  # (B, S + V, D)
             full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
             x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
-            x = x + self.decoder_pos_embed_learned
-            return self.run_blocks(self.decoder_blocks[:-last], x)
-
-    def tail(self, x, predict, last=1):
-        """The decoder's `last` blocks: x (B, S + L, D), predict (B, P) -> condition c (B, P, D) float32.
-
-        In the very last one only P queries are computed, and only P rows of its MLP: nobody reads the others.
-        """
-        S = self.config.buffer_size
-        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            x = self.run_blocks(self.decoder_blocks[-last:-1], x)
+            x = self.run_blocks(self.decoder_blocks[:-1], x + self.decoder_pos_embed_learned)
             x = self.decoder_norm(self.decoder_blocks[-1](x, keep=predict + S))  # (B, P, D)
             x = x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
         return x.float()
-
-    def transformer(self, tokens, visible, labels, predict):
-        """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
-        (B, P, D) of the tokens `predict` (B, P), float32. bf16 inside on CUDA; head and losses stay float32."""
-        return self.tail(self.trunk(tokens, visible, labels), predict)
 
     def condition(self, tokens, mask, labels):
         """tokens (B, L, C), mask (B, L) with 1 = masked and the same count in every row, labels (B,) long or None for
@@ -768,6 +755,21 @@ def write_json(path, content):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Faster, same numbers
+
+
+BF16 = None  # whether transformers multiply in bf16; None: on GPUs. A command's --dtype decides (data.setup)
+
+
+def multiplies_bf16():
+    """Whether this CPU has instructions for bf16 products: AVX512-BF16, AMX, or ARM's. ATEN_CPU_CAPABILITY=avx2, an
+    environment variable of PyTorch's, hides those of x86."""
+    has = torch.cpu.get_capabilities()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return bool(has.get("bf16") or wide and (has.get("avx512_bf16") or has.get("amx_bf16")))
+
+
+def runs_bf16(device):
+    return device.type == "cuda" if BF16 is None else BF16
 
 
 def bf16_weights(model):

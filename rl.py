@@ -29,11 +29,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
+from data import (DTYPES, LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
                   run_main, setup, train_indices)
 from distill import Gradients, Run, prepare, set_lr, update_ema
-from fid import (TEMPLATE, WEIGHTS, Watch, frechet_distance, judge, load_inception, load_or_train_classifier,
-                 mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
+from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
+                 load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
                    reveal_plan, take, token_orders)
 
@@ -58,8 +58,9 @@ def parse_args(argv=None):
     p = Parser("Post-train a one-step student with rewards.")
     flag = p.add_argument
     # files and data
-    flag("--data", default="data/imagenet", help="what distill.py was run on: shapes, cifar10 or a folder")
-    flag("--ckpt", default=None, help="the student (default out/<name of the data>/student.pt)")
+    flag("--data", default=None, help="what distill.py was run on: shapes, cifar10, a folder; left out, the "
+         "classifiers are those beside --ckpt")
+    flag("--ckpt", default=None, help="the student (default out/<name of the data, or imagenet>/student.pt)")
     flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
@@ -103,9 +104,16 @@ def parse_args(argv=None):
     # system
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    known, _ = p.parse_known_args(argv)  # a first reading: --data sets the defaults of the second
-    alike = known.data if known.data in DEFAULTS else "cifar10" if is_small(known.data) else ""
-    p.set_defaults(**DEFAULTS.get(alike, {}))
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
+    known, _ = p.parse_known_args(argv)  # a first reading: the data or the student set the defaults of the second
+    where = os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
+    ckpt = known.ckpt or where
+    alike = known.data if known.data in DEFAULTS else "cifar10" if known.data and is_small(known.data) else ""
+    if not known.data and os.path.isfile(ckpt):
+        alike = {16: "shapes", 32: "cifar10"}.get(read_checkpoint(ckpt).get("config", {}).get("img_size"), "")
+    p.set_defaults(ckpt=ckpt, **DEFAULTS.get(alike, {}))
+    if not known.data and alike and not classifier_beside(ckpt, 1):
+        p.set_defaults(watch=[name for name in DEFAULTS[alike]["watch"] if name != "judge"])
     args = p.parse_args(argv)
     check_numbers(args, one="pairs ar_steps batch accumulate chunk eval_every eval_images save_every log_every",
                   share="ema")
@@ -114,7 +122,6 @@ def parse_args(argv=None):
     if args.kl is None:
         names = list(parse_rewards(args.reward))
         args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE
-    args.ckpt = args.ckpt or os.path.join("out", os.path.basename(os.path.normpath(args.data)), "student.pt")
     args.out = args.out or os.path.join(os.path.dirname(args.ckpt), "rl")
     return args
 
@@ -122,7 +129,7 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards: f(images (N, 3, H, W) float in [0, 1], labels (N,) long) -> (N,), on the images' device. To add one of your
 # own, add a line to REWARDS: a builder, called once with (args, data, class names, device), that returns such an f.
-# `data` is None where the student makes latents.
+# `data` is None where --data is not given or the student makes latents.
 
 
 def prompt_reward(kind):
@@ -132,13 +139,21 @@ def prompt_reward(kind):
     return build
 
 
+def classifier_of(args, data, seed, device):
+    """The data's classifier of this seed: trained where there is none yet and `data` is given; None if it is not."""
+    if data:
+        return load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", seed, device)
+    path = classifier_beside(args.ckpt, seed)
+    return path and load_classifier(path, device)
+
+
 def classifier_reward(seed):
     """Log-probability of the class that was asked for, by the data's own classifier of this seed."""
     def build(args, data, names, device):
-        if data is None:
-            raise UserError("the classifier of the data set reads pixels, and this student makes latents: "
-                            "use --reward clip, pickscore or imagereward")
-        net = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", seed, device)
+        net = classifier_of(args, data, seed, device)
+        if net is None:
+            raise UserError(f"the rewards classifier and judge want classifier_{seed}.pt beside {args.ckpt}, or the "
+                            "pixels to train it on: give --data, or use --reward clip, pickscore or imagereward")
         # net: -> features (N, F), logits (N, classes)
         return lambda images, labels: F.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
     return build
@@ -404,9 +419,11 @@ def make_figures(args, data, functions, weights, device):
     """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward,
     their weighted sum "reward", "diversity", and the distance to the data: of pixels "fd" and "accuracy", of latents
     "fid"."""
-    if data:  # seed 1: FD and accuracy come from a network that no reward has seen
-        classifier = load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", 1, device)
-    elif args.ref:
+    # FD and accuracy by the classifier of seed 1, which no reward has seen; or by that of seed 0, if it is the only one
+    # and not the reward
+    classifier = classifier_of(args, data, 1, device) or (
+        None if "classifier" in weights else classifier_of(args, data, 0, device))
+    if args.ref:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
         reference = statistics_in(args.ref, read_npz(args.ref))
 
@@ -419,7 +436,7 @@ def make_figures(args, data, functions, weights, device):
         row = {name: mean(f) for name, f in functions.items()}
         reward = sum(weight * row[name] for name, weight in weights.items())
         row = {"reward": reward, **row, "diversity": diversity(images, labels)}
-        if data:
+        if classifier:
             row.update(judge(classifier, images, labels))
         elif args.ref:
             pool = torch.cat([inception(part.to(device))[0].cpu() for part in images.split(args.chunk)])
@@ -445,7 +462,7 @@ def diversity(images, labels):
 def open_student(args, device):
     """--ckpt -> (the frozen student, class names); flags that were left out take the student's values."""
     if not os.path.isfile(args.ckpt):
-        raise UserError(f"no student at {args.ckpt}: run  python distill.py --data {args.data}  first, or give --ckpt")
+        raise UserError(f"no student at {args.ckpt}: make one by distill.py first, or give --ckpt")
     file = read_checkpoint(args.ckpt)
     if file.get("stage") not in ("student", "rl"):  # the public files have no stage: they are teachers
         raise UserError(f"{args.ckpt} is a teacher's checkpoint, and an episode of 100 steps a token is out of reach: "
@@ -462,7 +479,7 @@ def open_student(args, device):
 def main(argv=None):
     """Check everything that can be checked, open the student and the rewards, train."""
     args = parse_args(argv)
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, args.dtype)
     reference, names = open_student(args, device)
     config, data, vae = reference.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
@@ -474,12 +491,12 @@ def main(argv=None):
         statistics_in(args.ref, read_npz(args.ref))  # complains now about a file that holds no statistics
     elif not config.pixels and rank == 0:
         print("FID is watched with --ref only: without it there is a student.pt, and no best.pt", flush=True)
-    if config.pixels:
+    if config.pixels and args.data:
         data = open_data(args.data, img_size=config.img_size, pixels=True)
         if data.num_classes != config.num_classes:
             raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
                             "give --data as distill.py had it")
-    else:
+    if not config.pixels:
         vae = load_vae(need_file(args.vae, "kl16")).to(device)
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet

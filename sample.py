@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import LATENT_SCALE, Parser, check_numbers, load_vae, read_class_names, read_image, run_main, setup
+from data import DTYPES, LATENT_SCALE, Parser, check_numbers, load_vae, read_class_names, read_image, run_main, setup
 from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, compile_blocks, graphed, load_mar, mask_counts,
-                   read_checkpoint, replacing, save_checkpoint)
+                   read_checkpoint, replacing, runs_bf16, save_checkpoint)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing: what fid.py, distill.py and rl.py use too
@@ -381,6 +381,7 @@ def parse():
     p.add_argument("--order", choices=ORDERS, default="random", help="of the tokens; random is what MAR is trained for")
     # the machine
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
     p.add_argument("--batch", type=int, default=64, help="pictures at once; fewer if memory is short")
     # for much work on a GPU
     p.add_argument("--compile", action="store_true", help="join small kernels: takes a minute first")
@@ -457,7 +458,7 @@ def main():
     """Draw, animate, save, time or plot, as the flags say; whatever can be refused is refused first."""
     args, job = parse()
     out = args.gif or args.export or args.out or {"num": "samples.npz", "curves": "curves.png"}.get(job, "grid.png")
-    device, rank, world = setup(args.device)
+    device, rank, world = setup(args.device, args.dtype)
     if job == "num" and not Path(out).suffix:  # a folder for PNGs
         os.makedirs(out, exist_ok=True)
         if os.listdir(out):
@@ -473,7 +474,7 @@ def main():
         return print(f"{out}: {model.config}")
     model.to(device)
     how = fill_in(args, file, model.config)
-    if device.type == "cuda":
+    if runs_bf16(device):
         bf16_weights(model)
     if args.compile:
         compile_blocks(model)
