@@ -863,7 +863,7 @@ OWNED = {}  # {folder: its lock, open}
 
 def own(folder, rank=0):
     """Make `folder`, and make it this command's own until the command ends, however that may be; rank 0 does so for all
-    ranks. UserError where another has it."""
+    ranks. UserError where another has it. What was half-written when a process was killed goes."""
     os.makedirs(folder, exist_ok=True)
     if rank > 0 or os.path.abspath(folder) in OWNED:
         return
@@ -880,6 +880,8 @@ def own(folder, rank=0):
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     OWNED[os.path.abspath(folder)] = lock
+    for left in Path(folder).glob("*.*.*.writing"):  # model.replacing's names
+        left.unlink(missing_ok=True)
 
 
 DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
@@ -911,7 +913,10 @@ def setup(device="auto", dtype="auto"):
     else:
         raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
     if world > 1 and not dist.is_initialized():
-        store = next(rendezvous("env://"))[0]
+        try:
+            store = next(rendezvous("env://"))[0]
+        except ValueError:  # not torchrun's doing
+            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start with torchrun, or unset it") from None
         # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
         # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
@@ -954,7 +959,12 @@ def take_moments(args):
     """--data NPZ_FOLDER: the latents of MAR's main_cache.py become a cache like any other."""
     setup("cpu")
     pictures = list_images(args.data, {".npz"})
-    side = read_moments(pictures[1][0]).shape[-1]
+    for file in pictures[1]:
+        with contextlib.suppress(UserError):  # the first that is whole says the size
+            side = read_moments(file).shape[-1]
+            break
+    else:
+        raise UserError(f"{args.data}: none of its .npz files holds moments and moments_flip of an image")
     build_cache(args, {"img_size": 16 * side}, args.data, pictures, lambda file: read_moments(file, side),
                 encode=lambda moments: moments)
 

@@ -833,13 +833,13 @@ HEARD = {}  # signal -> time, of those that told this process to stop
 def listen():
     """From now on the first signal lets the loop save and leave, and a second ends the process at once."""
     def hear(number, frame):
-        if HEARD and time.time() - max(HEARD.values()) > 1:  # torchrun passes on what the terminal has sent already
+        if HEARD and time.time() - min(HEARD.values()) > 1:  # torchrun passes on what the terminal has sent already
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if number == signal.SIGHUP:  # the terminal is gone: what is printed from now on goes nowhere
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        HEARD[number] = time.time()
+        HEARD.setdefault(number, time.time())
 
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish

@@ -15,8 +15,11 @@ judged; and the judges' public weights, which are fetched only when asked for:
 Rows, with what they mean, are added to OUT/results.json; the same thing judged again replaces its row.
 """
 import argparse
+import contextlib
+import fcntl
 import functools
 import gzip
+import hashlib
 import html
 import itertools
 import json
@@ -40,9 +43,9 @@ from tqdm import tqdm
 
 from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, say, setup, train_indices)
-from model import (ORDERS, UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, runs_bf16,
-                   save_checkpoint, write_json)
-from sample import check_output, check_vae, draw, draw_together, fill_in, save_grid
+from model import (ORDERS, UserError, bf16_weights, fill_model, read_checkpoint, replacing, runs_bf16, save_checkpoint,
+                   write_json)
+from sample import check_output, check_vae, draw, draw_together, fill_in, open_network, save_grid
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
@@ -52,10 +55,18 @@ JUDGES = ["inception", "clip", "pickscore", "imagereward", "classifier"]
 # Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
 
 
+def as_features(x):
+    """(N, F) tensor or array -> float tensor on the CPU; UserError where it is not finite."""
+    x = torch.as_tensor(x).detach().cpu()
+    if not x.isfinite().all():
+        raise UserError("features or logits hold NaN or infinity: look at the images, and the judge's weights")
+    return x
+
+
 def mean_and_covariance(features):
     """(N, F) features -> mu (F,), sigma (F, F), float64 numpy; N - 1 in the denominator, as numpy.cov. Takes twice the
     features' float64 size for a moment: 1.6 GB for 50,000 of Inception's."""
-    x = torch.as_tensor(features).cpu().double()
+    x = as_features(features).double()
     if len(x) < 2:
         raise UserError(f"a covariance needs at least 2 images, there are {len(x)}: generate or give more")
     return x.mean(0).numpy(), torch.cov(x.T).numpy()
@@ -81,7 +92,7 @@ def inception_score(logits, splits=10, shuffle=False):
     shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
     it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498.
     """
-    x = torch.as_tensor(logits).cpu()
+    x = as_features(logits)
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
     scores = []
@@ -99,7 +110,7 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
     Binkowski et al. 2018, arXiv 1801.01401.
     """
-    a, b = torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()
+    a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
     for _ in range(subsets):
@@ -119,7 +130,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
     generated one. (Some forks print them swapped.) A collapsed generator has precision 1 and recall 0.
     """
-    a, b = torch.as_tensor(generated).cpu().float(), torch.as_tensor(reference).cpu().float()
+    a, b = as_features(generated).float(), as_features(reference).float()
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
     def radii(x):  # (N,) distance to the k-th nearest other feature: the nearest of k + 1 is the feature itself
@@ -352,6 +363,8 @@ def train_classifier(data, seed, device, batch=128):
     Its `.reference` is (mu, sigma) of its features of 10,000 training images: what `judge` compares with.
     """
     indices = np.arange(len(data))
+    if len(data) < 2:
+        raise UserError(f"{data.name}: one picture is no data set: what is learnt from it cannot be tried on another")
     if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in SPLITS["test"]):
         test = open_data(data.name, "test", data.img_size, pixels=data.pixels)
         if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
@@ -396,6 +409,10 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
     made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": [*map(str, data.class_names)],
                  "images": len(data), "seed": int(seed), "recipe": 1}
+    pixels = hashlib.sha256(np.asarray(data.labels).astype(np.int64).tobytes())  # a second or two for 50,000 images
+    for images in read_in_parts(data, np.arange(len(data))):
+        pixels.update(images.numpy())
+    made_from["sha256"] = pixels.hexdigest()
     path = Path(folder) / f"classifier_{seed}.pt"
     if path.exists():
         net = load_classifier(path, device)
@@ -440,9 +457,10 @@ def read_in_parts(data, indices):
 
 @torch.no_grad()
 def classify(classifier, batches):
-    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU."""
+    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU. None is NaN, which
+    would pass for class 0."""
     features, logits = zip(*map(classifier, batches))
-    return torch.cat(features).cpu(), torch.cat(logits).cpu()
+    return as_features(torch.cat(features)), as_features(torch.cat(logits))
 
 
 def feature_statistics(classifier, data, n=10000):
@@ -927,7 +945,7 @@ def checkpoint_sources(path, args, device, vae):
     Image i is that of (seed, i), with class i % classes, so that every stretch is balanced. What the flags leave open
     is as the checkpoint was made for; guidance and head steps of a student are its own.
     """
-    file, model = read_checkpoint(path), load_mar(path)
+    file, model = open_network(path, args.heads, args.raw)
     check_vae(model, vae)
     labels = np.arange(args.num) % model.config.num_classes
     student = file.get("stage", "teacher") != "teacher"
@@ -942,8 +960,9 @@ def checkpoint_sources(path, args, device, vae):
                 if runs_bf16(device):
                     bf16_weights(model)
             return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
-        name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
-        yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), how, read)
+        made_by = {**how, **{flag: vars(args)[flag] for flag in ("heads", "raw") if vars(args)[flag]}}
+        name = f"{path} ({', '.join(f'{k} {v}' for k, v in made_by.items())})"
+        yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), made_by, read)
 
 
 def open_sources(args, device, vae):
@@ -952,10 +971,13 @@ def open_sources(args, device, vae):
                for path in args.samples]
     for path in args.ckpt:
         sources += checkpoint_sources(path, args, device, vae)
-    for source in sources:
-        if source.count < 10:
-            raise UserError(f"{source.name}: {source.count} image(s) are no distribution: 10 at least")
-    return sources
+    return [check_count(source) for source in sources]
+
+
+def check_count(source):
+    if source.count < 10:
+        raise UserError(f"{source.name}: {source.count} image(s) are no distribution: 10 at least")
+    return source
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1002,15 +1024,17 @@ def statistics_in(path, arrays):
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; statistics of inception are mu (2048,), here "
                         f"{mu.shape}, and sigma (2048, 2048), here {sigma.shape}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path} holds NaN or infinity: make it again")
     return mu, sigma
 
 
 def open_reference(path, side):
     """--ref -> ({"mu", "sigma", "n" or None, "text"} of a file of statistics or {}, Source of its images or None)."""
     if os.path.isdir(path):
-        return {}, folder_source(path, side)
+        return {}, check_count(folder_source(path, side))
     arrays = read_npz(path)
-    images = npz_source(path, arrays) if "arr_0" in arrays else None
+    images = check_count(npz_source(path, arrays)) if "arr_0" in arrays else None
     if images and "mu" not in arrays:
         return {}, images
     mu, sigma = statistics_in(path, arrays)
@@ -1162,6 +1186,8 @@ def parse():
     p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     p.add_argument("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
     # images drawn from --ckpt; None: as the checkpoint was made for
+    p.add_argument("--raw", action="store_true", help="--ckpt: the weights as trained, not their average")
+    p.add_argument("--heads", type=int, help="--ckpt: attention heads of a public file that is none of MAR-B, L, H")
     p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, all classes alike often")
     p.add_argument("--ar_steps", type=int, nargs="+", default=[None], metavar="K", help="AR steps, a row each")
     p.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="G", help="of teachers, a row each")
@@ -1186,10 +1212,10 @@ def parse():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
     args = p.parse_args()
-    check_numbers(args, one="size num ar_steps head_steps batch")
+    check_numbers(args, one="size num ar_steps head_steps batch heads")
     if not args.samples + args.ckpt:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
-    for flag in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
+    for flag in "raw heads num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
         if not args.ckpt and getattr(args, flag) != p.get_default(flag):
             raise UserError(f"--{flag} is for images drawn from a --ckpt: leave it out")
     if (args.ref or args.save_stats) and "inception" not in args.judges:
@@ -1242,7 +1268,7 @@ def conventions(row, networks, reference, args):
         "clip": f"{cosine}; {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64",
         "pickscore": cosine,
         "imagereward": f"normalised as published, prompt {args.prompt!r}",
-        "fd": f"by {args.classifier or 'the classifier of ' + args.data} to 10,000 training images; not FID",
+        "fd": f"by {args.classifier or f'the classifier of {args.data}'} to 10,000 training images; not FID",
         "accuracy": f"by the same, whose own on test images is {own:.4f}"}
     return [f"{name}: {text}" for name, text in lines.items() if name in {**row, **networks}]
 
@@ -1261,12 +1287,15 @@ def print_table(rows):
 def add_results(path, rows):
     """Put rows into results.json; they replace those of the same samples judged the same way. [] only reads it."""
     same = lambda row: [row.get(key) for key in ("name", "n", "conventions")]
-    try:
-        found = json.loads(path.read_text())["rows"] if path.exists() else []
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is no table of results: move it away, or choose another --out") from None
-    if rows:
-        write_json(path, {"rows": [row for row in found if same(row) not in [same(new) for new in rows]] + rows})
+    with open(path.parent / ".results.lock", "a") as lock:
+        with contextlib.suppress(OSError):  # some network disks have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a call that ends in the same moment waits, and loses no row
+        try:
+            found = [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no table of results: move it away, or choose another --out") from None
+        if rows:
+            write_json(path, {"rows": [row for row in found if same(row) not in [same(new) for new in rows]] + rows})
 
 
 def main():

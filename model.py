@@ -614,8 +614,11 @@ def config_of_public(state, args, overrides, path):
 
     args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     width, token_dim = state["z_proj.weight"].shape
-    channels, stride = args.get("vae_embed_dim", 16), args.get("vae_stride", 16)  # released files carry no args
-    patch, tokens = math.isqrt(token_dim // channels), state["diffusion_pos_embed_learned"].shape[1]
+    channels, stride = args.get("vae_embed_dim") or 16, args.get("vae_stride") or 16  # released files carry no args
+    patches = [patch for patch in range(1, 65) if patch**2 * channels == token_dim]
+    if not patches:
+        raise UserError(f"{path}: tokens of {token_dim} numbers are no square of latents of {channels!r} channels")
+    patch, tokens = patches[0], state["diffusion_pos_embed_learned"].shape[1]
     heads = {size.width: size.heads for size in (SIZES["base"], SIZES["large"], SIZES["huge"])}
     if width not in heads and "heads" not in overrides:
         raise UserError(f"{path}: width {width} is none of MAR-B, L, H, and the number of attention heads is in no "
@@ -641,7 +644,8 @@ def load_mar(path, ema=True, **config_overrides):
     wanted = {"class_emb.weight", "z_proj.weight", "encoder_pos_embed_learned", "diffusion_pos_embed_learned"}
     public = "diffloss.net.input_proj.weight" in state
     if not wanted <= set(state) or not (public or "config" in file):
-        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
+        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}" if ema else
+                        f"{path} holds no weights as trained (resume.pt does): leave --raw out")
     if "config" not in file:
         config = config_of_public(state, file.get("args"), config_overrides, path)
     else:
@@ -662,8 +666,11 @@ def fill_model(build, state, path, ours="", theirs=""):
         model = build()
     # batch counters mean nothing in eval mode, and files of before 2018 lack them
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
-    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    wrong = [f"{name} missing" for name in wanted if name not in state]
+    state = {name: value for name, value in state.items()
+             if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
+    wrong = [f"{name} is {state[name].dtype}" for name in wanted  # quantised, say, with its scale elsewhere
+             if name in state and not state[name].is_floating_point()]
+    wrong += [f"{name} missing" for name in wanted if name not in state]
     wrong += [f"{name} unexpected" for name in state if name not in wanted]
     wrong += [f"{name} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
               if name in state and tuple(state[name].shape) != shape]
@@ -725,7 +732,8 @@ def read_checkpoint(path):
 def replacing(path, mode="w"):
     """A file to write whose contents get the name `path` when the block ends well: at any moment there is the old file
     or the new one, whole. A full disk becomes one line, not a traceback."""
-    temporary = f"{path}.writing{os.environ.get('RANK', '')}"  # ranks may finish one thing in the same moment
+    # two programs, or ranks, may finish one thing in the same moment; on two nodes they may have one process number
+    temporary = f"{path}.{os.getpid()}.{os.environ.get('RANK', '')}.writing"
     try:
         with open(temporary, mode) as f:
             yield f

@@ -398,14 +398,12 @@ def parse():
     return args, job
 
 
-def open_network(args):
-    """--ckpt or --size -> (the checkpoint's dict, MAR)."""
-    if args.size:
-        return {}, MAR(SIZES[args.size]).eval()
-    file = read_checkpoint(args.ckpt)
-    model = load_mar(args.ckpt, ema=not args.raw, **({"heads": args.heads} if args.heads else {}))
-    if args.heads and ("config" in file or model.config.width % args.heads):
-        raise UserError(f"--heads {args.heads}: for public files alone, a divisor of the width {model.config.width}")
+def open_network(path, heads=None, raw=False):
+    """--ckpt, --heads and --raw (of `parse`, or of fid.py) -> (the checkpoint's dict, MAR)."""
+    file = read_checkpoint(path)
+    model = load_mar(path, ema=not raw, **({"heads": heads} if heads else {}))
+    if heads and ("config" in file or model.config.width % heads):
+        raise UserError(f"--heads {heads}: for public files alone, a divisor of the width {model.config.width}")
     return file, model
 
 
@@ -468,7 +466,7 @@ def main():
     if job == "curves":
         save_curves(args.curves, out)
         return print(f"{out}: {len(args.curves)} run(s)")
-    file, model = open_network(args)
+    file, model = ({}, MAR(SIZES[args.size]).eval()) if args.size else open_network(args.ckpt, args.heads, args.raw)
     if job == "export":
         export(model, file, out)
         return print(f"{out}: {model.config}")
