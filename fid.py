@@ -92,7 +92,7 @@ def inception_score(logits, splits=10, shuffle=False):
     shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
     it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498.
     """
-    x = torch.as_tensor(logits).cpu()
+    x = as_features(logits)
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
     scores = []
@@ -110,7 +110,7 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
     Binkowski et al. 2018, arXiv 1801.01401.
     """
-    a, b = torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()
+    a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
     for _ in range(subsets):
@@ -130,7 +130,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
     generated one. (Some forks print them swapped.) A collapsed generator has precision 1 and recall 0.
     """
-    a, b = torch.as_tensor(generated).cpu().float(), torch.as_tensor(reference).cpu().float()
+    a, b = as_features(generated).float(), as_features(reference).float()
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
     def radii(x):  # (N,) distance to the k-th nearest other feature: the nearest of k + 1 is the feature itself
@@ -1269,7 +1269,7 @@ def conventions(row, networks, reference, args):
         "clip": f"{cosine}; {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64",
         "pickscore": cosine,
         "imagereward": f"normalised as published, prompt {args.prompt!r}",
-        "fd": f"by {args.classifier or 'the classifier of ' + args.data} to 10,000 training images; not FID",
+        "fd": f"by {args.classifier or f'the classifier of {args.data}'} to 10,000 training images; not FID",
         "accuracy": f"by the same, whose own on test images is {own:.4f}"}
     return [f"{name}: {text}" for name, text in lines.items() if name in {**row, **networks}]
 
