@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -875,7 +874,7 @@ def test_average_of_weights_and_levels_of_the_losses():
 
 
 def test_distillation_brings_the_student_to_the_data():
-    """One step of a teacher of 200 updates is a blur; 80 updates by either loss must take much of that away.
+    """One step of a teacher of 200 updates is a blur; 50 updates by either loss must take much of that away.
     Measured on the tokens themselves: Frechet distance of their Gaussian to the data's."""
     def distance(folder, name, **how):
         model = load_mar(folder / name)
@@ -883,13 +882,14 @@ def test_distillation_brings_the_student_to_the_data():
         return fid.frechet_distance(*fid.mean_and_covariance(tokens), *real)
 
     shapes, labels = open_data("shapes"), torch.arange(512) % 8
-    model = MAR(SIZES["shapes"])
+    small = replace(SIZES["shapes"], width=48, encoder_depth=2, decoder_depth=2, head_depth=2, head_width=96)
+    model = MAR(small)
     real = fid.mean_and_covariance(model.patchify(shapes.batch(np.arange(2048), np.zeros(2048, bool))[0]).flatten(0, 1))
-    with scratch() as folder:
+    with scratch() as folder, mock.patch.dict(globals(), TINY_SHAPES=small):
         blind_distill(folder, "--teacher_steps", 200, "--teacher_batch", 16, "--steps", 0, "--save_every", 999)
         start, said = distance(folder, "teacher.pt", guidance=2.0, guidance_schedule="constant"), []
         for loss in ("gsim", "vsd"):
-            blind_distill(folder / loss, "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 80,
+            blind_distill(folder / loss, "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 50,
                           "--batch", 16, "--save_every", 999, "--loss", loss)
             said.append(distance(folder / loss, "student.pt"))
     assert max(said) < 0.65 * start, (start, said)
@@ -1180,8 +1180,8 @@ def test_gradients_are_those_of_torchs_ddp():
 
 def test_accumulation_and_variants_run():
     with scratch() as folder:
-        blind_distill(folder / "t", "--steps", 1)
-        teacher = ("--teacher", folder / "t" / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
+        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8, decoder_depth=3)
+        teacher = ("--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
                             "head": ("--critic", 0), "tail": ("--critic", 1),
@@ -1189,12 +1189,12 @@ def test_accumulation_and_variants_run():
                             "plain_g1": ("--guidance", 1)}.items():
             blind_distill(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
-        start = weights(folder / "t", "teacher.pt")
+        start = weights(folder, "teacher.pt")
         for name, state in results.items():
             moved = sum((results["plain"][key] - start[key]).square().sum() for key in start) ** 0.5
             other = sum((results["plain"][key] - state[key]).square().sum() for key in start) ** 0.5 / moved
             if name != "plain":
-                assert other < 0.01 if name == "accumulate" else other > 0.015, (name, other)
+                assert other < 1e-4 if name == "accumulate" else other > 0.03, (name, other)
         critic = weights(folder / "tail", "resume.pt", "critic")
         moved = {".".join(key.split(".")[:2]) for key in start if not torch.equal(start[key], critic[key])}
         assert "decoder_blocks.2" in moved and all(
@@ -1427,10 +1427,10 @@ def test_kill_9_at_random_moments():
 
 
 @contextlib.contextmanager
-def small_disk(megabytes):
+def small_disk(kilobytes):
     """A file system of that size. Only root may mount one: skips elsewhere."""
     with scratch() as folder:
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
         if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
             raise Skip("mounting a small tmpfs is not permitted here")
         try:
@@ -1440,9 +1440,9 @@ def small_disk(megabytes):
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
-    """40 MB hold one checkpoint of 23, its teacher.pt of 6, and not the next beside them. Then every other file that a
+    """2,300 kB hold one checkpoint of 1,350, its teacher.pt of 340, and not the next beside them. Then every other file that a
     run writes."""
-    with scratch() as whole, small_disk(40) as folder:
+    with scratch() as whole, small_disk(2300) as folder:
         blind_distill(whole / "run", "--teacher_steps", 4, "--steps", 0)
         refused(lambda: blind_distill(folder / "run", "--teacher_steps", 4, "--steps", 0), "cannot write", "resume.pt")
         assert read_checkpoint(folder / "run" / "resume.pt")["step"] == 1
@@ -3500,9 +3500,6 @@ def test_rl_stops_at_a_nan_reward_and_keeps_the_last_good_checkpoint():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Measurements: they print figures of assets/measurements.md, take minutes or gigabytes, and run only when named
 
 
@@ -3768,7 +3765,8 @@ class LiveBytes(TorchDispatchMode):
 def memory_on_fake_gpu():
     for size, *flags in (["base"], ["base", "--recompute"], ["base", "--critic", "4"], ["large"],
                          ["large", "--recompute"], ["huge"], ["huge", "--recompute"]):
-        live = fake_distillation("student", SIZES[size], size, "--batch", "32", "--log_every", "2", *flags, mode=LiveBytes)
+        live = fake_distillation("student", SIZES[size], size, "--batch", "32", "--log_every", "2", *flags,
+                                 mode=LiveBytes)
         print(f"distill {' '.join([size, *flags])}: alive {live.peak / 2**30:.1f} GiB")
     for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"], ["huge", "--recompute"]):
         live = fake_rl(SIZES[size], "--ar_steps", "16", "--log_every", "1", *flags, mode=LiveBytes)
