@@ -1440,8 +1440,8 @@ def small_disk(kilobytes):
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
-    """2,300 kB hold one checkpoint of 1,350, its teacher.pt of 340, and not the next beside them. Then every other file that a
-    run writes."""
+    """2,300 kB hold one checkpoint of 1,350, its teacher.pt of 340, and not the next beside them. Then every other
+    file that a run writes."""
     with scratch() as whole, small_disk(2300) as folder:
         blind_distill(whole / "run", "--teacher_steps", 4, "--steps", 0)
         refused(lambda: blind_distill(folder / "run", "--teacher_steps", 4, "--steps", 0), "cannot write", "resume.pt")
@@ -3232,8 +3232,8 @@ def test_rl_resumes_bit_exactly():
 
 def test_rl_goes_on_with_an_evaluation_that_a_signal_broke_off():
     """SIGTERM while the row of step 3, at the end, is being drawn: --resume makes it, and log, table and best.pt are
-    those of a run left alone. While the row of step 2, in the middle, is drawn: the next step is saved, that row is left out,
-    and the weights and the last row are those of a run left alone."""
+    those of a run left alone. While the row of step 2, in the middle, is drawn: the next step is saved, that row is left
+    out, and the weights and the last row are those of a run left alone."""
     flags = ("--steps", 3, "--max_fd_rise", 9, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
     with scratch() as folder:
         write_student(folder)
