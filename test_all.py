@@ -44,7 +44,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor
-from torch.utils.flop_counter import FlopCounterMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -879,7 +878,7 @@ def test_average_of_weights_and_levels_of_the_losses():
 
 
 def test_distillation_brings_the_student_to_the_data():
-    """One step of a teacher of 200 updates is a blur; 80 updates by either loss must take much of that away.
+    """One step of a teacher of 200 updates is a blur; 50 updates by either loss must take much of that away.
     Measured on the tokens themselves: Frechet distance of their Gaussian to the data's."""
     def distance(folder, name, **how):
         model = load_mar(folder / name)
@@ -887,13 +886,14 @@ def test_distillation_brings_the_student_to_the_data():
         return fid.frechet_distance(*fid.mean_and_covariance(tokens), *real)
 
     shapes, labels = open_data("shapes"), torch.arange(512) % 8
-    model = MAR(SIZES["shapes"])
+    small = replace(SIZES["shapes"], width=48, encoder_depth=2, decoder_depth=2, head_depth=2, head_width=96)
+    model = MAR(small)
     real = fid.mean_and_covariance(model.patchify(shapes.batch(np.arange(2048), np.zeros(2048, bool))[0]).flatten(0, 1))
-    with scratch() as folder:
+    with scratch() as folder, mock.patch.dict(globals(), TINY_SHAPES=small):
         blind_distill(folder, "--teacher_steps", 200, "--teacher_batch", 16, "--steps", 0, "--save_every", 999)
         start, said = distance(folder, "teacher.pt", guidance=2.0, guidance_schedule="constant"), []
         for loss in ("gsim", "vsd"):
-            blind_distill(folder / loss, "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 80,
+            blind_distill(folder / loss, "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 50,
                           "--batch", 16, "--save_every", 999, "--loss", loss)
             said.append(distance(folder / loss, "student.pt"))
     assert max(said) < 0.65 * start, (start, said)
@@ -1251,20 +1251,20 @@ def test_gradients_are_those_of_torchs_ddp():
 
 def test_accumulation_and_variants_run():
     with scratch() as folder:
-        blind_distill(folder / "t", "--steps", 1)
-        teacher = ("--teacher", folder / "t" / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
+        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8, decoder_depth=3)
+        teacher = ("--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
                             "linear": ("--guidance_schedule", "linear"), "turns": ("--critic_steps", 2),
                             "plain_g1": ("--guidance", 1)}.items():
             blind_distill(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
-        start = weights(folder / "t", "teacher.pt")
+        start = weights(folder, "teacher.pt")
         for name, state in results.items():
             moved = sum((results["plain"][key] - start[key]).square().sum() for key in start) ** 0.5
             other = sum((results["plain"][key] - state[key]).square().sum() for key in start) ** 0.5 / moved
             if name != "plain":
-                assert other < 0.01 if name == "accumulate" else other > 0.015, (name, other)
+                assert other < 1e-4 if name == "accumulate" else other > 0.03, (name, other)
 
 
 def test_distill_refuses_bad_input():
@@ -1515,10 +1515,10 @@ def test_kill_9_at_random_moments():
 
 
 @contextlib.contextmanager
-def small_disk(megabytes):
+def small_disk(kilobytes):
     """A file system of that size. Only root may mount one: skips elsewhere."""
     with scratch() as folder:
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder]
         if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
             raise Skip("mounting a small tmpfs is not permitted here")
         try:
@@ -1528,9 +1528,9 @@ def small_disk(megabytes):
 
 
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
-    """40 MB hold one checkpoint of 23, its teacher.pt of 6, and not the next beside them. Then every other file that a
-    run writes."""
-    with scratch() as whole, small_disk(40) as folder:
+    """2,300 kB hold one checkpoint of 1,350, its teacher.pt of 340, and not the next beside them. Then every other
+    file that a run writes."""
+    with scratch() as whole, small_disk(2300) as folder:
         blind_distill(whole / "run", "--teacher_steps", 4, "--steps", 0)
         refused(lambda: blind_distill(folder / "run", "--teacher_steps", 4, "--steps", 0), "cannot write", "resume.pt")
         assert read_checkpoint(folder / "run" / "resume.pt")["step"] == 1
@@ -3653,9 +3653,6 @@ def test_rl_stops_at_a_nan_reward_and_keeps_the_last_good_checkpoint():
         assert "not finite at step" in message
         file = read_checkpoint(folder / "rl" / "resume.pt")
         assert file["step"] >= 2 and all(torch.isfinite(p).all() for p in file["model"].values())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 # ----------------------------------------------------------------------------------------------------------------------
