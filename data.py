@@ -382,7 +382,7 @@ def build_cache(args, settings, folder, pictures, read, encode):
                 raise UserError(f"{error}; {command(*sys.argv[1:], '--skip_broken')} leaves it out") from None
             tqdm.write(f"skipped: {error}", file=sys.stderr)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or not len(mine), unit="img") as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or None, unit="img") as bar:
         for start in range(0, len(mine), args.batch):
             some = mine[start:start + args.batch]
             arrays = list(pool.map(read_one, some))
@@ -514,7 +514,7 @@ def open_images(name, split, img_size):
             images[i] = read_image(file, img_size)
 
     with (ThreadPoolExecutor() as pool,  # Pillow lets go of Python's lock
-          tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0) as bar):
+          tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0 or None) as bar):
         for _ in pool.map(decode, range(0, len(files), 100)):  # raises what decode raised
             bar.update(min(100, len(files) - bar.n))
     return Data(name, split, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))

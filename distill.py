@@ -47,7 +47,7 @@ from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, comp
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
-# What `--data` changes; an explicit flag always wins. How these were found: assets/measurements.md, "Tried".
+# What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,

@@ -381,7 +381,7 @@ def train_classifier(data, seed, device, batch=128):
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.25)
     labels = torch.as_tensor(data.labels)
-    for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, mininterval=1):
+    for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, disable=None, mininterval=1):
         picks, flips = train_indices(len(indices), batch, step, seed)
         picks = indices[picks]
         images = data.images(picks)
@@ -994,7 +994,8 @@ def collect(source, judges, batch, rank, world):
     share = -(-source.count // world)
     first, last = min(rank * share, source.count), min((rank + 1) * share, source.count)
     parts = []
-    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world, disable=rank > 0) as bar:
+    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world,
+              disable=rank > 0 or None) as bar:
         for start in range(first, last, batch):
             stop = min(start + batch, last)
             images = source.read(start, stop)

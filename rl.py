@@ -34,7 +34,7 @@ from data import (DTYPES, LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small,
 from distill import Gradients, Run, prepare, set_lr, update_ema
 from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
+from model import (SIZES, START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
                    reveal_plan, take, token_orders)
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (model.py: noise is a function of picture, purpose, place)
@@ -44,12 +44,14 @@ S_KL = 0.1  # s of the KL, in the units of x: KL(N(x, s^2 I) || N(x_ref, s^2 I))
 KL = {"classifier": 0.1, "red": 0.05}
 KL_ELSE = 0.2
 
-# What `--data` changes; an explicit flag always wins. How these were found: assets/measurements.md, "Tried".
+# What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(reward=["classifier"], watch=["judge", "jpeg", "red"], steps=120, batch=16, pairs=64, lr=1e-4,
                    ema=0.97, warmup=0, eval_every=40, save_every=40, log_every=10, chunk=2048),
     "cifar10": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=500, batch=32, pairs=128, lr=2e-5, ema=0.99,
                     warmup=10, eval_every=100, save_every=100, log_every=10, chunk=2048),
+    "cifar10_cpu": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=50, batch=16, pairs=64, lr=2e-5, ema=0.97,
+                        warmup=10, eval_every=50, eval_images=500, save_every=25, log_every=10, chunk=2048),
 }
 
 
@@ -105,15 +107,8 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
-    known, _ = p.parse_known_args(argv)  # a first reading: the data or the student set the defaults of the second
-    where = os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
-    ckpt = known.ckpt or where
-    alike = known.data if known.data in DEFAULTS else "cifar10" if known.data and is_small(known.data) else ""
-    if not known.data and os.path.isfile(ckpt):
-        alike = {16: "shapes", 32: "cifar10"}.get(read_checkpoint(ckpt).get("config", {}).get("img_size"), "")
-    p.set_defaults(ckpt=ckpt, **DEFAULTS.get(alike, {}))
-    if not known.data and alike and not classifier_beside(ckpt, 1):
-        p.set_defaults(watch=[name for name in DEFAULTS[alike]["watch"] if name != "judge"])
+    known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
+    p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
     check_numbers(args, one="pairs ar_steps batch accumulate chunk eval_every eval_images save_every log_every",
                   share="ema")
@@ -122,8 +117,24 @@ def parse_args(argv=None):
     if args.kl is None:
         names = list(parse_rewards(args.reward))
         args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE
-    args.out = args.out or os.path.join(os.path.dirname(args.ckpt), "rl")
+    folder, name = os.path.split(args.ckpt)
+    if name.endswith("_student.pt"):  # assets/cifar10_student.pt -> out/cifar10/rl
+        folder = os.path.join("out", name.removesuffix("_student.pt"))
+    args.out = args.out or os.path.join(folder, "rl")
     return args
+
+
+def recipe(known):
+    """The defaults: those of the size of the student, else of the data."""
+    ckpt = known.ckpt or os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
+    file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # open_student misses it
+    width = file.get("config", {}).get("width")
+    by_size = [name for name in DEFAULTS if SIZES[name].width == width]
+    by_data = "cifar10" if known.data and is_small(known.data) else known.data
+    found = {"ckpt": ckpt, **DEFAULTS.get((by_size or [by_data])[0], {})}
+    if not known.data and not classifier_beside(ckpt, 1):  # the judge cannot be had
+        found["watch"] = [name for name in found.get("watch", ["clip", "imagereward"]) if name != "judge"]
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

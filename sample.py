@@ -249,7 +249,7 @@ def save_npz(rounds, labels, side, path):
 
 def save_samples(model, labels, path, rank, world, batch, **how):
     """Pictures of `labels` (N,) numpy, drawn by all ranks, to an .npz, or to a folder as <index>_<label>.png."""
-    starts = tqdm(range(0, len(labels), world * batch), unit="round", disable=rank > 0)
+    starts = tqdm(range(0, len(labels), world * batch), unit="round", disable=rank > 0 or None)
     rounds = (draw_together(model, labels[i:i + world * batch], rank, world, i, batch=batch, **how) for i in starts)
     if rank > 0:
         for _ in rounds:  # take part in drawing and sending, write nothing
