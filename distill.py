@@ -65,7 +65,7 @@ DEFAULTS = {
 
 
 def parse_args(argv=None):
-    """The flags, with the defaults of --data."""
+    """The flags, with the defaults of `recipe`."""
     p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
     flag = p.add_argument
     # files and data
@@ -327,7 +327,7 @@ def distil(args, teacher, data, class_names, run, watch):
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
-    own_pictures = OwnPictures(teacher.config, args.batch).to(run.device)
+    own_pictures = OwnPictures(teacher.config, args.batch if args.own else 0).to(run.device)
     state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer,
                  own_pictures=own_pictures)
     run.restore("student", **state)
