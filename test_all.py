@@ -1312,10 +1312,10 @@ def test_distill_refuses_bad_input():
 def test_resume_with_other_flags_goes_on_or_says_why_not():
     """What does not fit ends in one line. What fits and differs is told, and holds."""
     with scratch() as folder:
-        blind_distill(folder / "run")
-        refused(lambda: blind_distill(folder / "run", "--resume", "--batch", 16), "does not fit", "own_pictures")
+        blind_distill(folder / "run", "--own", 0.5)
+        refused(lambda: blind_distill(folder / "run", "--resume"), "does not fit", "own_pictures")
         said = io.StringIO()
-        blind_distill(folder / "run", "--resume", "--steps", 8, "--lr", "1e-5", said=said)
+        blind_distill(folder / "run", "--own", 0.5, "--resume", "--steps", 8, "--lr", "1e-5", said=said)
         assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
         assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
         assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
