@@ -3232,8 +3232,8 @@ def test_rl_resumes_bit_exactly():
 
 def test_rl_goes_on_with_an_evaluation_that_a_signal_broke_off():
     """SIGTERM while the row of step 3, at the end, is being drawn: --resume makes it, and log, table and best.pt are
-    those of a run left alone. While the row of step 2, in the middle, is drawn: the next step is saved, that row is left
-    out, and the weights and the last row are those of a run left alone."""
+    those of a run left alone. While the row of step 2, in the middle, is drawn: the next step is saved, that row is
+    left out, and the weights and the last row are those of a run left alone."""
     flags = ("--steps", 3, "--max_fd_rise", 9, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
     with scratch() as folder:
         write_student(folder)
