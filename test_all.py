@@ -1451,7 +1451,7 @@ def kill_at_random_moments(folder, program, kills):
         tiny_mar(Path(folder), img_size=8, num_classes=8)
         main, flags = rl.main, rl_flags(Path(folder), "--steps", "12", "--save_every", "1")
     else:
-        main, flags = distill.main, [*map(str, TINY[1:]), "--log_every", "1"]
+        main, flags = distill.main, [*map(str, TINY[1:]), "--log_every", "1", "--own", "0.5"]
 
     def done(out):
         """Updates in the checkpoint, over both stages."""
