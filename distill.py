@@ -215,6 +215,14 @@ class OwnPictures(torch.nn.Module):
         return self.tokens[picks], self.labels[picks]
 
 
+def contexts(args, data, pool, ema, step, run):
+    """-> tokens (B, L, C), labels (B,): real pictures, or as often as --own says the student's own."""
+    time = int(args.own * step)  # so many updates have had the student's own
+    if int(args.own * (step + 1)) > time:
+        return pool.pictures(ema, args.seed + 2, time, run)
+    return real_pictures(data, ema, args.batch, args.seed + 1, step, run)
+
+
 def training_batch(pictures, config, batch, seed, step, run):
     """pictures: tokens (B, L, C), labels (B,), this rank's share of `batch` -> tokens, labels, keys (B,), visible
     (B, V), masked (B, P) on the device.
@@ -318,22 +326,19 @@ def critic_loss(eps_q, eps):
 
 
 def distil(args, teacher, data, class_names, run, watch):
-    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json. Each network's transformer
-    runs once an update, and serves all head calls: 8 forward equivalents, teacher 2 (null class), student 3, critic 3.
-    data: None where all contexts are the student's own pictures.
-    """
+    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json."""
     # copies are in eval mode, as the teacher: the two scores must differ for one reason only, whose samples they score
     student, ema, critic = (copy.deepcopy(teacher) for _ in range(3))
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
-    own_pictures = OwnPictures(teacher.config, args.batch if args.own else 0).to(run.device)
+    pool = OwnPictures(teacher.config, args.batch if args.own else 0).to(run.device)
     state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer,
-                 own_pictures=own_pictures)
+                 pool=pool)
     run.restore("student", **state)
     prepare(args, student, critic, frozen=[teacher])
     gradients, critic_gradients = Gradients(student), Gradients(critic)
-    levels, norm = torch.zeros(2, 2, 10, device=run.device), torch.zeros((), device=run.device)
+    sums, norm = torch.zeros(2, device=run.device), torch.zeros((), device=run.device)
 
     for step in run.steps("student", args.steps, args.batch, flops_an_image(teacher.config, passes=8, rows=12)):
         # look at the student, before the update: so a look that a kill broke off is made when the run goes on
@@ -343,21 +348,16 @@ def distil(args, teacher, data, class_names, run, watch):
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
 
-        # pictures to know a part of: real ones, or the student's own, as often as --own says
-        time = int(args.own * step)  # so many updates have had the student's own
-        if int(args.own * (step + 1)) > time:
-            pictures = own_pictures.pictures(ema, args.seed + 2, time, run)
-        else:
-            pictures = real_pictures(data, teacher, args.batch, args.seed + 1, step, run)
-
-        # gradients of both networks at the same weights; a batch is a single AR step, never a whole picture
+        # pictures of which a part is known: a batch is a single AR step of them, never whole pictures
+        pictures = contexts(args, data, pool, ema, step, run)
         batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
+
+        # gradients of both networks at the same weights
         students_turn = step % args.critic_steps == 0
-        in_turn = [critic_gradients, gradients] if students_turn else [critic_gradients]
+        in_turn = [critic_gradients] + [gradients] * students_turn
         for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, in_turn):
-            # 1. what is known -> a condition for each masked token: one transformer pass of each network
-            g = guidance_at(args, masked.shape[1] / teacher.config.seq_len)
-            c_p, c_null = teacher_conditions(teacher, tokens, visible, labels, masked, g)  # (B, P, D) each
+            # 1. what is known -> a condition for each masked token: one pass of each network (8 forward equivalents)
+            c_p, c_null, g = teacher_conditions(args, teacher, tokens, visible, labels, masked)  # (B, P, D) each, scale
             c_phi = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
@@ -369,8 +369,7 @@ def distil(args, teacher, data, class_names, run, watch):
             x_t, t, eps, _, _ = noised(fake, keys, CRITIC, masked)
             loss_phi = critic_loss(critic.eps(x_t, t, c_phi), eps)  # (B, P)
             (loss_phi.mean() / args.accumulate).backward()
-            levels[1] += by_level(t, loss_phi.detach())
-
+            sums[1] += loss_phi.detach().mean() / args.accumulate
             # 4. the student: the slope of its loss at x0, through both heads held fixed, goes into its own graph
             if students_turn:
                 x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
@@ -379,7 +378,7 @@ def distil(args, teacher, data, class_names, run, watch):
                     eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
                 slope, loss_theta = SLOPES[args.loss](fake, x_t, eps, eps_q, eps_p, alpha, sigma)
                 x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
-                levels[0] += by_level(t, loss_theta)
+                sums[0] += loss_theta.mean() * args.critic_steps / args.accumulate
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         critic_norm = critic_gradients.finish(args.clip)
@@ -392,8 +391,7 @@ def distil(args, teacher, data, class_names, run, watch):
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(**level_means(run.average(levels)), grad_norm=norm, critic_norm=critic_norm)
-            levels.zero_()
+            run.log(**run.means(sums, "loss", "critic_loss"), grad_norm=norm, critic_norm=critic_norm)
         if run.due(args.save_every) or run.told:  # told by a signal to leave
             run.save("student", ema, class_names, **state)
     watch.look("student", ema, run.step)
@@ -411,19 +409,17 @@ def prepare(args, *trained, frozen=()):
         compile_blocks(*trained, *frozen)
 
 
-def guidance_at(args, share_masked):
-    """The guided teacher's scale: constant, or grown with the share revealed as sampling grows it."""
-    return args.guidance if args.guidance_schedule == "constant" else 1 + (args.guidance - 1) * (1 - share_masked)
-
-
 @torch.no_grad()
-def teacher_conditions(teacher, tokens, visible, labels, masked, g):
-    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for g = 1."""
+def teacher_conditions(args, teacher, tokens, visible, labels, masked):
+    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for a scale
+    of 1. Third: the scale g, constant, or grown with the share revealed as sampling grows it."""
+    share = 1.0 if args.guidance_schedule == "constant" else 1 - masked.shape[1] / teacher.config.seq_len
+    g = 1 + (args.guidance - 1) * share
     if g == 1:
-        return teacher.transformer(tokens, visible, labels, masked), None
+        return teacher.transformer(tokens, visible, labels, masked), None, g
     tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
     labels = torch.cat([labels, torch.full_like(labels, -1)])
-    return teacher.transformer(tokens, visible, labels, masked).chunk(2)
+    return *teacher.transformer(tokens, visible, labels, masked).chunk(2), g
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -432,23 +428,6 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
         return teacher.eps(x, t, c_p)
     eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
     return null + g * (eps - null)
-
-
-def by_level(t, value, bins=10):
-    """Sums and counts of value (B, P) by time step t (B, P): -> (2, bins). What a mean over t hides."""
-    index, out = (t * bins).flatten() // 1000, torch.zeros(2, bins, device=t.device)
-    out[0].index_add_(0, index, value.flatten())
-    out[1].index_add_(0, index, torch.ones_like(value).flatten())
-    return out
-
-
-def level_means(levels):
-    """Sums and counts (2, 2, bins), of the student and of the critic -> what the log says of them: the means over all,
-    and those of each level; 0 where nothing was counted."""
-    (loss, critic), (count, critic_count) = levels.transpose(0, 1)
-    return {"loss": loss.sum() / count.sum().clamp(min=1), "loss_by_t": loss / count.clamp(min=1),
-            "critic_loss": critic.sum() / critic_count.sum().clamp(min=1),
-            "critic_by_t": critic / critic_count.clamp(min=1)}
 
 
 def flops_an_image(config, passes, rows):
@@ -737,7 +716,7 @@ class Run:
         if self.rank == 0:
             print(f"{stage}: {images} images an update on {self.world} process(es), {left}", flush=True)
         listen()
-        self.clock, self.clock_step = time.time(), self.step
+        self.clock, self.clock_step, self.since = time.time(), self.step, self.step
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=stage, unit="step",
                         disable=self.rank > 0 or None, mininterval=1)
         for step in self.bar:
@@ -765,6 +744,13 @@ class Run:
             dist.all_reduce(tensor)
             tensor /= self.world
         return tensor
+
+    def means(self, sums, *names):
+        """{name: mean} of sums (len(names),) over the steps since the last call, and over the ranks; zeroes them."""
+        means = self.average(sums) / (self.step - self.since)
+        sums.zero_()
+        self.since = self.step
+        return dict(zip(names, means))
 
     def log(self, **values):
         """A line of log.jsonl, with images/s. Tensors are read here: so here the loop waits for the device."""

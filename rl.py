@@ -351,7 +351,7 @@ def train(args, reference, score, run, watch, class_names):
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
     dims = reference.config.latent_size**2 * reference.config.vae_channels
-    sums, since = torch.zeros(5, device=run.device), run.step  # for the log: sums over the updates since its last line
+    sums = torch.zeros(5, device=run.device)  # for the log: over the updates since its last line
 
     for step in run.steps("rl", args.steps, args.batch):
         # look at the student, before the update: so a look that a kill broke off is made when the run goes on
@@ -391,10 +391,7 @@ def train(args, reference, score, run, watch, class_names):
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            reward, std, kl, agreement, norm = run.average(sums) / (run.step - since)
-            run.log(reward=reward, reward_std=std, kl=kl, agreement=agreement, grad_norm=norm)
-            sums.zero_()
-            since = run.step
+            run.log(**run.means(sums, "reward", "reward_std", "kl", "agreement", "grad_norm"))
         if run.due(args.save_every) or run.told:  # told by a signal to leave
             run.save("student", ema, class_names, **state)
     evaluate(args, run, watch, ema, run.step, class_names)

@@ -1122,7 +1122,7 @@ def test_own_contexts_are_the_students_pictures_and_no_data_are_read():
             distill.main(["--teacher", f"{folder}/teacher.pt", "--device", "cpu", "--steps", "9", "--batch", "8",
                           "--out", f"{folder}/run", "--lr", "1e-3", "--warmup", "0", "--ema", "0.5", "--seed", "5"])
         file = read_checkpoint(folder / "run" / "resume.pt")
-        pool, labels = file["own_pictures"]["tokens"], file["own_pictures"]["labels"]
+        pool, labels = file["pool"]["tokens"], file["pool"]["labels"]
         assert labels.view(16, 8)[:3].sort(1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 3  # updates 0, 4 and 8
         assert not labels[24:].any() and not pool[24:].any()
         close(pool[:8], teacher.patchify(teacher.generate(labels[:8], 8, seeds=[(7, i) for i in range(8)])), 1e-5)
@@ -1313,7 +1313,7 @@ def test_resume_with_other_flags_goes_on_or_says_why_not():
     """What does not fit ends in one line. What fits and differs is told, and holds."""
     with scratch() as folder:
         blind_distill(folder / "run", "--own", 0.5)
-        refused(lambda: blind_distill(folder / "run", "--resume"), "does not fit", "own_pictures")
+        refused(lambda: blind_distill(folder / "run", "--resume"), "does not fit", "pool")
         said = io.StringIO()
         blind_distill(folder / "run", "--own", 0.5, "--resume", "--steps", 8, "--lr", "1e-5", said=said)
         assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
