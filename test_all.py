@@ -40,6 +40,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
+os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # before torch is read: so --dtype auto is float32 on every x86 machine
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -690,6 +691,25 @@ def test_chain_with_everything_embedded_once_is_the_plain_chain():
     close(model.denoise(x, c, c_null, 3.0, 10, 0.8, lambda j: noise[j]), plain, 1e-5)
 
 
+def test_dtype_is_decided_by_what_the_machine_is():
+    """auto: bf16 where the CPU has instructions for it, and never by a stopwatch; head and losses stay float32."""
+    model, labels = tiny_mar(), torch.arange(4)
+    wanted = {"auto": {"avx512_bf16": ({"avx512_bf16": True}, "AVX512", True), "arm": ({"bf16": True}, "DEFAULT", True),
+                       "amx": ({"amx_bf16": True}, "AVX512", True), "avx2": ({"avx2": True}, "AVX2", False),
+                       "told": ({"avx512_bf16": True}, "AVX2", False)},
+              "float32": {"arm": ({"bf16": True}, "DEFAULT", False)}, "bfloat16": {"avx2": ({}, "AVX2", True)}}
+    plain = model.generate(labels, 4)
+    with mock.patch.object(model_file, "BF16", None), contextlib.redirect_stdout(io.StringIO()):
+        for dtype, machines in wanted.items():
+            for name, (has, capability, bf16) in machines.items():
+                with (mock.patch("torch.cpu.get_capabilities", lambda: has),
+                      mock.patch("torch.backends.cpu.get_cpu_capability", lambda: capability)):
+                    setup("cpu", dtype)
+                assert model_file.BF16 is bf16, (dtype, name)
+                images = model.generate(labels, 4)
+                assert images.dtype == torch.float32 and torch.equal(images, plain) is not bf16, (dtype, name)
+
+
 def test_bf16_weights_give_the_bits_of_autocast():
     model, tokens, labels = tiny_mar(), torch.randn(3, 16, 12), torch.tensor([0, -1, 3])
     orders = token_orders(image_keys(range(3)), 16)
@@ -1256,6 +1276,7 @@ def test_accumulation_and_variants_run():
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
                             "linear": ("--guidance_schedule", "linear"), "turns": ("--critic_steps", 2),
+                            "bf16": ("--dtype", "bfloat16"),
                             "plain_g1": ("--guidance", 1)}.items():
             blind_distill(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
