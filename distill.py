@@ -59,8 +59,8 @@ DEFAULTS = {
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
         size="cifar10_cpu", teacher=None, teacher_steps=17000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.999,
-        draws=2, steps=800, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
-        ar_steps=16, eval_every=1000, eval_images=1000, save_every=100),
+        draws=2, steps=600, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
+        ar_steps=16, eval_every=1000, eval_images=500, save_every=100),
 }
 
 
