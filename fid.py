@@ -170,7 +170,8 @@ def joined(state, parts, whole):
 def need_file(path, name):
     """The path, if it is a file; else a UserError that says how to get it."""
     if not os.path.isfile(path):
-        raise UserError(f"no such file: {path}; get it by: python data.py --get {name}")
+        what = "that is a folder" if os.path.isdir(path) else "no such file"
+        raise UserError(f"{what}: {path}; get it by: python data.py --get {name}")
     return path
 
 
@@ -593,7 +594,9 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids"
 def build_clip(state, path, image=None, text=None):
     """A CLIP of a state dict in OpenAI's names or Hugging Face's. Its sizes are read off the shapes; heads, activation
     and eps of a tower are in none: image, text = (heads, act, eps), or None for OpenAI's."""
-    ours = renamed({name: value for name, value in state.items() if not name.endswith(NO_WEIGHTS)}, CLIP_NAMES)
+    state = {name: value for name, value in state.items() if not name.endswith(NO_WEIGHTS)}
+    ours = renamed(state, CLIP_NAMES)
+    in_file = dict(zip(ours, state))
     ours = joined(ours, ("q_proj.", "k_proj.", "v_proj."), "in_proj_")
     try:
         if "visual_projection.weight" in state:  # of an nn.Linear: the transpose of OpenAI's
@@ -610,7 +613,8 @@ def build_clip(state, path, image=None, text=None):
         embed = ours["image_proj"].shape[1]
     except KeyError as error:
         raise UserError(f"{path} is no CLIP file: {error.args[0]} missing") from None
-    return fill_model(lambda: CLIP(sizes["image"], sizes["text"], embed), ours, path)
+    build = lambda: CLIP(sizes["image"], sizes["text"], embed)
+    return fill_model(build, ours, path, lambda name: in_file.get(name, name))
 
 
 # Widths of image tower, text tower and common space, tokens a text, vocabulary. B/32 and B/16; L/14 and L/14@336px
@@ -792,13 +796,15 @@ def load_imagereward(path):
     """ImageReward.pt, a plain state dict. Its contrastive projections have no part in the reward and are left out."""
     state = read_checkpoint(need_file(path, "imagereward"))
     unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-    state = renamed({k: v for k, v in state.items() if not k.startswith(unused)}, BLIP_NAMES)
+    kept = {name: value for name, value in state.items() if not name.startswith(unused)}
+    state = renamed(kept, BLIP_NAMES)
+    in_file = dict(zip(state, kept))
     for attention, kind in (("self_attn", "weight"), ("self_attn", "bias"), ("multihead_attn", "bias")):
         parts = [f"{attention}.{part}.{kind}" for part in ("query", "key", "value")]
         state = joined(state, parts, f"{attention}.in_proj_{kind}")
     # (1, 197, 1024) -> (197, 1024)
     state = {k: v.squeeze() if k in ("image.class_token", "image.position") else v for k, v in state.items()}
-    return fill_model(ImageReward, state, path)
+    return fill_model(ImageReward, state, path, lambda name: in_file.get(name, name))
 
 
 class WordPiece:

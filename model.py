@@ -654,28 +654,29 @@ def load_mar(path, ema=True, **config_overrides):
             raise UserError(f"{path} was written by another version: unknown settings {sorted(unknown)}")
         config = replace(MARConfig(**file["config"]), **config_overrides)
     state = {name.replace("diffloss.net.", "head_net."): value for name, value in state.items()}
-    model = fill_model(lambda: MAR(config), state, path, *(("head_net.", "diffloss.net.") if public else ()))
+    in_file = (lambda name: name.replace("head_net.", "diffloss.net.")) if public else str
+    model = fill_model(lambda: MAR(config), state, path, in_file)
     model.source = str(path)  # for messages about what it draws
     return model
 
 
-def fill_model(build, state, path, ours="", theirs=""):
+def fill_model(build, state, path, in_file=str):
     """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
-    another shape. ours, theirs: a part of names in our code, and as the file has it."""
+    another shape, by the names that in_file(name in our code) gives."""
     with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
         model = build()
     # batch counters mean nothing in eval mode, and files of before 2018 lack them
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
     state = {name: value for name, value in state.items()
              if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
-    wrong = [f"{name} is {state[name].dtype}" for name in wanted  # quantised, say, with its scale elsewhere
+    wrong = [f"{in_file(name)} is {state[name].dtype}" for name in wanted  # quantised, say, with its scale elsewhere
              if name in state and not state[name].is_floating_point()]
-    wrong += [f"{name} missing" for name in wanted if name not in state]
-    wrong += [f"{name} unexpected" for name in state if name not in wanted]
-    wrong += [f"{name} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
+    wrong += [f"{in_file(name)} missing" for name in wanted if name not in state]
+    wrong += [f"{in_file(name)} unexpected" for name in state if name not in wanted]
+    wrong += [f"{in_file(name)} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
               if name in state and tuple(state[name].shape) != shape]
     if wrong:
-        some = "; ".join(wrong[:4]).replace(ours, theirs) if ours else "; ".join(wrong[:4])
+        some = "; ".join(wrong[:4])
         raise UserError(f"{path} is no {type(model).__name__} file that fits: {some}{' ...' * (len(wrong) > 4)} "
                         f"({len(wrong)} in all)")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)

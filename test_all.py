@@ -2770,12 +2770,14 @@ def test_clip_loads_from_a_half_precision_torchscript_archive():
         refused(lambda: fid.load_clip(folder / "cut.pt"), "cut.pt")
         torch.save({"visual.proj": torch.ones(2, 2)}, folder / "part.pt")
         refused(lambda: fid.load_clip(folder / "part.pt"), "missing")
+        wrong = {**state, "ln_final.weight": torch.zeros(3)}
+        refused(lambda: fid.build_clip(wrong, "wrong.pt"), "wrong.pt", "ln_final.weight is (3,)")
         write_safetensors(state, folder / "plain.safetensors")
         c, d = tiny_clip(folder / "plain.safetensors"), fid.build_clip(state, "")
         close(c.encode_image(pixels), d.encode_image(pixels), 0)
         for path in ("plain.pt", "ViT.pt"):  # an archive, too, may be of weights that are not OpenAI's
             refused(lambda: fid.load_clip(folder / path), "no CLIP of OpenAI's", "heads")
-        refused(lambda: fid.load_clip(folder), "no such file")
+        refused(lambda: fid.load_clip(folder), "that is a folder")
 
 
 def test_clip_tokens_agree_with_openai():
