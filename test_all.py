@@ -1153,6 +1153,20 @@ def test_own_contexts_are_the_students_pictures_and_no_data_are_read():
         assert apart(file["model"], teacher.state_dict()) > 1e-3
 
 
+def test_the_student_in_assets_draws_the_classes_and_so_do_its_own_contexts():
+    """100 pictures, judged without data; README has the figures of more. FD of so few is higher."""
+    teacher, student = (load_mar(HERE / "assets" / f"cifar10_{name}.pt") for name in ("teacher", "student"))
+    classifier, labels = fid.load_classifier(HERE / "assets" / "cifar10_classifier.pt"), torch.arange(100) % 10
+    rows = [fid.judge(classifier, draw(model, labels, ar_steps=16), labels) for model in (student, teacher)]
+    assert rows[0]["accuracy"] > 0.6 and rows[0]["fd"] < 35 < 100 < rows[1]["fd"], rows  # the teacher: in one step
+    pool = distill.OwnPictures(student.config, 40)
+    pool.draw(student, 0, 0, one_of())
+    assert pool.labels[:40].bincount().tolist() == [4] * 10
+    assert fid.judge(classifier, to_uint8(student.unpatchify(pool.tokens[:40])), pool.labels[:40])["accuracy"] > 0.5
+    return "; ".join(f"{who} FD {row['fd']:.1f}, accuracy {row['accuracy']:.3f}"
+                     for who, row in zip(("student", "teacher in one step"), rows))
+
+
 def test_own_says_how_many_updates_have_own_contexts():
     pictures, steps = distill.OwnPictures.pictures, []
 
