@@ -842,8 +842,8 @@ def measure_beside_public_mar():
 
         ROUNDS=1 KS="8 64" BATCHES="1 4" SIZE=base
 
-    Ours multiply as --dtype auto decides. With KS=8 BATCHES=1 about 4 CPU minutes on a core with AVX2, 45 s of them for
-    the check; all four cells about an hour (an estimate).
+    Ours multiply as --dtype auto decides. With KS=8 BATCHES=1 about 5 CPU minutes on a core with AVX2, 40 s of them for
+    the check; all four cells more than an hour (an estimate).
     """
     size, rounds = os.environ.get("SIZE", "base"), int(os.environ.get("ROUNDS", 1))
     cells = [(int(K), int(B)) for K in os.environ.get("KS", "8 64").split()
