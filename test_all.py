@@ -15,6 +15,7 @@ import errno
 import functools
 import hashlib
 import http.server
+import importlib
 import io
 import itertools
 import json
@@ -793,6 +794,85 @@ def measure_shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
                 times.append(time.process_time() - start)
         figures.append(f"{who}, batch {B}, without {name}: {np.median(times) / B:.2f} s")
     return f"{size}, K = {K}\n" + "\n".join(figures) + "\n"
+
+
+def public_mar(size):
+    """The public MAR of a checkout of github.com/LTH14/mar, every weight random: the zeros of its initialisation would
+    hide most of the network. The checkout's folder is in the environment variable MAR; it imports timm and scipy."""
+    folder = Path(os.environ.get("MAR", "no MAR="))
+    if not (folder / "models/mar.py").is_file():
+        raise Skip(f"{folder}: no checkout of github.com/LTH14/mar; MAR=folder in front names one")
+    try:
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            public = importlib.import_module("models.mar")
+    except ImportError as error:
+        raise Skip(f"the public code wants timm 0.9.12 and scipy: {error}") from None
+    torch.manual_seed(0)
+    build = getattr(public, f"mar_{size}")  # its command line gives the head's size
+    model = build(diffloss_d=SIZES[size].head_depth, diffloss_w=SIZES[size].head_width).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def agrees_with_public(ours, theirs, B=2, ar_steps=3, head_steps=4):
+    """Assert that both draw the same latents from the same orders and noise, with guidance, in float32."""
+    spaced = importlib.import_module("diffusion").create_diffusion(str(head_steps), "cosine")
+    labels, orders, draws = torch.arange(B), token_orders(image_keys(range(B)), ours.config.seq_len), []
+
+    def recorded(draw):
+        return lambda *args: draws.append(draw(*args)) or draws[-1]
+
+    def noise(k, j, predict):  # of the 2N rows that a step of the guided chain draws, the first N reach the result
+        draw = draws[k * (head_steps + 1) + (0 if j is None else head_steps - j)]
+        return draw[:predict.numel()].view(*predict.shape, -1)
+
+    with (mock.patch.object(theirs, "sample_orders", lambda count: orders),
+          mock.patch.object(theirs.diffloss, "gen_diffusion", spaced),
+          mock.patch.object(torch, "randn", recorded(torch.randn)),
+          mock.patch.object(torch, "randn_like", recorded(torch.randn_like))):
+        expected = theirs.sample_tokens(B, ar_steps, 2.9, "linear", labels)
+    with mock.patch.object(model_file, "BF16", False):
+        close(ours.generate(labels, ar_steps, head_steps, 2.9, orders=orders, noise=noise), expected)
+
+
+def measure_beside_public_mar():
+    """Section "Speed": seconds an image of the public code, our teacher and our student with the same weights, in one
+    run and one thread, in turns; before it, that the pictures agree. In front, beside MAR (see public_mar):
+
+        ROUNDS=1 KS="8 64" BATCHES="1 4" SIZE=base
+
+    Ours multiply as --dtype auto decides. With KS=8 BATCHES=1 about 5 CPU minutes on a core with AVX2, 40 s of them for
+    the check; all four cells more than an hour (an estimate).
+    """
+    size, rounds = os.environ.get("SIZE", "base"), int(os.environ.get("ROUNDS", 1))
+    cells = [(int(K), int(B)) for K in os.environ.get("KS", "8 64").split()
+             for B in os.environ.get("BATCHES", "1 4").split()]
+    theirs, times = public_mar(size), {}
+    with scratch() as folder:
+        save_checkpoint({"model": {}, "model_ema": theirs.state_dict()}, folder / "public.pth")
+        ours = load_mar(folder / "public.pth")
+    setup("cpu")
+    dtype = "bf16" if model_file.BF16 else "float32"
+    kinds = {"public, 100 head steps, guidance":
+                 lambda labels, K: theirs.sample_tokens(len(labels), K, 2.9, "linear", labels),
+             f"our teacher, the same, {dtype}": lambda labels, K: ours.generate(labels, K, 100, 2.9),
+             f"our student, 1 head step, {dtype}": lambda labels, K: ours.generate(labels, K)}
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor), torch.no_grad():  # the public code is for GPUs
+        agrees_with_public(ours, theirs)
+        if model_file.BF16:
+            bf16_weights(ours)
+        for _, (K, B), kind in itertools.product(range(rounds), cells, kinds):
+            cpu, wall = time.process_time(), time.perf_counter()
+            kinds[kind](torch.arange(B), K)
+            spent = time.process_time() - cpu, time.perf_counter() - wall
+            times.setdefault((kind, K, B), []).append(np.array(spent) / B)
+            print(f"{kind}, K = {K}, batch {B}: {spent[0] / B:.1f} s", file=sys.__stdout__, flush=True)  # minutes apart
+    rows = [f"| MAR-{size}: CPU (wall) seconds an image |" + "".join(f" K = {K}, batch {B} |" for K, B in cells)]
+    for kind in kinds:
+        medians = [np.median(times[kind, *cell], axis=0) for cell in cells]
+        rows.append(f"| {kind} |" + "".join(f" {cpu:.1f} ({wall:.1f}) |" for cpu, wall in medians))
+    return "\n".join(["the pictures agree", *rows, ""])
 
 
 def test_checkpoints_that_do_not_fit_are_refused():
