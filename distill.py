@@ -85,7 +85,8 @@ def parse_args(argv=None):
     flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--guidance", type=float, default=2.9, help="scale baked into the student; 1 = none")
+    flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none; 1.2 is the paper's, for a "
+         "student wants less than its teacher's sampler")
     flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
          help="linear: the scale grows with the share revealed, as MAR samples")
     flag("--t_init", type=int, default=None, help="time step the student starts from (default: the size's, 755 for "

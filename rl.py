@@ -423,14 +423,15 @@ def is_best(row, rows, max_rise):
 # What is watched
 
 
-def make_figures(args, data, functions, weights, device):
+def make_figures(args, pixels, data, functions, weights, device):
     """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward,
     their weighted sum "reward", "diversity", and the distance to the data: of pixels "fd" and "accuracy", of latents
     "fid"."""
     # FD and accuracy by the classifier of seed 1, which no reward has seen; or by that of seed 0, if it is the only one
     # and not the reward
-    classifier = classifier_of(args, data, 1, device) or (
-        None if "classifier" in weights else classifier_of(args, data, 0, device))
+    seeds = [1] + [0] * ("classifier" not in weights)
+    found = (classifier_of(args, data, seed, device) for seed in seeds if pixels)
+    classifier = next((net for net in found if net), None)
     if args.ref:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
         reference = statistics_in(args.ref, read_npz(args.ref))
@@ -509,7 +510,8 @@ def main(argv=None):
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device, rank)
-    watch = Watch(run, config, lambda: make_figures(args, data, functions, weights, device), vae=vae)
+    watch = Watch(run, config, lambda: make_figures(args, config.pixels, data, functions, weights, device),
+                  vae=vae)
     if rank == 0 and world > 1:
         dist.barrier()
     run.start()
