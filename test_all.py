@@ -1483,7 +1483,7 @@ def test_a_reader_that_leaves_is_no_success():
 
 def test_commands_start_without_docstrings_and_ranks_and_refuse_an_old_pillow():
     for program in ("sample.py", "fid.py", "data.py"):
-        done = run(program, "--help", PYTHONOPTIMIZE="2")
+        done = fresh(program, "--help", PYTHONOPTIMIZE="2")
         assert done.returncode == 0, done.stderr
     with mock.patch.dict(os.environ, RANK="", WORLD_SIZE=""):
         assert data.rank_and_world() == (0, 1)
