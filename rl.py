@@ -151,11 +151,12 @@ def prompt_reward(kind):
 
 
 def classifier_of(args, data, seed, device):
-    """The data's classifier of this seed: trained where there is none yet and `data` is given; None if it is not."""
+    """The data's classifier of this seed: trained where there is none yet and `data` is given; None if it is not, and
+    for latents, of which it knows nothing."""
     if data:
         return load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", seed, device)
-    path = classifier_beside(args.ckpt, seed)
-    return path and load_classifier(path, device)
+    path = args.pixels and classifier_beside(args.ckpt, seed)
+    return load_classifier(path, device) if path else None
 
 
 def classifier_reward(seed):
@@ -423,15 +424,14 @@ def is_best(row, rows, max_rise):
 # What is watched
 
 
-def make_figures(args, pixels, data, functions, weights, device):
+def make_figures(args, data, functions, weights, device):
     """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward,
     their weighted sum "reward", "diversity", and the distance to the data: of pixels "fd" and "accuracy", of latents
     "fid"."""
     # FD and accuracy by the classifier of seed 1, which no reward has seen; or by that of seed 0, if it is the only one
     # and not the reward
-    seeds = [1] + [0] * ("classifier" not in weights)
-    found = (classifier_of(args, data, seed, device) for seed in seeds if pixels)
-    classifier = next((net for net in found if net), None)
+    classifier = classifier_of(args, data, 1, device) or (
+        None if "classifier" in weights else classifier_of(args, data, 0, device))
     if args.ref:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
         reference = statistics_in(args.ref, read_npz(args.ref))
@@ -477,6 +477,7 @@ def open_student(args, device):
         raise UserError(f"{args.ckpt} is a teacher's checkpoint, and an episode of 100 steps a token is out of reach: "
                         "distill it first (distill.py) and give its student.pt")
     student = load_mar(args.ckpt).to(device)
+    args.pixels = student.config.pixels
     args.ar_steps = args.ar_steps or file["args"]["ar_steps"]
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names, wanted = file["class_names"], {**parse_rewards(args.reward), **parse_rewards(args.watch)}
@@ -510,8 +511,7 @@ def main(argv=None):
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device, rank)
-    watch = Watch(run, config, lambda: make_figures(args, config.pixels, data, functions, weights, device),
-                  vae=vae)
+    watch = Watch(run, config, lambda: make_figures(args, data, functions, weights, device), vae=vae)
     if rank == 0 and world > 1:
         dist.barrier()
     run.start()
