@@ -85,7 +85,7 @@ def parse_args(argv=None):
     flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none; 1.2 is the paper's, for a "
+    flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
     flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
          help="linear: the scale grows with the share revealed, as MAR samples")
@@ -142,17 +142,22 @@ def recipe(known):
     """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
     given, teacher = known.teacher or not known.data, known.teacher or PUBLIC["mar_base"][1]
     file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # open_teacher misses it
-    width = file.get("config", {}).get("width")
-    by_data = "cifar10" if known.data and (known.pixels or is_small(known.data)) else known.data
-    by_size = [name for name in DEFAULTS if SIZES[name].width == width or name == known.size]
-    found = {"teacher": teacher, **DEFAULTS.get((by_size or [by_data])[0], {})}
+    found = {"teacher": teacher, **defaults_of(DEFAULTS, file, known.data, known.size, known.pixels)}
     if given:  # none is trained, whatever the data's default
         found.update(teacher=teacher, teacher_steps=0)
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
         found.update(teacher=None)
-    if not known.data and "config" in file:
+    if not known.data and "ar_steps" in file.get("args", {}):
         found["ar_steps"] = file["args"]["ar_steps"]
     return found
+
+
+def defaults_of(defaults, file, data, size=None, pixels=False):
+    """The entry of `defaults` for a checkpoint's dict, by its width; else for a size's name; else for --data."""
+    width = file.get("config", {}).get("width")
+    by_size = [name for name in defaults if SIZES[name].width == width or name == size]
+    by_data = "cifar10" if data and (pixels or is_small(data)) else data
+    return defaults.get((by_size or [by_data])[0], {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,6 +469,7 @@ def train_teacher(args, config, data, run):
     """
     torch.manual_seed(args.seed)
     model = MAR(config).to(run.device).train()  # with dropout, for sizes that have some
+    # the average of the weights is the teacher: the last ones still follow their last batches
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     # MAR's betas and weight decay
     optimizer = make_optimizer(model, args.teacher_lr, (0.9, 0.95), weight_decay=0.02)
@@ -478,9 +484,10 @@ def train_teacher(args, config, data, run):
         # dropout's generator starts anew each step: so a resumed run drops the same
         torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
-        # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
+        # real pictures, of which every update masks another share: the values there are what is learned
         pictures = real_pictures(data, model, args.teacher_batch, args.seed, step, run)
         batch, loss = training_batch(pictures, config, args.teacher_batch, args.seed, step, run), 0.0
+        # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         for part in micro_batches(batch, args.accumulate, [gradients]):
             part_loss = teacher_loss(model, *part, args.draws) / args.accumulate
             part_loss.backward()

@@ -29,12 +29,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (DTYPES, LATENT_SCALE, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, read_class_names,
+from data import (DTYPES, LATENT_SCALE, PUBLIC, Parser, check_numbers, load_vae, open_data, read_class_names,
                   run_main, setup, train_indices)
-from distill import Gradients, Run, prepare, set_lr, update_ema
+from distill import Gradients, Run, defaults_of, prepare, set_lr, update_ema
 from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (SIZES, START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
+from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
                    reveal_plan, take, token_orders)
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (model.py: noise is a function of picture, purpose, place)
@@ -128,10 +128,7 @@ def recipe(known):
     """The defaults: those of the size of the student, else of the data."""
     ckpt = known.ckpt or os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
     file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # open_student misses it
-    width = file.get("config", {}).get("width")
-    by_size = [name for name in DEFAULTS if SIZES[name].width == width]
-    by_data = "cifar10" if known.data and is_small(known.data) else known.data
-    found = {"ckpt": ckpt, **DEFAULTS.get((by_size or [by_data])[0], {})}
+    found = {"ckpt": ckpt, **defaults_of(DEFAULTS, file, known.data)}
     if not known.data and not classifier_beside(ckpt, 1):  # the judge cannot be had
         found["watch"] = [name for name in found.get("watch", ["clip", "imagereward"]) if name != "judge"]
     return found

@@ -3008,7 +3008,8 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from()
         refused(lambda: fid.load_or_train_classifier(small, folder), "classifier_0.pt", "'img_size': 8", "delete")
         images = type(data).images
         with mock.patch.object(type(data), "images", lambda self, picks: 255 - images(self, picks)):
-            refused(lambda: fid.load_or_train_classifier(data, folder), "classifier_0.pt", "sha256", "delete")
+            changed = open_data("shapes")
+            refused(lambda: fid.load_or_train_classifier(changed, folder), "classifier_0.pt", "sha256", "delete")
         file = read_checkpoint(folder / "classifier_0.pt")
         save_checkpoint({name: file[name] for name in ("made_from", "model", "accuracy")}, folder / "old.pt")
         refused(lambda: fid.load_classifier(folder / "old.pt"), "old.pt", "earlier version", "delete")
