@@ -35,7 +35,7 @@ from distill import Gradients, Run, defaults_of, prepare, set_lr, update_ema
 from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
-                   reveal_plan, take, token_orders)
+                   reveal_plan, take, token_orders, write_json)
 
 EXPLORE = TRAIN + 1024  # purpose of the policy's noise (model.py: noise is a function of picture, purpose, place)
 S_KL = 0.1  # s of the KL, in the units of x: KL(N(x, s^2 I) || N(x_ref, s^2 I)) = |x - x_ref|^2 / (2 s^2) nats
@@ -50,8 +50,9 @@ DEFAULTS = {
                    ema=0.97, warmup=0, eval_every=40, save_every=40, log_every=10, chunk=2048),
     "cifar10": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=500, batch=32, pairs=128, lr=2e-5, ema=0.99,
                     warmup=10, eval_every=100, save_every=100, log_every=10, chunk=2048),
-    "cifar10_cpu": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=50, batch=16, pairs=64, lr=2e-5, ema=0.97,
-                        warmup=10, eval_every=50, eval_images=500, save_every=25, log_every=10, chunk=2048),
+    "cifar10_cpu": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=60, batch=16, pairs=64, lr=2e-5, ema=0.97,
+                        warmup=10, kl=0.2, ar_steps=8, eval_every=60, eval_images=500, save_every=30, log_every=10,
+                        chunk=2048),
 }
 
 
@@ -402,7 +403,8 @@ def evaluate(args, run, watch, ema, step, class_names):
     if is_best(row, watch.rows, args.max_fd_rise):
         watch.rows["best"] = row
         run.write("best", ema, class_names)
-        watch.show(run.step)
+        write_json(run.path("results.json"), watch.rows)
+        print(f"best.pt is now that of step {step}", flush=True)
 
 
 def is_best(row, rows, max_rise):
