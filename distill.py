@@ -141,7 +141,7 @@ def name_of(args):
 def recipe(known):
     """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
     given, teacher = known.teacher or not known.data, known.teacher or PUBLIC["mar_base"][1]
-    file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # open_teacher misses it
+    file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # not there: open_teacher says so
     found = {"teacher": teacher, **defaults_of(DEFAULTS, file, known.data, known.size, known.pixels)}
     if given:  # none is trained, whatever the data's default
         found.update(teacher=teacher, teacher_steps=0)
@@ -153,7 +153,7 @@ def recipe(known):
 
 
 def defaults_of(defaults, file, data, size=None, pixels=False):
-    """The entry of `defaults` for a checkpoint's dict, by its width; else for a size's name; else for --data."""
+    """The entry of `defaults` for a checkpoint's dict, by its width, or for a size's name; else for --data."""
     width = file.get("config", {}).get("width")
     by_size = [name for name in defaults if SIZES[name].width == width or name == size]
     by_data = "cifar10" if data and (pixels or is_small(data)) else data
@@ -202,6 +202,7 @@ class OwnPictures(torch.nn.Module):
         place = drawing * self.batch + run.rank * len(labels) + torch.arange(len(labels))
         seeds = run.upload(torch.stack([torch.full_like(place, seed), place], 1))
         labels = run.upload(torch.as_tensor(labels))
+        # one head call a token; so the very first pictures are those of the undistilled network in one step
         tokens = model.patchify(model.generate(labels, self.ar_steps, seeds=seeds))  # (B, L, C), this rank's
         start = drawing % self.POOL * self.batch
         for mine, pool in ((tokens, self.tokens), (labels, self.labels)):
@@ -303,8 +304,9 @@ def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
 def gsim_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
     """d loss / d x0 (..., C) for heads held fixed, and the loss (...). x_t has a graph to eps_q and eps_p.
 
-    The loss reaches the student only through x_t = alpha x0 + sigma eps. So it is differentiated down to x_t here, and
-    the caller pushes the result into the student's graph. The heads' weights get no gradient. (x0: vsd_slope's.)
+    The loss reaches the student only through x_t = alpha x0 + sigma eps, eps a constant. So it is differentiated down
+    to x_t here, and the caller pushes the result into the student's graph. The heads' weights get no gradient. (x0:
+    vsd_slope's.)
     """
     loss = gsim_loss(eps, eps_q, eps_p, alpha, sigma)
     return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
@@ -332,7 +334,7 @@ def critic_loss(eps_q, eps):
 
 
 def distil(args, teacher, data, class_names, run, watch):
-    """Distil `teacher` (frozen) to a one-step student; write student.pt and results.json."""
+    """Distil `teacher` (frozen) to a one-step student; write student.pt; `watch` writes results.json."""
     # copies are in eval mode, as the teacher: the two scores must differ for one reason only, whose samples they score
     student, ema, critic = (copy.deepcopy(teacher) for _ in range(3))
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
@@ -362,7 +364,7 @@ def distil(args, teacher, data, class_names, run, watch):
         students_turn = step % args.critic_steps == 0
         in_turn = [critic_gradients] + [gradients] * students_turn
         for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, in_turn):
-            # 1. what is known -> a condition for each masked token: one pass of each network (8 forward equivalents)
+            # 1. what is known -> a condition for each masked token: one pass a network (in all the cost of 8)
             c_p, c_null, g = teacher_conditions(args, teacher, tokens, visible, labels, masked)  # (B, P, D) each, scale
             c_phi = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
@@ -439,11 +441,11 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 def flops_an_image(config, passes, rows):
     """Floating-point operations of `passes` transformer passes and `rows` head calls a masked token, for one picture.
 
-    Backward counts as two of its forward. The log's mfu takes the default run's: GSIM with guidance and a full critic
+    Backward counts as two of its forward. The log's mfu takes the default run's: GSIM with guidance
     makes 8 passes (teacher 2, student 3, critic 3) and 12 rows (critic 3, student 3, the two score nets 6, down to
     their inputs). Matrices alone: attention's own products are 7 % more at 256 px."""
-    D, known, P = config.width, config.buffer_size + config.seq_len, 0.85 * config.seq_len  # P: about MAR's mean
-    transformer = 24 * D**2 * (config.encoder_depth * (known - P) + config.decoder_depth * known)
+    D, length, P = config.width, config.buffer_size + config.seq_len, 0.85 * config.seq_len  # P: about MAR's mean
+    transformer = 24 * D**2 * (config.encoder_depth * (length - P) + config.decoder_depth * length)
     head = 10 * config.head_width**2 * config.head_depth * P
     return passes * transformer + rows * head
 
@@ -593,7 +595,7 @@ def main(argv=None):
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
                    guidance_schedule=args.guidance_schedule)
-        run.leave_if_told()
+        run.leave_if_told()  # a look is long: between its batches it asks whether to stop
     distil(args, teacher, data, class_names, run, watch)
     run.leave_if_told()
 
