@@ -2,7 +2,7 @@
 
 Needed before: nothing for shapes; for ImageNet the public teacher (data.py --get mar_base), and no picture.
 
-    python distill.py --data shapes                                  # CPU, from nothing, under 15 minutes
+    python distill.py --data shapes                                  # CPU, from nothing, 7 to 17 minutes
     python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
     python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
     python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
@@ -441,9 +441,9 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 def flops_an_image(config, passes, rows):
     """Floating-point operations of `passes` transformer passes and `rows` head calls a masked token, for one picture.
 
-    Backward counts as two of its forward. The log's mfu takes the default run's: GSIM with guidance
-    makes 8 passes (teacher 2, student 3, critic 3) and 12 rows (critic 3, student 3, the two score nets 6, down to
-    their inputs). Matrices alone: attention's own products are 7 % more at 256 px."""
+    Backward counts as two of its forward. The log's mfu takes the default run's: GSIM with guidance makes 8
+    passes (teacher 2, student 3, critic 3) and 12 rows (critic 3, student 3, the two score nets 6, down to their
+    inputs). Matrices alone: attention's own products are 7 % more at 256 px."""
     D, length, P = config.width, config.buffer_size + config.seq_len, 0.85 * config.seq_len  # P: about MAR's mean
     transformer = 24 * D**2 * (config.encoder_depth * (length - P) + config.decoder_depth * length)
     head = 10 * config.head_width**2 * config.head_depth * P

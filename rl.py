@@ -128,7 +128,7 @@ def parse_args(argv=None):
 def recipe(known):
     """The defaults: those of the size of the student, else of the data."""
     ckpt = known.ckpt or os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
-    file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # open_student misses it
+    file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # not there: open_student says so
     found = {"ckpt": ckpt, **defaults_of(DEFAULTS, file, known.data)}
     if not known.data and not classifier_beside(ckpt, 1):  # the judge cannot be had
         found["watch"] = [name for name in found.get("watch", ["clip", "imagereward"]) if name != "judge"]
