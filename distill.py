@@ -59,8 +59,8 @@ DEFAULTS = {
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
         size="cifar10_cpu", teacher=None, teacher_steps=17000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.999,
-        draws=2, steps=600, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
-        ar_steps=16, eval_every=1000, eval_images=500, save_every=100),
+        draws=2, steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
+        ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
 }
 
 
@@ -187,7 +187,7 @@ class OwnPictures(torch.nn.Module):
     that the student meets when it draws. Every rank holds the whole pool, as buffers, so that resume.pt has it too.
     """
 
-    POOL, EVERY, AR_STEPS = 16, 4, 8  # AR_STEPS transformer passes every EVERY updates: 2 an update beside GSIM's 8
+    POOL, EVERY, AR_STEPS = 16, 8, 8  # AR_STEPS transformer passes every EVERY updates: 1 an update beside GSIM's 8
 
     def __init__(self, config, batch):
         super().__init__()
