@@ -2,7 +2,7 @@
 
 Needed before: nothing for shapes; for ImageNet the public teacher (data.py --get mar_base), and no picture.
 
-    python distill.py --data shapes                                  # CPU, from nothing, 7 to 17 minutes
+    python distill.py --data shapes                                  # CPU, from nothing, 7 to 15 minutes
     python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
     python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
     python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
@@ -52,7 +52,7 @@ DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
         steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
-        ar_steps=8, eval_every=200, eval_images=2048, save_every=200),
+        ar_steps=8, eval_every=200, eval_images=1024, save_every=200),
     "cifar10": dict(
         size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
