@@ -25,7 +25,6 @@ import shlex
 import shutil
 import socket
 import sys
-import tarfile
 import urllib.request
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -278,8 +277,7 @@ GONE = -1
 
 def picture_keys(folder, files):
     """uint64 (N,): hashes of all that a row depends on: a picture's name below `folder`, its size, the time of its last
-    change. 2 s for 100,000 pictures (local disk, one slow core), half a minute for ImageNet; on a network disk minutes.
-    """
+    change. Half a minute for ImageNet on a local disk; on a network disk minutes."""
     keys, start = [], len(str(Path(folder))) + 1
     for file in files:
         stat = os.stat(file)
@@ -333,6 +331,7 @@ def write_rows(path, rows, values):
 
 def prepare_cache(out, settings, keys):
     """Make room for the pictures that the cache in folder `out` lacks, whatever an earlier run left there."""
+    own(out)  # two builders would write over each other's rows
     meta, held = read_meta(out), np.empty(0, np.uint64)
     if meta:
         held = open_array(out / "keys.npy")
@@ -342,7 +341,6 @@ def prepare_cache(out, settings, keys):
                             f"{settings}: delete it, or give another --out")
     lacking = int((~np.isin(keys, held)).sum())
     row = np.dtype((np.float16, (2, 32, settings["img_size"] // 16, settings["img_size"] // 16)))
-    out.mkdir(parents=True, exist_ok=True)
     need, free = lacking * row.itemsize / 1e9, shutil.disk_usage(out).free / 1e9
     say(f"{out}: lacks {lacking:,} of {len(keys):,} pictures, {need:.2f} GB; if stopped, the same command goes on")
     if need > free:
@@ -403,7 +401,7 @@ def build_cache(args, settings, folder, pictures, read, encode):
         say(f"{out.parent} is finished: --data takes it, or the folder that it was made of")
 
 
-def open_cache(folder, name, split, img_size=None):
+def open_cache(folder, name, img_size=None):
     """A latent cache, as it was when last finished -> Data."""
     meta = read_meta(folder)
     if "class_names" not in meta:
@@ -414,7 +412,7 @@ def open_cache(folder, name, split, img_size=None):
     moments = np.asarray(open_array(folder / "moments.npy", "r", len(labels)))  # plain arrays are indexed faster
     rows = np.flatnonzero(labels >= 0)
     read = lambda indices, flips: torch.from_numpy(moments[rows[indices], flips])  # a copy of these rows alone
-    return Data(name, split, meta["class_names"], meta["img_size"], labels[rows], read, pixels=False)
+    return Data(name, meta["class_names"], meta["img_size"], labels[rows], read, pixels=False)
 
 
 def open_latents(name, split, img_size):
@@ -424,8 +422,8 @@ def open_latents(name, split, img_size):
     meta = read_meta(folder)
     if not meta:
         raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {build}; or use them "
-                        "as pixels (--pixels)")
-    latents, labels = open_cache(folder, name, split), open_array(folder / "labels.npy")
+                        "as pixels (distill.py --pixels; fid.py --classifier FILE)")
+    latents, labels = open_cache(folder, name), open_array(folder / "labels.npy")
     held = open_array(folder / "keys.npy")[:len(labels)][labels != GONE]
     keys = picture_keys(source, list_images(source)[1])
     new = (~np.isin(keys, np.append(held, np.array(meta.get("broken", []), np.uint64)))).sum()
@@ -444,7 +442,6 @@ def open_latents(name, split, img_size):
 class Data:
     """One split of one data set. Indices run from 0 to len - 1."""
     name: str
-    split: str
     class_names: list
     img_size: int  # px
     labels: np.ndarray  # int64 (N,)
@@ -452,7 +449,6 @@ class Data:
     pixels: bool = True
 
     num_classes = property(lambda self: len(self.class_names))
-    latent_channels = property(lambda self: 3 if self.pixels else 16)
 
     def __len__(self):
         return len(self.labels)
@@ -465,9 +461,10 @@ class Data:
             digest.update(self.images(indices).numpy())
         return digest.hexdigest()
 
-    def images(self, indices):
-        """uint8 (B, 3, H, W), as stored: never flipped. Of data of pixels."""
-        return self.read(np.asarray(indices))
+    def images(self, indices, flip=None):
+        """uint8 (B, 3, H, W) of indices (B,), mirrored where flip (B,) bool says so. Of data of pixels."""
+        x = self.read(np.asarray(indices))
+        return x if flip is None else torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
 
     def batch(self, indices, flip, generator=None):
         """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64.
@@ -476,10 +473,8 @@ class Data:
         """
         indices, flip = np.asarray(indices), np.asarray(flip)
         labels = torch.from_numpy(self.labels[indices])
-        if self.pixels:
-            x = self.read(indices)
-            x = torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)  # as bytes: a quarter the work
-            return x.float().mul_(2 / 255).sub_(1), labels
+        if self.pixels:  # mirrored as bytes: a quarter of the work
+            return self.images(indices, flip).float().mul_(2 / 255).sub_(1), labels
         mean, logvar = self.read(indices, flip.astype(np.int64)).float().chunk(2, dim=1)  # 2 x (B, 16, h, w)
         std = logvar.clamp(-30, 20).mul_(0.5).exp_()  # the clamp is the public VAE's
         # fresh noise at every visit, as MAR trains: 40 % of this method's time, and still 9 ms for 256 latents
@@ -497,23 +492,21 @@ def open_data(name, split="train", img_size=None, pixels=False):
     if name == "shapes":
         first, count = (0, 50_000) if split == "train" else (2**32, 10_000)
         read = lambda indices: draw_shapes(first + indices, img_size or 16)
-        return Data(name, split, SHAPES, img_size or 16, (first + np.arange(count)) % len(SHAPES), read)
+        return Data(name, SHAPES, img_size or 16, (first + np.arange(count)) % len(SHAPES), read)
     if name == "cifar10":
         return open_cifar10(split, img_size)
     if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
     if read_meta(Path(name) / split):
-        return open_cache(Path(name) / split, name, split, img_size)
+        return open_cache(Path(name) / split, name, img_size)
     img_size = img_size or own_size(name, split, pixels)
     return (open_images if pixels or img_size < PIXEL_LIMIT else open_latents)(name, split, img_size)
 
 
 def open_images(name, split, img_size):
-    """The pictures of a folder, in memory -> Data. Nothing is kept on the disk, so nothing can be out of date.
-
-    Every process decodes all of them at each start, and holds N * 3 * img_size^2 bytes. 50,000 JPEGs of 32 px: 19 CPU
-    seconds (40 s by one thread, 32 s by two, on two slow cores that had other work), and 154 MB.
-    """
+    """The pictures of a folder, in memory -> Data. Nothing is kept on the disk, so nothing can be out of date. Every
+    process decodes all of them at each start, and holds N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a
+    minute and 154 MB."""
     class_names, files, labels = list_images(split_folder(name, split))
     images = np.empty((len(files), 3, img_size, img_size), np.uint8)  # (N, 3, S, S)
 
@@ -525,7 +518,7 @@ def open_images(name, split, img_size):
           tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0 or None) as bar):
         for _ in pool.map(decode, range(0, len(files), 100)):  # raises what decode raised
             bar.update(min(100, len(files) - bar.n))
-    return Data(name, split, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
+    return Data(name, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
 
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -538,13 +531,12 @@ def open_cifar10(split, img_size=None, root="data"):
     folder = Path(root) / "cifar-10-batches-bin"  # under the current folder, where --get cifar10 puts it
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     try:
-        records = np.stack([np.fromfile(folder / name, np.uint8).reshape(10_000, 3073) for name in names])
+        records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(10_000, 3073) for name in names])
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: missing or not whole ({error}): run python data.py --get cifar10 (the Python "
                         "version, cifar-10-batches-py, is not read: it is a pickle, which can run code)") from None
-    records = records.reshape(-1, 3073)  # (N, 3073)
-    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3, 32, 32)
-    return Data("cifar10", split, CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
+    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3073) -> (N, 3, 32, 32)
+    return Data("cifar10", CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
 
 
 @functools.lru_cache(maxsize=2)  # a step can touch two epochs
@@ -639,8 +631,7 @@ class SelfAttention(nn.Module):
 
 
 def middle(c):
-    layers = {"block_1": ResnetBlock(c, c), "attn_1": SelfAttention(c), "block_2": ResnetBlock(c, c)}
-    return nn.Sequential(OrderedDict(layers))
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c), attn_1=SelfAttention(c), block_2=ResnetBlock(c, c)))
 
 
 class Encoder(nn.Module):
@@ -803,8 +794,7 @@ def get(names, folder="."):
         os.replace(file, path)
         print(f"  is there, {kind} {found}{', as published' if digest else '; none is published'}", flush=True)
         if name == "cifar10":
-            with tarfile.open(path) as tar:
-                tar.extractall(path.parent, filter="data")  # refuses links and paths that leave the folder
+            shutil.unpack_archive(path, path.parent, filter="data")  # refuses links and paths that leave the folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -836,9 +826,9 @@ def run_main(main):
     """main() as a command: what a user can mend becomes one line on stderr and exit code 2."""
     code = 0
     try:
-        if sys.version_info < (3, 11) or tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 1):
-            raise UserError(f"Python 3.11 and Pillow 10.1 are the least that works, here are {sys.version.split()[0]} "
-                            f"and {PIL.__version__}: upgrade")
+        if sys.version_info < (3, 11, 4) or tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 1):
+            raise UserError("Python 3.11.4 and Pillow 10.1 are the least that works, here are "
+                            f"{sys.version.split()[0]} and {PIL.__version__}: upgrade")
         main()
     except UserError as error:
         code = f"error: {error}"

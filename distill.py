@@ -132,7 +132,7 @@ def parse_args(argv=None):
 
 def name_of(args):
     """out/<this>: the data's name, or the teacher's: imagenet, cifar10 of assets/cifar10_teacher.pt."""
-    if args.data or args.teacher == PUBLIC["mar_base"][1]:
+    if args.data or args.teacher in [path for _, path, *_ in PUBLIC.values()]:
         return os.path.basename(os.path.normpath(args.data or "imagenet"))
     folder, name = os.path.split(os.path.abspath(args.teacher))
     return os.path.splitext(name)[0].removesuffix("teacher").removesuffix("_") or os.path.basename(folder)
@@ -154,9 +154,9 @@ def recipe(known):
 
 def defaults_of(defaults, file, data, size=None, pixels=False):
     """The entry of `defaults` for a checkpoint's dict, by its width, or for a size's name; else for --data."""
-    width = file.get("config", {}).get("width")
-    by_size = [name for name in defaults if SIZES[name].width == width or name == size]
-    by_data = "cifar10" if data and (pixels or is_small(data)) else data
+    width = file.get("config", {}).get("width") or size and SIZES[size].width
+    by_size = [name for name in defaults if SIZES[name].width == width]
+    by_data = "cifar10" if data and data not in defaults and (pixels or is_small(data)) else data
     return defaults.get((by_size or [by_data])[0], {})
 
 
@@ -180,11 +180,23 @@ def real_pictures(data, model, batch, seed, step, run):
     return model.patchify(run.upload(x)), run.upload(labels)
 
 
+def episodes(config, batch, seed, step, run):
+    """Classes and noise of this rank's share of `batch` pictures to draw: labels (B,), seeds (B, 2), on the device.
+
+    Classes come in shuffled rounds of all of them, so each is drawn equally often. All of it depends on (seed, step)
+    and the place in the global batch alone.
+    """
+    labels, _ = train_indices(config.num_classes, batch, step, seed, run.rank, run.world)
+    place = step * batch + run.rank * len(labels) + torch.arange(len(labels))
+    return run.upload(torch.from_numpy(labels)), run.upload(torch.stack([torch.full_like(place, seed), place], dim=1))
+
+
 class OwnPictures(torch.nn.Module):
     """The student's own pictures, which serve as contexts like real ones: the last POOL drawings of a batch each.
 
-    GSIM never reads the value of a masked token, so all that data give is what is known; and these are the contexts
-    that the student meets when it draws. Every rank holds the whole pool, as buffers, so that resume.pt has it too.
+    GSIM never reads the value of a masked token, so all that data give is what is known; and these contexts, unlike
+    real ones, have what guidance did to them, as those that the student meets when it draws. Every rank holds the whole
+    pool, as buffers, so that resume.pt has it too.
     """
 
     POOL, EVERY, AR_STEPS = 16, 8, 8  # AR_STEPS transformer passes every EVERY updates: 1 an update beside GSIM's 8
@@ -197,20 +209,16 @@ class OwnPictures(torch.nn.Module):
 
     @torch.no_grad()
     def draw(self, model, seed, drawing, run):
-        """Replace the oldest `batch` pictures by new ones of `model`, of all classes alike often. One all_gather."""
-        labels, _ = train_indices(model.config.num_classes, self.batch, drawing, seed, run.rank, run.world)
-        place = drawing * self.batch + run.rank * len(labels) + torch.arange(len(labels))
-        seeds = run.upload(torch.stack([torch.full_like(place, seed), place], 1))
-        labels = run.upload(torch.as_tensor(labels))
+        """Replace the oldest `batch` pictures by new ones of `model`, which ranks tell each other."""
+        labels, seeds = episodes(model.config, self.batch, seed, drawing, run)
         # one head call a token; so the very first pictures are those of the undistilled network in one step
         tokens = model.patchify(model.generate(labels, self.ar_steps, seeds=seeds))  # (B, L, C), this rank's
         start = drawing % self.POOL * self.batch
         for mine, pool in ((tokens, self.tokens), (labels, self.labels)):
-            parts = pool[start:start + self.batch].chunk(run.world)  # views: written in place
+            parts = list(pool[start:start + self.batch].chunk(run.world))  # views: written in place
+            parts[run.rank].copy_(mine)
             if run.world > 1:
-                dist.all_gather(list(parts), mine.contiguous())
-            else:
-                parts[0].copy_(mine)
+                dist.all_gather(parts, mine.contiguous())
 
     def pictures(self, model, seed, time, run):
         """As real_pictures, the `time`th time: any of the pool. Every few times `model` draws some first."""
@@ -234,9 +242,9 @@ def training_batch(pictures, config, batch, seed, step, run):
     """pictures: tokens (B, L, C), labels (B,), this rank's share of `batch` -> tokens, labels, keys (B,), visible
     (B, V), masked (B, P) on the device.
 
-    Everything depends on (seed, step) and the picture's place in the global batch alone, but for the noise of the VAE's
-    posterior, which is drawn by rank. All masked tokens are predicted, though sampling reveals only some of them next:
-    orders are random, so all are alike, and the others are more signal from the same transformer pass.
+    What is masked, and all noise, depend on (seed, step) and the picture's place in the global batch alone. All masked
+    tokens are predicted, though sampling reveals only some of them next: orders are random, so all are alike, and the
+    others are more signal from the same transformer pass.
     """
     tokens, labels = pictures
     place = step * batch + run.rank * len(labels) + torch.arange(len(labels))
@@ -295,9 +303,8 @@ def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
     turns it into one through x_t (L1).
     """
     s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
-    d, d_prime = distance(s_q - s_p)
+    L2, d_prime = distance(s_q - s_p)
     L1 = -(d_prime * (s_q + eps / sigma)).sum(-1)  # grad log p(x_t | x0) = -eps / sigma
-    L2 = d
     return (sigma**2 / alpha)[..., 0] * (L1 + L2)  # the weight states the loss in x0's units
 
 
@@ -565,7 +572,8 @@ def main(argv=None):
     check_fit(args, config, data)
     vae = load_vae(args.vae).to(device) if args.vae else None
     divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
-    run = Run(args, device, rank, world, ["teacher", "student"], divided)
+    # same: the pool of own pictures is that of this share and batch
+    run = Run(args, device, rank, world, ["teacher", "student"], divided, same=["own"] + ["batch"] * (args.own > 0))
     run.start()
 
     # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
@@ -574,6 +582,9 @@ def main(argv=None):
     if not data and config.pixels and rank == 0:
         print(f"no data: contexts are the student's own pictures, {'judged by' if beside else 'not judged: no'} "
               f"{beside or 'classifier_0.pt lies beside the teacher'}", flush=True)
+    if beside and rank == 0 and not os.path.exists(run.path("classifier_0.pt")):
+        with replacing(run.path("classifier_0.pt"), "wb") as f:  # so that rl.py and fid.py find it beside the student
+            f.write(beside.read_bytes())
 
     def make_figures():
         classifier = (load_or_train_classifier(data, args.out, device=device) if data else
@@ -583,10 +594,9 @@ def main(argv=None):
     watch = Watch(run, config, make_figures, judges=config.pixels and bool(data or beside),
                   shows=config.pixels or vae is not None, vae=vae)
 
-    if teacher is None and run.resumed and run.resumed["stage"] == "student":
-        teacher = load_mar(os.path.join(args.out, "teacher.pt"))
     if teacher is None:
-        teacher = train_teacher(args, config, data, run)
+        done = run.resumed and run.resumed["stage"] == "student"
+        teacher = load_mar(run.path("teacher.pt")) if done else train_teacher(args, config, data, run)
     if args.t_init:
         teacher.config = replace(teacher.config, t_init=args.t_init)
     teacher = teacher.to(device)
@@ -653,8 +663,9 @@ class Run:
         HEARD.clear()
         self.bad = torch.tensor(NEVER, device=device)  # the first step whose gradient was not finite
         path = self.path("resume.pt")
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
-            args.resume = True  # torchrun --max-restarts started us again after a rank died
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and not args.resume and os.path.exists(path):
+            # torchrun --max-restarts started us again after a rank died; with other flags it is another run's file
+            args.resume, same = True, vars(args)
         if args.resume and not os.path.exists(path):
             raise UserError(f"--resume: {path} is not there; leave --resume away to start")
         if not args.resume and os.path.exists(path):

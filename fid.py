@@ -193,17 +193,20 @@ max_pool, halve = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 ROW, COLUMN, ROW3, COLUMN3 = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0)), ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
 
 
+MIXED_B = [[("branch3x3", 384, 3, 2)],  # (N, 288, 35, 35) -> (N, 768, 17, 17)
+           [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)],
+           [halve]]
+MIXED_D = [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
+           [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, *ROW), ("branch7x7x3_3", 192, *COLUMN),
+            ("branch7x7x3_4", 192, 3, 2)],
+           [halve]]
+
+
 def mixed_a(pool):  # (N, c, 35, 35) -> (N, 224 + pool, 35, 35)
     return [[("branch1x1", 64, 1)],
             [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5, 1, 2)],
             [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 1, 1)],
             [mean_pool, ("branch_pool", pool, 1)]]
-
-
-def mixed_b():  # (N, 288, 35, 35) -> (N, 768, 17, 17)
-    return [[("branch3x3", 384, 3, 2)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)],
-            [halve]]
 
 
 def mixed_c(mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin ones
@@ -212,13 +215,6 @@ def mixed_c(mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin
             [("branch7x7dbl_1", mid, 1), ("branch7x7dbl_2", mid, *COLUMN), ("branch7x7dbl_3", mid, *ROW),
              ("branch7x7dbl_4", mid, *COLUMN), ("branch7x7dbl_5", 192, *ROW)],
             [mean_pool, ("branch_pool", 192, 1)]]
-
-
-def mixed_d():  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
-    return [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
-            [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, *ROW), ("branch7x7x3_3", 192, *COLUMN),
-             ("branch7x7x3_4", 192, 3, 2)],
-            [halve]]
 
 
 def mixed_e(pool):  # (N, c, 8, 8) -> (N, 2048, 8, 8)
@@ -275,8 +271,8 @@ class Inception(nn.Module):
         self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3)
         # the last block pools by maximum: a slip of the original network, but the weights were trained with it
         self.mixed = {"5b": (192, mixed_a(32)), "5c": (256, mixed_a(64)), "5d": (288, mixed_a(64)),
-                      "6a": (288, mixed_b()), "6b": (768, mixed_c(128)), "6c": (768, mixed_c(160)),
-                      "6d": (768, mixed_c(160)), "6e": (768, mixed_c(192)), "7a": (768, mixed_d()),
+                      "6a": (288, MIXED_B), "6b": (768, mixed_c(128)), "6c": (768, mixed_c(160)),
+                      "6d": (768, mixed_c(160)), "6e": (768, mixed_c(192)), "7a": (768, MIXED_D),
                       "7b": (1280, mixed_e(mean_pool)), "7c": (2048, mixed_e(max_pool))}
         for name, (channels, table) in self.mixed.items():
             setattr(self, f"Mixed_{name}", Mixed(channels, table))
@@ -365,11 +361,13 @@ def train_classifier(data, seed, device, batch=128):
     indices = np.arange(len(data))
     if len(data) < 2:
         raise UserError(f"{data.name}: one picture is no data set: what is learnt from it cannot be tried on another")
+    test = None
     if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in SPLITS["test"]):
         test = open_data(data.name, "test", data.img_size, pixels=data.pixels)
         if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
-            raise UserError(f"{data.name}: the classes of its test split are not those of train: "
-                            f"{sorted(set(test.class_names) ^ set(data.class_names))[:5]}; make them alike")
+            say(f"{data.name}: the classes of its test split are not those of train, so it is not used")
+            test = None
+    if test:
         held = np.linspace(0, len(test) - 1, min(len(test), 5000)).astype(int)
     else:
         test, held, indices = data, indices[::20], indices[indices % 20 > 0]
@@ -384,8 +382,7 @@ def train_classifier(data, seed, device, batch=128):
     for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, disable=None, mininterval=1):
         picks, flips = train_indices(len(indices), batch, step, seed)
         picks = indices[picks]
-        images = data.images(picks)
-        images = torch.where(torch.as_tensor(flips)[:, None, None, None], images.flip(3), images)
+        images = data.images(picks, flips)
         loss = F.cross_entropy(net(images.to(device))[1], labels[picks].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -410,18 +407,16 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": [*map(str, data.class_names)],
                  "images": len(data), "seed": int(seed), "recipe": 1, "sha256": data.sha256}
     path = Path(folder) / f"classifier_{seed}.pt"
-    if path.exists():
-        net = load_classifier(path, device)
-        if net.made_from != made_from:
-            raise UserError(f"{path} was made from {net.made_from}, wanted is {made_from}: delete that file")
-        return net
-    net = train_classifier(data, seed, device)
-    net.made_from = made_from
-    os.makedirs(folder, exist_ok=True)
-    save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.cpu().state_dict(),
-                     "reference": tuple(map(torch.from_numpy, net.reference))}, path)
-    print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
-    return net.to(device)
+    if not path.exists():
+        os.makedirs(folder, exist_ok=True)  # complains now, not after the training
+        net = train_classifier(data, seed, device).cpu()
+        save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.state_dict(),
+                         "reference": tuple(map(torch.from_numpy, net.reference))}, path)
+        print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
+    net = load_classifier(path, device)
+    if net.made_from != made_from:
+        raise UserError(f"{path} was made from {net.made_from}, wanted is {made_from}: delete that file")
+    return net
 
 
 def load_classifier(path, device="cpu"):
@@ -438,11 +433,11 @@ def load_classifier(path, device="cpu"):
 
 
 def classifier_beside(checkpoint, seed=0):
-    """The file of the data's classifier that lies beside a checkpoint: classifier_<seed>.pt in its folder, or, as in
-    assets/, x_classifier.pt beside x_teacher.pt and x_student.pt; None where there is none."""
+    """The file of the data's classifier that lies beside a checkpoint: x_classifier.pt beside x_teacher.pt and
+    x_student.pt, as in assets/, or classifier_<seed>.pt in its folder; None where there is none."""
     path = Path(checkpoint)
     named = [path.with_name(re.sub("teacher|student", "classifier", path.name))] * (seed == 0)
-    return next((file for file in [path.with_name(f"classifier_{seed}.pt"), *named] if file.exists() and file != path),
+    return next((file for file in [*named, path.with_name(f"classifier_{seed}.pt")] if file.exists() and file != path),
                 None)
 
 
@@ -683,8 +678,7 @@ class Tokenizer:
         others = [b for b in range(256) if b not in printable]
         self.byte = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
         symbols = [self.byte[b] for b in printable + others]
-        words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
-        words += ["<|startoftext|>", "<|endoftext|>"]
+        words = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
         self.ids = {word: i for i, word in enumerate(words)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
 
@@ -972,13 +966,7 @@ def open_sources(args, device, vae):
                for path in args.samples]
     for path in args.ckpt:
         sources += checkpoint_sources(path, args, device, vae)
-    return [check_count(source) for source in sources]
-
-
-def check_count(source):
-    if source.count < 10:
-        raise UserError(f"{source.name}: {source.count} image(s) are no distribution: 10 at least")
-    return source
+    return sources
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1034,9 +1022,9 @@ def statistics_in(path, arrays):
 def open_reference(path, side):
     """--ref -> ({"mu", "sigma", "n" or None, "text"} of a file of statistics or {}, Source of its images or None)."""
     if os.path.isdir(path):
-        return {}, check_count(folder_source(path, side))
+        return {}, folder_source(path, side)
     arrays = read_npz(path)
-    images = check_count(npz_source(path, arrays)) if "arr_0" in arrays else None
+    images = npz_source(path, arrays) if "arr_0" in arrays else None
     if images and "mu" not in arrays:
         return {}, images
     mu, sigma = statistics_in(path, arrays)
@@ -1095,6 +1083,8 @@ def judge_by_class(net, own, images, labels, names):
 def make_scorer(kind, sources, args, device):
     """`prompt_scorer` for the classes of all `sources`: one list of names, since the prompts are read once."""
     names = read_class_names(args.class_names, sources[0].class_names)
+    if not args.class_names and sources[0].class_names is None:
+        say(f"{sources[0].name} names no classes: its labels are taken for ImageNet's (others: --class_names)")
     for source in sources:
         if source.labels is None:
             raise UserError(f"{source.name} has no labels, and an image is compared with the prompt of its class: give "
@@ -1120,8 +1110,8 @@ class Watch:
     def __init__(self, run, config, make_figures, judges=True, shows=True, vae=None):
         self.run, self.judges, self.shows, self.vae = run, judges, shows, vae
         self.figures = make_figures() if judges and run.rank == 0 else None
-        whole = lambda count: torch.arange(-(-count // run.world) * run.world) % config.num_classes  # equal shares
-        self.labels, self.shown = whole(run.args.eval_images), whole(min(2 * config.num_classes, 20))
+        self.labels = torch.arange(run.args.eval_images) % config.num_classes  # of the table
+        self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
         if run.resumed and os.path.exists(run.path("results.json")):
             # rows of steps that are going to be done again go, as the log's lines; best.pt stays, and so its row
@@ -1277,13 +1267,13 @@ def conventions(row, networks, reference, args):
 
 def print_table(rows):
     """Figures by row, under what they mean; the columns are those that some row has."""
-    print("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
+    say("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
     others = ("name", "is_std", "kid_std", "made_by", "conventions")
     columns = list(dict.fromkeys(k for row in rows for k in row if k not in others))
-    print("".join(f"{c:>12}" for c in columns) + "  of")
+    say("".join(f"{c:>12}" for c in columns) + "  of")
     for row in rows:
         cells = [f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns]
-        print("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}", flush=True)
+        say("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}")
 
 
 def add_results(path, rows):
@@ -1314,10 +1304,12 @@ def main():
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
     reference, images = open_reference(args.ref, sources[0].side) if args.ref else ({}, None)
+    for source in [*sources, images] if images else sources:
+        if source.count < 10:
+            raise UserError(f"{source.name}: {source.count} image(s) are no distribution: 10 at least")
     judges, networks = make_judges(args, sources, device, rank, world)
     if images:
-        ask = lambda images, *_: {"pool": networks["inception"](images)[0]}
-        answers = collect(images, [ask], args.batch, rank, world)
+        answers = collect(images, [judges[args.judges.index("inception")]], args.batch, rank, world)
         reference = complete_reference(reference, images, answers["pool"]) if rank == 0 else {}
     rows = []
     while sources:
@@ -1325,9 +1317,9 @@ def main():
         answers = collect(source, judges, args.batch, rank, world)
         if rank == 0:
             rows.append(make_row(source, answers, networks, reference, args))
+            add_results(Path(args.out) / "results.json", rows[-1:])  # at once: a later fault takes no row with it
     if rank == 0:
         print_table(rows)
-        add_results(Path(args.out) / "results.json", rows)
 
 
 if __name__ == "__main__":

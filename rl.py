@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import (DTYPES, LATENT_SCALE, PUBLIC, Parser, check_numbers, load_vae, open_data, read_class_names,
-                  run_main, setup, train_indices)
-from distill import Gradients, Run, defaults_of, prepare, set_lr, update_ema
+                  run_main, setup)
+from distill import Gradients, Run, defaults_of, episodes, prepare, set_lr, update_ema
 from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, put, read_checkpoint,
@@ -56,7 +56,7 @@ DEFAULTS = {
 
 
 def parse_args(argv=None):
-    """The flags, with the defaults of --data and of the reward."""
+    """The flags, with the defaults of the student's size or of --data, and of the reward."""
     p = Parser("Post-train a one-step student with rewards.")
     flag = p.add_argument
     # files and data
@@ -77,7 +77,8 @@ def parse_args(argv=None):
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
     flag("--kl", type=float, default=None, help="pull towards the student of the start, in reward per nat and "
          "dimension; raise it when FD rises, lower it when the reward does not "
-         f"(default {KL_ELSE}, of a single {', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
+         f"(default {KL_ELSE} and at the size cifar10_cpu; of a single "
+         f"{', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
     flag("--max_fd_rise", type=float, default=0.2, help="share by which FD may lie above the start's in best.pt")
     # its gradient
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
@@ -319,18 +320,6 @@ def backward_chain(model, x, slope, labels, keys, ar_steps, before_last=lambda: 
 # The loop
 
 
-def episodes(config, args, step, run):
-    """Classes and noise of this rank's share of an update: labels (B,), seeds (B, 2), B = batch / world.
-
-    Classes come in shuffled rounds of all of them, so each is drawn equally often: a reward that is easier to earn with
-    some classes cannot shift the mixture. All of it depends on (seed, step) and the place in the global batch alone.
-    """
-    labels, _ = train_indices(config.num_classes, args.batch, step, args.seed + 2, run.rank, run.world)
-    place = step * args.batch + run.rank * len(labels) + torch.arange(len(labels))
-    seeds = torch.stack([torch.full_like(place, args.seed + 2), place], dim=1)
-    return run.upload(torch.from_numpy(labels)), run.upload(seeds)
-
-
 def train(args, reference, score, run, watch, class_names):
     """Post-train a copy of the frozen `reference`; write student.pt (the last), best.pt and results.json.
 
@@ -343,7 +332,10 @@ def train(args, reference, score, run, watch, class_names):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = dict(model=student, ema=ema, optimizer=optimizer)
     run.restore("rl", **state)
-    watch.look("before", reference)  # the row which all later ones are compared with
+    row = watch.look("before", reference)  # which all later ones are compared with
+    if run.rank == 0 and not run.told and not {"fd", "fid"} & row.keys():
+        print("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt",
+              flush=True)
     run.leave_if_told()
     prepare(args, student, frozen=[reference])
     gradients = Gradients(student)
@@ -358,9 +350,12 @@ def train(args, reference, score, run, watch, class_names):
 
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
 
-        # the gradient, from whole pictures; `accumulate` parts of the batch, one after the other, where memory is short
+        # whole pictures, of all classes equally often: a reward easier to earn with some cannot shift the mixture
+        batch = episodes(reference.config, args.batch, args.seed + 2, step, run)
+
+        # the gradient; `accumulate` parts of the batch, one after the other, where memory is short
         gradients.zero()
-        parts = list(zip(*(z.chunk(args.accumulate) for z in episodes(reference.config, args, step, run))))
+        parts = list(zip(*(z.chunk(args.accumulate) for z in batch)))
         for i, (labels, seeds) in enumerate(parts):
             # 1. an episode: K AR steps of the student, no graph; then what the start would have put at each of them
             keys = image_keys(seeds, run.device)
@@ -495,10 +490,6 @@ def main(argv=None):
               same=["reward", "watch", "prompt", "class_names", "ref"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
-    if args.ref:
-        statistics_in(args.ref, read_npz(args.ref))  # complains now about a file that holds no statistics
-    elif not config.pixels and rank == 0:
-        print("FID is watched with --ref only: without it there is a student.pt, and no best.pt", flush=True)
     if config.pixels and args.data:
         data = open_data(args.data, img_size=config.img_size, pixels=True)
         if data.num_classes != config.num_classes:

@@ -485,7 +485,7 @@ def main():
     count, own = model.config.num_classes, file.get("class_names")
     names = read_class_names(own=own) if count == 1000 else own or [f"class {i}" for i in range(count)]
     # what is to be judged must be of all classes, but nobody looks at 1,000 rows
-    some = range(0, count, 1 if job == "num" or count <= 16 else count // 4)
+    some = range(0, count, 1 if job == "num" or count <= 16 else -(-count // 4))
     classes = find_classes(args.classes, names) if args.classes else list(some)
     titles = [title_of(names[label], f"class {label}") for label in classes]
     rows = []
@@ -496,7 +496,7 @@ def main():
     if job == "num":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
-        labels = np.array(classes)[np.arange(args.num) % len(classes)]
+        labels = np.resize(classes, args.num)
         generate = graphed(model, min(args.batch, args.num), **how) if args.graph else None
         save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, generate=generate, **how)
     elif job == "gif":
