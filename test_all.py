@@ -4272,7 +4272,7 @@ def measure_latent_cache():
                 said = process.communicate(timeout=20 + 15 * kills if kills < 3 else 3000)[0]
                 break
             except subprocess.TimeoutExpired:
-                # torchrun's workers are of sessions of their own: its end alone leaves them at work, and owners of --out
+                # torchrun's workers are in sessions of their own: when it alone is killed they go on, and own --out
                 subprocess.run(["pkill", "-KILL", "-f", str(folder / "stub.py")], check=True)
                 process.wait()
                 kills += 1
