@@ -40,6 +40,7 @@ from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
                    image_keys, load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, take,
                    token_orders, uniform, write_json)
+from sample import image_seeds
 
 # Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
 # made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
@@ -187,8 +188,8 @@ def episodes(config, batch, seed, step, run):
     and the place in the global batch alone.
     """
     labels, _ = train_indices(config.num_classes, batch, step, seed, run.rank, run.world)
-    place = step * batch + run.rank * len(labels) + torch.arange(len(labels))
-    return run.upload(torch.from_numpy(labels)), run.upload(torch.stack([torch.full_like(place, seed), place], dim=1))
+    seeds = image_seeds(seed, step * batch + run.rank * len(labels), len(labels))
+    return run.upload(torch.from_numpy(labels)), run.upload(seeds)
 
 
 class OwnPictures(torch.nn.Module):
@@ -247,8 +248,7 @@ def training_batch(pictures, config, batch, seed, step, run):
     others are more signal from the same transformer pass.
     """
     tokens, labels = pictures
-    place = step * batch + run.rank * len(labels) + torch.arange(len(labels))
-    keys = run.upload(image_keys(torch.stack([torch.full_like(place, seed), place], 1)))
+    keys = run.upload(image_keys(image_seeds(seed, step * batch + run.rank * len(labels), len(labels))))
     orders = token_orders(keys, config.seq_len)
     m = masked_count(config, seed, step)
     masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
