@@ -356,7 +356,7 @@ def train_classifier(data, seed, device, batch=128):
     """Train a Classifier on a data set of pixels -> it, in eval mode.
 
     Its `.accuracy` is that on images it has not seen: the test split, or every 20th training image where there is none.
-    Its `.reference` is (mu, sigma) of its features of 10,000 training images: what `judge` compares with.
+    Its `.reference` is (mu, sigma) of its features of up to 10,000 training images, for `judge`.
     """
     indices = np.arange(len(data))
     if len(data) < 2:
@@ -1260,7 +1260,7 @@ def conventions(row, networks, reference, args):
         "clip": f"{cosine}; {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64",
         "pickscore": cosine,
         "imagereward": f"normalised as published, prompt {args.prompt!r}",
-        "fd": f"by {args.classifier or f'the classifier of {args.data}'} to 10,000 training images; not FID",
+        "fd": f"by {args.classifier or f'the classifier of {args.data}'} to 10,000 training images at most; not FID",
         "accuracy": f"by the same, whose own on test images is {own:.4f}"}
     return [f"{name}: {text}" for name, text in lines.items() if name in {**row, **networks}]
 
