@@ -92,8 +92,7 @@ def parse_args(argv=None):
          help="linear: the scale grows with the share revealed, as MAR samples")
     flag("--t_init", type=int, default=None, help="time step the student starts from (default: the size's, 755 for "
          "ImageNet); higher: noisier start, larger eps errors")
-    flag("--critic_steps", type=int, default=1, help="critic updates per student update")
-    flag("--steps", type=int, default=150000, help="updates of the critic; the student has steps / critic_steps")
+    flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
     flag("--own", type=float, default=None, help="share of the updates whose contexts are the student's own pictures "
          "(default 0 with --data, 1 without)")
@@ -122,8 +121,8 @@ def parse_args(argv=None):
     known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
-    check_numbers(args, one="teacher_batch draws t_init critic_steps batch accumulate ar_steps teacher_head_steps "
-                            "eval_every eval_images save_every log_every", share="teacher_ema ema")
+    check_numbers(args, one="teacher_batch draws t_init batch accumulate ar_steps teacher_head_steps eval_every "
+                            "eval_images save_every log_every", share="teacher_ema ema")
     args.own = float(not args.data) if args.own is None else args.own
     if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
         raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
@@ -353,7 +352,7 @@ def distil(args, teacher, data, class_names, run, watch):
     run.restore("student", **state)
     prepare(args, student, critic, frozen=[teacher])
     gradients, critic_gradients = Gradients(student), Gradients(critic)
-    sums, norm = torch.zeros(2, device=run.device), torch.zeros((), device=run.device)
+    sums = torch.zeros(2, device=run.device)
 
     for step in run.steps("student", args.steps, args.batch, flops_an_image(teacher.config, passes=8, rows=12)):
         # look at the student, before the update: so a look that a kill broke off is made when the run goes on
@@ -368,40 +367,35 @@ def distil(args, teacher, data, class_names, run, watch):
         batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
 
         # gradients of both networks at the same weights
-        students_turn = step % args.critic_steps == 0
-        in_turn = [critic_gradients] + [gradients] * students_turn
-        for tokens, labels, keys, visible, masked in micro_batches(batch, args.accumulate, in_turn):
+        parts = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
+        for tokens, labels, keys, visible, masked in parts:
             # 1. what is known -> a condition for each masked token: one pass a network (in all the cost of 8)
             c_p, c_null, g = teacher_conditions(args, teacher, tokens, visible, labels, masked)  # (B, P, D) each, scale
             c_phi = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
-            with torch.set_grad_enabled(students_turn):
-                c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
-                x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
+            c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
+            x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
             fake = x0.detach()
             # 3. the critic learns the score of what the student draws
             x_t, t, eps, _, _ = noised(fake, keys, CRITIC, masked)
             loss_phi = critic_loss(critic.eps(x_t, t, c_phi), eps)  # (B, P)
             (loss_phi.mean() / args.accumulate).backward()
-            sums[1] += loss_phi.detach().mean() / args.accumulate
             # 4. the student: the slope of its loss at x0, through both heads held fixed, goes into its own graph
-            if students_turn:
-                x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
-                x_t.requires_grad_()
-                with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
-                    eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
-                slope, loss_theta = SLOPES[args.loss](fake, x_t, eps, eps_q, eps_p, alpha, sigma)
-                x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
-                sums[0] += loss_theta.mean() * args.critic_steps / args.accumulate
+            x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
+            x_t.requires_grad_()
+            with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
+                eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
+            slope, loss_theta = SLOPES[args.loss](fake, x_t, eps, eps_q, eps_p, alpha, sigma)
+            x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
+            sums += torch.stack([loss_theta.mean(), loss_phi.detach().mean()]) / args.accumulate
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         critic_norm = critic_gradients.finish(args.clip)
         critic_optimizer.step()
-        if students_turn:
-            norm = gradients.finish(args.clip)
-            optimizer.step()
-            update_ema(ema, student, args.ema)
+        norm = gradients.finish(args.clip)
+        optimizer.step()
+        update_ema(ema, student, args.ema)
         run.check(norm + critic_norm)
 
         # log and save: only here does the loop wait for the device

@@ -1191,18 +1191,18 @@ def test_one_two_and_four_processes_train_alike():
         return ", ".join(f"{name}'s {what} {error:.0e}" for (name, what), error in worst.items())
 
 
-def turns_in_two_parts(folder, out):
-    """Five steps of distillation into folder/out: the student takes every other turn, a batch comes in two parts."""
+def five_steps_in_two_parts(folder, out):
+    """Five steps of distillation into folder/out: a batch comes in two parts."""
     blind_distill(Path(folder) / out, "--teacher", f"{folder}/teacher.pt", "--teacher_steps", 0, "--steps", 5, "--lr",
-                  "1e-4", "--critic_lr", "1e-4", "--critic_steps", 2, "--accumulate", 2, "--save_every", 99)
+                  "1e-4", "--critic_lr", "1e-4", "--accumulate", 2, "--save_every", 99)
 
 
-def test_turns_and_parts_train_alike_on_two_processes():
-    """A turn of the critic alone must leave nothing behind that makes the student send the first part of its next."""
+def test_parts_train_alike_on_two_processes():
+    """A step must leave nothing behind that makes the next one send its first part."""
     with scratch() as folder:
         tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        turns_in_two_parts(folder, "1")
-        on_ranks(2, lambda: turns_in_two_parts(folder, "2"))
+        five_steps_in_two_parts(folder, "1")
+        on_ranks(2, lambda: five_steps_in_two_parts(folder, "2"))
         for key in ("model", "critic"):
             one, two = (weights(folder / world, "resume.pt", key) for world in "12")
             assert apart(two, one) < 1e-6 < apart(one, weights(folder, "teacher.pt")), (key, apart(two, one))
@@ -1375,8 +1375,7 @@ def test_accumulation_and_variants_run():
         teacher = ("--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
-                            "linear": ("--guidance_schedule", "linear"), "turns": ("--critic_steps", 2),
-                            "bf16": ("--dtype", "bfloat16"),
+                            "linear": ("--guidance_schedule", "linear"), "bf16": ("--dtype", "bfloat16"),
                             "plain_g1": ("--guidance", 1)}.items():
             blind_distill(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
@@ -3994,7 +3993,7 @@ def steps_on_fake_gpu():
     for flags in ([], ["--accumulate", "2", "--recompute"]):
         in_a_fork(lambda: fake_distillation("teacher", replace(pixels, dropout=0.1), "shapes", *small, *flags))
     for flags in (["--own", "1"], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
-                  ["--loss", "vsd", "--guidance_schedule", "linear", "--critic_steps", "2", "--log_every", "2"]):
+                  ["--loss", "vsd", "--guidance_schedule", "linear", "--log_every", "2"]):
         in_a_fork(lambda: fake_distillation("student", pixels, "shapes", *small, *flags))
     for config, flags in ((pixels, ["--estimator", "pathwise", "--accumulate", "2", "--recompute"]),
                           (latents, ["--log_every", "2"]), (latents, ["--estimator", "pathwise"])):
