@@ -13,7 +13,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 `gsim_loss` the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
 2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
-   change nothing; betas (0, .99), as in SiD, because the critic's target moves;
+   change nothing; 1 : 1, as 2 and 5 updates of the critic were worse at equal time; betas (0, .99), as in SiD, because
+   the critic's target moves;
 3. t_init, learning rates and update ratio, which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
 
