@@ -76,7 +76,7 @@ def parse_args(argv=None):
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
     flag("--kl", type=float, default=None, help="pull towards the student of the start, in reward per nat and "
-         "dimension; raise it when FD rises, lower it when the reward does not "
+         "dimension; raise it when FD rises (jpeg on CIFAR-10: 5), lower it when the reward does not "
          f"(default {KL_ELSE} and at the size cifar10_cpu; of a single "
          f"{', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
     flag("--max_fd_rise", type=float, default=0.2, help="share by which FD may lie above the start's in best.pt")
