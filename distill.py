@@ -13,9 +13,9 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 `gsim_loss` the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
 2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
-   change nothing; 1 : 1, as 2 and 5 updates of the critic were worse at equal time; betas (0, .99), as in SiD, because
-   the critic's target moves;
-3. t_init, learning rates and update ratio, which the paper does not state, are ours (assets/measurements.md);
+   change nothing; betas (0, .99), as in SiD, because the critic's target moves;
+3. t_init, learning rates and update ratio (1 : 1; 2 and 5 updates of the critic a student's were worse at equal time),
+   which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
 
 Below: flags, a batch, the losses, stage 1 (`distil`), stage 0 (`train_teacher`), and what both and rl.py train with:
@@ -392,9 +392,8 @@ def distil(args, teacher, data, class_names, run, watch):
             sums += torch.stack([loss_theta.mean(), loss_phi.detach().mean()]) / args.accumulate
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
-        critic_norm = critic_gradients.finish(args.clip)
+        critic_norm, norm = critic_gradients.finish(args.clip), gradients.finish(args.clip)
         critic_optimizer.step()
-        norm = gradients.finish(args.clip)
         optimizer.step()
         update_ema(ema, student, args.ema)
         run.check(norm + critic_norm)
