@@ -38,6 +38,20 @@ class UserError(Exception):
     """Bad input. The message says in one line what is wrong and what to do; programs end with exit code 2."""
 
 
+@contextlib.contextmanager
+def reading(path, what, advice=""):
+    """Whatever a damaged or foreign file raises inside becomes one line that names it. A disk's own errors pass."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None):
+            raise
+        reason = " ".join(str(error).split())[:100] or "truncated?"
+        raise UserError(f"{path} is no whole {what} ({type(error).__name__}: {reason}){advice}") from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes
 
