@@ -1,6 +1,7 @@
 """All tests: python test_all.py [words]. Only functions whose name holds one of the words run, if words are given.
 
-    python test_all.py                      # every test_..., in less than 10 minutes on two cores
+    python test_all.py                      # every test_..., each in a process of its own, as many at once as cores
+    python test_all.py gsim reinforce       # those with gsim or reinforce in their names
     python test_all.py measure_rl_memory    # measurements run only when named: minutes, gigabytes
 
 Three kinds of tests: the mathematics against closed forms; agreement with the public code's outputs in
@@ -12,6 +13,8 @@ import atexit
 import contextlib
 import copy
 import errno
+import faulthandler
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -70,6 +73,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would drown the verd
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
 FIXTURES = SHARED / "fixtures"
+HANG = 1800  # seconds after which a test counts as hanging: no other limit, for a busy machine may take its time
+LONG = ()  # these start first
+SKIPPED = 77  # the exit code of a test's process that stands for Skip
 
 
 class Skip(Exception):
@@ -97,6 +103,31 @@ def fixture(name):
         return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
 
 
+@functools.cache
+def session():
+    """A folder that the tests' processes share. It goes when the process that asked first ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)  # forks end by os._exit, which runs nothing of the kind
+    return Path(folder)
+
+
+def once(make):
+    """A function of a new folder, which it fills: -> a function without arguments that gives that folder. The first
+    test to ask has it filled; others, in processes of their own, wait for that."""
+    @functools.wraps(make)
+    def folder():
+        place = session() / make.__name__
+        with open(f"{place}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.exists():
+                shutil.rmtree(f"{place}.new", ignore_errors=True)
+                os.mkdir(f"{place}.new")
+                make(Path(f"{place}.new"))
+                os.rename(f"{place}.new", place)
+        return place
+    return folder
+
+
 class Command(multiprocessing.get_context("fork").Process):
     """work() as a command of its own. It runs in a fork of this process: so it need not import torch again."""
 
@@ -104,7 +135,6 @@ class Command(multiprocessing.get_context("fork").Process):
         super().__init__(daemon=True)
         self.work, self.env = work, {name: str(value) for name, value in env.items()}
         self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # its stdout and stderr
-        import torch._dynamo  # seconds too, of the first optimiser: once, and not in each fork
         self.start()
 
     def run(self):
@@ -116,8 +146,8 @@ class Command(multiprocessing.get_context("fork").Process):
         usual_signals()
         self.work()
 
-    def ended(self, timeout=300):
-        """Wait for its end: -> CompletedProcess with text output."""
+    def ended(self, timeout=None):
+        """Wait for its end, or kill it after that many seconds: -> CompletedProcess with text output."""
         self.join(timeout)
         self.kill(), self.join()
         for file in self.files:
@@ -138,17 +168,23 @@ def run(program, *argv):
     return Command(script(program, *argv)).ended()
 
 
-def fresh(*argv, timeout=300, **env):
+def fresh(*argv, **env):
     """The same in a new interpreter, which costs seconds: for what forks share."""
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, timeout=timeout,
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def free_port():
+    """A TCP port that nobody uses: sought from another place by each process, below those that systems hand out."""
+    for port in itertools.count(10_000 + os.getpid() * 7 % 20_000):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def on_ranks(world, work):
     """work() on `world` gloo processes, told by torchrun's variables who they are: -> rank 0's stdout."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [Command(work, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(world)]
     while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
@@ -1047,12 +1083,14 @@ TINY = ("distill.py", "--data", "shapes", "--device", "cpu", "--teacher_steps", 
         "--save_every", 1, "--ar_steps", 4)
 
 
-@functools.lru_cache(maxsize=None)
+@once
+def shapes_classifier_folder(folder):
+    load_or_train_classifier(open_data("shapes"), folder)
+
+
 def shapes_classifier():
     """The bytes of the shapes' classifier, trained once for all tests (20 s)."""
-    with scratch() as folder:
-        load_or_train_classifier(open_data("shapes"), folder)
-        return (folder / "classifier_0.pt").read_bytes()
+    return (shapes_classifier_folder() / "classifier_0.pt").read_bytes()
 
 
 class Blind:
@@ -1090,13 +1128,10 @@ def blind_distill(out, *flags, said=None):
         tiny_distill(out, *flags, said=said)
 
 
-@functools.lru_cache(maxsize=None)
-def whole_run():
-    """The folder of a run that nothing disturbed, made once for all tests."""
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    tiny_distill(folder.name, "--log_every", 1)
-    return Path(folder.name)
+@once
+def whole_run(folder):
+    """A run that nothing disturbed, made once for all tests."""
+    tiny_distill(folder, "--log_every", 1)
 
 
 def weights(folder, name="student.pt", key="ema"):
@@ -1773,16 +1808,17 @@ def data_main(*argv):
         data.main()
 
 
-@functools.lru_cache(maxsize=1)
-def vae_file():
-    """The fixtures' VAE in the layout of the public kl16.ckpt."""
+@once
+def vae_folder(folder):
+    """kl16.ckpt: the fixtures' VAE in the layout of the public file."""
     need_shared()
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder)
     spec = json.loads((SHARED / "fixtures/vae.json").read_text())
     weights = fill(spec["shapes"], spec["seed"])
-    torch.save({"model": weights}, f"{folder}/kl16.ckpt")
-    return f"{folder}/kl16.ckpt"
+    torch.save({"model": weights}, folder / "kl16.ckpt")
+
+
+def vae_file():
+    return str(vae_folder() / "kl16.ckpt")
 
 
 def test_shapes_depend_on_their_index_alone():
@@ -3377,15 +3413,12 @@ def rl_gradient_and_autograds(folder, vae, *flags):
     return ours, flat_gradient(model)
 
 
-@functools.lru_cache
-def classifiers():
-    """A folder with two classifiers of 8 px shapes, made once for all tests."""
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
+@once
+def classifiers(folder):
+    """Two classifiers of 8 px shapes, made once for all tests."""
     for seed in (0, 1):
         with all_tiny():
-            load_or_train_classifier(open_data("shapes", img_size=8), folder.name, seed)
-    return Path(folder.name)
+            load_or_train_classifier(open_data("shapes", img_size=8), str(folder), seed)
 
 
 def write_student(folder, stage="student", **changes):
@@ -3870,7 +3903,7 @@ def on_fake_gpu(work):
         if built.returncode:  # these interfaces are PyTorch's own affair, and this is its 2.13
             raise Skip(f"this PyTorch ({torch.__version__}) has other interfaces: {built.stderr[:200]}")
         for _ in range(2):  # fake tensors now and then crash the interpreter (PyTorch 2.13): that is no verdict
-            result = fresh("test_all.py", "--rank", work.__name__, timeout=900, LD_PRELOAD=str(folder / "gpu.so"))
+            result = fresh("test_all.py", "--rank", work.__name__, LD_PRELOAD=str(folder / "gpu.so"))
             if result.returncode != -signal.SIGSEGV:
                 break
     assert result.returncode == 0, result.stderr[-3000:]
@@ -4085,7 +4118,7 @@ def measure_on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
             for flags in ([], ["--compile"], ["--recompute"], ["--compile", "--recompute"]):
                 argv = ["--data", latents, "--teacher", teacher, "--batch", images, "--steps", updates, "--log_every",
                         updates // 3, "--save_every", 10 * updates, "--device", device, *flags, "--out", folder / "out"]
-                result = fresh("distill.py", *argv, timeout=3000)
+                result = fresh("distill.py", *argv)
                 assert result.returncode == 0, result.stderr[-2000:]
                 last = json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])  # warm, and all compiled
                 print(f"{size}, {images} images an update{''.join(f', {flag}' for flag in flags)}: "
@@ -4096,7 +4129,7 @@ def measure_on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
             # a teacher's whole chain at K = 64 would be a graph of half a million kernels
             steps = ["--ar_steps", 64, "--head_steps", 4] if "--graph" in flags else ["--ar_steps", 4, 64]
             result = fresh("sample.py", "--bench", "--size", size, *steps, *flags, "--device", device,
-                         "--batch", 4 * images, timeout=3000)
+                         "--batch", 4 * images)
             print(result.stdout if result.returncode == 0 else f"{flags}: {result.stderr[-2000:]}", flush=True)
 
 
@@ -4127,7 +4160,7 @@ distill.save_checkpoint, before = lambda *_: None, peak()
 distill.main({argv!r})
 print('GiB', peak() - before)
 """
-            result = fresh("-c", script, timeout=3000)
+            result = fresh("-c", script)
             assert result.returncode == 0, result.stderr[-2000:]
             figures.append(f"{' '.join(flags)}: {float(result.stdout.split()[-1]):.2f} GiB")
             shutil.rmtree(folder / "out")
@@ -4162,7 +4195,7 @@ else:
     rl.backward_chain(model, x, torch.ones_like(x) / x.numel(), labels, keys, {K})
 print('MiB', 1024 * peak(), 1024 * (peak() - before))
 """
-            result = fresh("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", timeout=3000)
+            result = fresh("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
             assert result.returncode == 0, result.stderr[-2000:]
             whole, more = map(float, result.stdout.split()[-2:])
             figures.append(f"K {K} {kind}: {whole:.0f} MiB ({more:.0f} above weights and gradients)")
@@ -4337,30 +4370,79 @@ def measure_judges():
     return "; ".join(figures)
 
 
+def judged(test, said):
+    """Run a test and end this process, a fork with a group of its own, with the verdict as exit code. The file `said`
+    then holds what a reader wants: a result, a reason to skip, or all that was printed and the traceback."""
+    os.setpgid(0, 0)
+    for stream in (1, 2):
+        os.dup2(said.fileno(), stream)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    faulthandler.dump_traceback_later(HANG, exit=True)
+    torch.manual_seed(0)
+    try:
+        verdict, code = test(), 0
+    except Skip as reason:
+        verdict, code = reason, SKIPPED
+    except BaseException:  # SystemExit too: a program under test that leaves is no success
+        traceback.print_exc()
+        os._exit(1)
+    said.seek(0), said.truncate(), said.write(str(verdict or "")), said.flush()
+    os._exit(code)
+
+
+def run_tests(names, jobs):
+    """Run these tests, `jobs` at a time, and print their verdicts in order: -> how many passed, failed, were skipped.
+    A test that ends by itself, or by a signal, has failed; what it leaves running is killed."""
+    todo, running, done, counts = sorted(names, key=lambda name: name not in LONG), {}, {}, [0, 0, 0]
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                name, said = todo.pop(0), tempfile.TemporaryFile("w+")
+                pid = os.fork()
+                if pid == 0:
+                    judged(globals()[name], said)
+                running[pid] = name, said, time.time()
+            pid, status, usage = os.wait4(-1, 0)
+            name, said, start = running.pop(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            said.seek(0)
+            done[name] = (os.waitstatus_to_exitcode(status), said.read(), time.time() - start,
+                          usage.ru_utime + usage.ru_stime)
+            while names and names[0] in done:  # those whose turn has come
+                name = names.pop(0)
+                code, text, seconds, cpu = done[name]
+                counts[{0: 0, SKIPPED: 2}.get(code, 1)] += 1
+                verdict = {0: f"ok{text and ': '}{text}", SKIPPED: f"skipped: {text}"}.get(
+                    code, f"FAILED, exit code {code}\n{text[-6000:]}")
+                print(f"{name} {verdict} ({seconds:.1f} s, {cpu:.1f} of CPU)", flush=True)
+    finally:
+        for pid in running:
+            os.killpg(pid, signal.SIGKILL)
+    return counts
+
+
 def main():
     if sys.argv[1:2] == ["--rank"]:  # a process that a test started
         torch.set_num_threads(1)
         return globals()[sys.argv[2]](*sys.argv[3:])
-    words, passed, failed, skipped = sys.argv[1:], 0, 0, 0
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("words", nargs="*", help="run the tests whose names hold one of them")
+    p.add_argument("--jobs", type=int, default=getattr(os, "process_cpu_count", os.cpu_count)(), metavar="N",
+                   help="so many at once (default: the cores)")
+    args = p.parse_args()
+    import torch._dynamo  # seconds, of the first optimiser: once, and not in each fork
     torch.set_num_threads(1)  # sums in one order, and two threads on a busy machine wait for each other
-    for name, test in list(globals().items()):
-        named = any(word in name for word in words)
-        if not (name.startswith("test_") and (named or not words) or name.startswith("measure_") and named):
-            continue
-        start, said = time.time(), io.StringIO()
-        usual_signals()
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # shown if the test fails
-                figures = test()
-            passed, verdict = passed + 1, f"ok{f': {figures}' if figures else ''}"
-        except Skip as reason:
-            skipped, verdict = skipped + 1, f"skipped: {reason}"
-        except (Exception, SystemExit):  # a program under test that leaves must not end the suite
-            failed, verdict = failed + 1, f"FAILED\n{said.getvalue()[-3000:]}\n{traceback.format_exc()}"
-        print(f"{name} {verdict} ({time.time() - start:.1f} s)", flush=True)
-    if words and not passed + failed + skipped:
-        raise UserError(f"no test has one of {' '.join(words)} in its name")
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    named = [name for name in globals() if name.startswith(("test_", "measure_"))
+             and any(word in name for word in args.words or ["test_"])]
+    for name in named:
+        if name.startswith("measure_"):
+            print(f"{name}: {globals()[name]()}", flush=True)
+    names = [name for name in named if name.startswith("test_")]
+    if not named:
+        raise UserError(f"no test has one of {' '.join(args.words)} in its name")
+    passed, failed, skipped = run_tests(names, args.jobs)
+    print(f"{passed} passed, {failed} failed" + f", {skipped} skipped" * bool(skipped))
     sys.exit(failed > 0)
 
 
