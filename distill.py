@@ -38,9 +38,9 @@ from tqdm import tqdm
 from data import (DTYPES, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, own, read_class_names, run_main,
                   setup, train_indices)
 from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_classifier
-from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, diffusion_loss, gaussian,
-                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, take,
-                   token_orders, uniform, write_json)
+from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, gaussian,
+                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint,
+                   schedule_tables, take, token_orders, uniform, write_json)
 from sample import image_seeds
 
 # Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
@@ -453,6 +453,39 @@ def flops_an_image(config, passes, rows):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 0: the teacher, by MAR's own loss
+
+
+def diffusion_loss(out, x0, x_t, t, eps):
+    """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
+
+    out (..., 2C) the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021,
+    eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
+    """
+    eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
+    tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each
+    frac = (v + 1) / 2
+    log_var = frac * tables["log_beta"] + (1 - frac) * tables["log_post_var"]
+    x0_hat = (x_t - tables["sigma"] * eps_hat.detach()) / tables["alpha"]
+    mean_hat = tables["coef_x0"] * x0_hat + tables["coef_xt"] * x_t
+    mean = tables["coef_x0"] * x0 + tables["coef_xt"] * x_t
+    kl = 0.5 * (log_var - tables["log_post_var"] - 1 + torch.exp(tables["log_post_var"] - log_var)
+                + (mean - mean_hat) ** 2 * torch.exp(-log_var))
+    bound = torch.where(t[..., None] == 0, -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var), kl) / math.log(2)
+    return ((eps - eps_hat) ** 2).mean(-1) + bound.mean(-1)
+
+
+
+def discretised_log_likelihood(x, mean, log_scale):
+    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The bound at its last step."""
+    def cdf(z):  # the public code's tanh approximation, kept so that losses agree
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper = cdf((x - mean + 1 / 255) * torch.exp(-log_scale))
+    lower = cdf((x - mean - 1 / 255) * torch.exp(-log_scale))
+    inner = torch.log((upper - lower).clamp(min=1e-12))
+    left, right = torch.log(upper.clamp(min=1e-12)), torch.log((1 - lower).clamp(min=1e-12))
+    return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
+
 
 
 def teacher_loss(model, tokens, labels, keys, visible, masked, draws):

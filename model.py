@@ -13,8 +13,10 @@ This file needs nothing before it. It is imported, not run:
 
 Alphabet, here and in every other file:
     B images   L tokens an image   C channels a token   D transformer width   W head width   S buffer slots
-    V visible tokens   P tokens to predict   t integer time step 0..999   ... any leading dimensions
+    V visible tokens   P tokens to predict   K AR steps   t integer time step 0..999   ... any leading dimensions
     x0 a clean token   n, eps Gaussian noise   c condition   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
+    x_t = alpha_t x0 + sigma_t eps   s = t_init, the one t of the one-step form   z = sigma_s n, what it starts from
+    theta the student, p the teacher, q the critic; s_q, s_p scores, -eps / sigma; y = s_q - s_p, d(y) its size
 Architecture and file formats: github.com/LTH14/mar (Li et al. 2024). One-step form: MARVAL, arXiv 2511.15190.
 """
 import argparse
@@ -36,20 +38,6 @@ from torch.utils.checkpoint import checkpoint
 
 class UserError(Exception):
     """Bad input. The message says in one line what is wrong and what to do; programs end with exit code 2."""
-
-
-@contextlib.contextmanager
-def reading(path, what, advice=""):
-    """Whatever a damaged or foreign file raises inside becomes one line that names it. A disk's own errors pass."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if getattr(error, "errno", None):
-            raise
-        reason = " ".join(str(error).split())[:100] or "truncated?"
-        raise UserError(f"{path} is no whole {what} ({type(error).__name__}: {reason}){advice}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,14 +98,14 @@ SIZES = {
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Diffusion: the part of the public 1,079 lines that MAR executes
+# Diffusion: the schedule of noise
 
 
 @functools.lru_cache(maxsize=None)
 def cosine_schedule(steps=1000):
     """The 1,000-step cosine schedule (Nichol & Dhariwal 2021), respaced to `steps`.
 
-    Returns a dict of float64 arrays of length `steps`: t (the index the network sees), beta, abar (cumulative alpha),
+    -> a dict of float64 arrays of length `steps`: t (the index the network sees), beta, abar (cumulative alpha),
     abar_prev, log_beta, log_post_var (the two bounds of the learned variance), coef_x0, coef_xt (posterior mean).
     """
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -127,7 +115,7 @@ def cosine_schedule(steps=1000):
     abar = abar[t]
     abar_prev = np.append(1.0, abar[:-1])
     beta = 1 - abar / abar_prev  # from the ratios of the kept abar
-    post_var = beta * (1 - abar_prev) / (1 - abar)  # 0 at index 0, where the public code repeats the next one
+    post_var = beta * (1 - abar_prev) / (1 - abar)  # 0 at index 0: its logarithm is that of index 1, as in MAR
     log_post_var = np.log(np.append(post_var[1] if steps > 1 else beta[0], post_var[1:]))
     return {"t": t, "beta": beta, "abar": abar, "abar_prev": abar_prev, "log_beta": np.log(beta),
             "log_post_var": log_post_var, "coef_x0": beta * np.sqrt(abar_prev) / (1 - abar),
@@ -154,35 +142,80 @@ def alpha_sigma(t):
     return tables["alpha"][t][..., None], tables["sigma"][t][..., None]
 
 
-def diffusion_loss(out, x0, x_t, t, eps):
-    """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise as a function. Every random number that shapes a picture is a hash of (seed, index of the picture, purpose,
+# token, channel) and not a draw from a generator's state. So a picture does not depend on the batch it is drawn in, on
+# the rank that draws it or on the device, and a resumed run needs no saved generator.
 
-    out (..., 2C) the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021,
-    eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
-    """
-    eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
-    tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each
-    frac = (v + 1) / 2
-    log_var = frac * tables["log_beta"] + (1 - frac) * tables["log_post_var"]
-    x0_hat = (x_t - tables["sigma"] * eps_hat.detach()) / tables["alpha"]
-    mean_hat = tables["coef_x0"] * x0_hat + tables["coef_xt"] * x_t
-    mean = tables["coef_x0"] * x0 + tables["coef_xt"] * x_t
-    kl = 0.5 * (log_var - tables["log_post_var"] - 1 + torch.exp(tables["log_post_var"] - log_var)
-                + (mean - mean_hat) ** 2 * torch.exp(-log_var))
-    bound = torch.where(t[..., None] == 0, -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var), kl) / math.log(2)
-    return ((eps - eps_hat) ** 2).mean(-1) + bound.mean(-1)
+ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR step k uses CHAIN + 1000 * k + j
+TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)
 
 
-def discretised_log_likelihood(x, mean, log_scale):
-    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The bound at its last step."""
-    def cdf(z):  # the public code's tanh approximation, kept so that losses agree
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+def _hash(x):
+    """splitmix64's finaliser (Steele et al. 2014) on int64 tensors: (...) -> (...). Wrap-around is what is wanted."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # >> keeps the sign in torch: the mask makes it logical
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
-    upper = cdf((x - mean + 1 / 255) * torch.exp(-log_scale))
-    lower = cdf((x - mean - 1 / 255) * torch.exp(-log_scale))
-    inner = torch.log((upper - lower).clamp(min=1e-12))
-    left, right = torch.log(upper.clamp(min=1e-12)), torch.log((1 - lower).clamp(min=1e-12))
-    return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
+
+def image_keys(seeds, device="cpu"):
+    """Seeds of pictures, (B,) ints or (B, 2) pairs (seed, index) -> (B,) int64 keys for `uniform` and `gaussian`."""
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+    if seeds.dim() == 1:
+        seeds = torch.stack([torch.zeros_like(seeds), seeds], 1)  # a bare int i is the pair (0, i)
+    return _hash(_hash(seeds[:, 0] + 0x51ED270B) + seeds[:, 1])
+
+
+def _bits(keys, purpose, positions, channels):
+    """(B,) keys, (B, P) positions -> (B, P, channels) int64 hashes."""
+    keys = _hash(keys ^ _hash(torch.tensor(purpose + 1)).item())[:, None, None]
+    channel = torch.arange(channels, device=keys.device)
+    return _hash(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
+
+
+def uniform(keys, purpose, positions, channels=1):
+    """Uniform numbers in (0, 1], one for each (picture, position, channel): -> (B, P, channels) float32."""
+    return (((_bits(keys, purpose, positions, channels) >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+
+
+def gaussian(keys, purpose, positions, channels):
+    """Standard normal numbers by Box-Muller, one for each (picture, position, channel): -> (B, P, channels) float32."""
+    bits = _bits(keys, purpose, positions, channels)
+    u1 = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24  # the two halves of one hash are the two uniforms,
+    u2 = (bits & 0xFFFFFF).float() * 2.0**-24  # 24 bits each: all that float32 holds; tails reach 5.9
+    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
+
+
+ORDERS = "random", "raster", "outward", "inward"
+
+
+def token_orders(keys, seq_len, kind="random"):
+    """An order of the tokens for each picture: (B,) keys -> (B, L) long. The last of an order are drawn first: when m
+    tokens are masked they are its first m. kind: "random", as MAR is trained; for the sampler also by rows, from the
+    centre or from the border. Tokens equally far from the centre come in random order."""
+    side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
+    row, column = place // side, place % side
+    from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
+    rank = {"random": torch.zeros_like(place), "raster": place, "outward": from_centre, "inward": -from_centre}[kind]
+    return (uniform(keys, ORDER, place.expand(len(keys), -1))[:, :, 0] - rank).argsort(dim=1, stable=True)
+
+
+def mask_counts(seq_len, ar_steps):
+    """How many tokens are masked before each AR step, and 0 at the end: K + 1 ints. The cosine schedule of MaskGIT."""
+    if not 1 <= ar_steps <= seq_len:
+        raise UserError(f"ar_steps {ar_steps} must lie in 1..{seq_len}, the number of tokens to draw")
+    counts = [seq_len]
+    for k in range(1, ar_steps):
+        counts.append(max(1, min(counts[-1] - 1, math.floor(seq_len * math.cos(math.pi / 2 * k / ar_steps)))))
+    return counts + [0]
+
+
+def reveal_plan(orders, ar_steps, masked=None):
+    """The AR steps as index tensors: yields (visible (B, V), predict (B, P)), each ascending, for k = 0..K-1. masked:
+    how many of the tokens are unknown at the beginning, the first of each order; None: all."""
+    counts = mask_counts(orders.shape[1] if masked is None else masked, ar_steps)
+    for now, after in zip(counts, counts[1:]):
+        yield orders[:, now:].sort(dim=1).values, orders[:, after:now].sort(dim=1).values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,6 +293,16 @@ class Head(nn.Module):
 # The transformer
 
 
+def take(x, index):
+    """Rows of each picture: x (B, T, D), index (B, Q) -> (B, Q, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def put(x, index, rows):
+    """x (B, T, D) with `rows` (B, Q, D) written at index (B, Q), as a new tensor that gradients flow through."""
+    return x.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), rows.to(x.dtype))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with bias, (B, T, D) -> (B, T, D), no mask; timm's, by PyTorch's fused kernel."""
 
@@ -269,11 +312,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, keep=None):  # (B, T, D); keep (B, Q): only these positions ask, all of x answers
+    def forward(self, x, ask=None):  # (B, T, D); ask (B, Q): positions whose queries are computed; None: all
         q, k, v = self.qkv(x).chunk(3, dim=2)
-        if keep is not None:
-            q = take(q, keep)
-        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, T or Q, D/heads)
+        if ask is not None:
+            q = take(q, ask)
+        q, k, v = (a.unflatten(2, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))  # (B, heads, T or Q, D/heads)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B, T or Q, D)
         return F.dropout(x, self.dropout, self.training)
@@ -291,7 +334,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block (timm's Block), with one addition: `keep` computes only some of the positions."""
+    """Pre-norm transformer block (timm's Block), with one addition: `ask` computes only some of the positions."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -300,41 +343,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, dropout)
 
-    def forward(self, x, keep=None):  # (B, T, D) -> (B, T, D), or (B, Q, D) for keep (B, Q)
+    def forward(self, x, ask=None):  # (B, T, D) -> (B, T, D), or (B, Q, D) for ask (B, Q)
         y = self.norm1(x)
-        if keep is None:
+        if ask is None:
             x = x + self.attn(y)
         else:
-            x = take(x, keep) + self.attn(y, keep)
+            x = take(x, ask) + self.attn(y, ask)
         return x + self.mlp(self.norm2(x))
-
-
-def take(x, index):
-    """Rows of each picture: x (B, T, D), index (B, Q) -> (B, Q, D)."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def put(x, index, rows):
-    """x (B, T, D) with `rows` (B, Q, D) written at index (B, Q), as a new tensor that gradients flow through."""
-    return x.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), rows.to(x.dtype))
-
-
-def mask_counts(seq_len, ar_steps):
-    """How many tokens are masked before each AR step, and 0 at the end: K + 1 ints. The cosine schedule of MaskGIT."""
-    if not 1 <= ar_steps <= seq_len:
-        raise UserError(f"ar_steps {ar_steps} must lie in 1..{seq_len}, the number of tokens to draw")
-    counts = [seq_len]
-    for k in range(1, ar_steps):
-        counts.append(max(1, min(counts[-1] - 1, math.floor(seq_len * math.cos(math.pi / 2 * k / ar_steps)))))
-    return counts + [0]
-
-
-def reveal_plan(orders, ar_steps, masked=None):
-    """The AR steps as index tensors: yields (visible (B, V), predict (B, P)), each ascending, for k = 0..K-1. masked:
-    how many of the tokens are unknown at the beginning, the first of each order; None: all."""
-    counts = mask_counts(orders.shape[1] if masked is None else masked, ar_steps)
-    for now, after in zip(counts, counts[1:]):
-        yield orders[:, now:].sort(dim=1).values, orders[:, after:now].sort(dim=1).values
 
 
 class MAR(nn.Module):
@@ -425,14 +440,13 @@ class MAR(nn.Module):
             full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
             x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
             x = self.run_blocks(self.decoder_blocks[:-1], x + self.decoder_pos_embed_learned)
-            x = self.decoder_norm(self.decoder_blocks[-1](x, keep=predict + S))  # (B, P, D)
+            x = self.decoder_norm(self.decoder_blocks[-1](x, ask=predict + S))  # (B, P, D)
             x = x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
         return x.float()
 
     def condition(self, tokens, mask, labels):
-        """tokens (B, L, C), mask (B, L) with 1 = masked and the same count in every row, labels (B,) long or None for
-        the null class -> c (B, L, D). For outsiders and checks: counting the mask costs a host sync; our own loops
-        know their counts and call `transformer`."""
+        """For outsiders, who know masks and not indices: tokens (B, L, C), mask (B, L) with 1 = masked and the same
+        count in every row, labels (B,) long or None for the null class -> c (B, L, D). Waits for the device."""
         counts = mask.sum(dim=1).long().tolist()
         if len(set(counts)) != 1:
             raise ValueError(f"condition: every row of the mask must hold the same number of ones, got {counts}")
@@ -491,22 +505,17 @@ class MAR(nn.Module):
 
     @torch.no_grad()
     def unmask(self, labels, ar_steps=64, head_steps=1, guidance=1.0, guidance_schedule="linear", temperature=1.0,
-               seeds=None, orders="random", noise=None, known=None):
+               seeds=None, orders="random", given=None, redraw=None):
         """`generate` step by step: yields (tokens (B, L, C), visible (B, V) before the step, predict (B, P) in it)."""
         B, L, C = len(labels), self.config.seq_len, self.config.token_dim
         keys = image_keys(range(B) if seeds is None else seeds, labels.device)
         if isinstance(orders, str):
             orders = token_orders(keys, L, orders)
         tokens, masked = torch.zeros(B, L, C, device=labels.device), L
-        if known is not None:
-            start, redraw = known
-            tokens, masked = tokens + start.to(labels.device), int(redraw.sum())
-            # what is to be redrawn to the front of each order, which is else kept: the sort is stable
-            keep = (~redraw).to(labels.device).long()[orders]  # (B, L)
-            orders = orders.gather(1, keep.argsort(dim=1, stable=True))
-        if noise is None:
-            def noise(k, j, predict):  # j = None: the start noise, one draw a token whatever step reveals it
-                return gaussian(keys, START if j is None else CHAIN + 1000 * k + j, predict, C)
+        if redraw is not None:
+            tokens, masked = tokens + given.to(labels.device), int(redraw.sum())
+            kept = (~redraw).to(labels.device).long()[orders]  # (B, L)
+            orders = orders.gather(1, kept.argsort(dim=1, stable=True))  # what is redrawn comes first in each order
         for k, (visible, predict) in enumerate(reveal_plan(orders, ar_steps, masked)):
             # share known after this step; MAR never counts the last token, so its last step has (L - 1) / L
             revealed = min(visible.shape[1] + predict.shape[1], L - 1) / L
@@ -514,97 +523,51 @@ class MAR(nn.Module):
             if guidance == 1:
                 c, c_null = self.transformer(tokens, visible, labels, predict), None  # (B, P, D)
             else:  # both halves in one pass of 2B pictures
-                pair = [torch.cat([z, z]) for z in (tokens, visible, predict)]
+                pair = [torch.cat([a, a]) for a in (tokens, visible, predict)]
                 c = self.transformer(pair[0], pair[1], torch.cat([labels, torch.full_like(labels, -1)]), pair[2])
                 c, c_null = c.chunk(2)  # (B, P, D) each
-            n = noise(k, None, predict)  # (B, P, C)
+            n = gaussian(keys, START, predict, C)  # (B, P, C): one draw a token, whatever step reveals it
             if head_steps == 1:
                 x0 = self.one_step(temperature * n, c, c_null, g)
             else:
-                x0 = self.denoise(n, c, c_null, g, head_steps, temperature, lambda j: noise(k, j, predict))
+                x0 = self.denoise(n, c, c_null, g, head_steps, temperature,
+                                  lambda j: gaussian(keys, CHAIN + 1000 * k + j, predict, C))
             tokens = put(tokens, predict, x0)
             yield tokens, visible, predict
 
-    def generate(self, labels, ar_steps=64, head_steps=1, guidance=1.0, guidance_schedule="linear", temperature=1.0,
-                 seeds=None, orders="random", noise=None, known=None):
+    def generate(self, labels, ar_steps=64, head_steps=1, guidance=1.0, **how):
         """Pictures from nothing: labels (B,) long on the model's device -> latents (B, c, h, w) float32.
 
-        ar_steps K in 1..L; head_steps 1 (the student) or the length of the teacher's chain (100); guidance 1.0 = none,
-        "linear" grows it with the share revealed (MAR), "constant" does not; temperature scales the chain's noise, or
-        in one step the start noise; seeds (B,) ints or (B, 2) pairs (seed, index) fix noise and order of each picture
-        whatever the batch; orders one of ORDERS. known, to redraw a part of a picture: its tokens (1 or B, L, C) and
-        (L,) bool on the host, true where they are drawn anew, at least K. For replays: orders (B, L) long,
-        noise(k, j, predict (B, P)) -> (B, P, C), j None at the start.
+        ar_steps K in 1..L; head_steps 1 (the student) or the length of the teacher's chain (100); guidance 1.0 = none.
+        how, the rest of `unmask`'s: guidance_schedule "linear" grows it with the share revealed (MAR), "constant" does
+        not; temperature scales the chain's noise, or in one step the start noise; seeds (B,) ints or (B, 2) pairs
+        (seed, index) fix noise and order of each picture whatever the batch; orders one of ORDERS, or (B, L) long.
+        To redraw a part of a picture: its tokens, given (1 or B, L, C), and redraw (L,) bool on the host, at least K.
         Cost: K transformer passes and K * head_steps of the head, twice with guidance.
         """
-        for tokens, _, _ in self.unmask(labels, ar_steps, head_steps, guidance, guidance_schedule, temperature, seeds,
-                                        orders, noise, known):
+        for tokens, _, _ in self.unmask(labels, ar_steps, head_steps, guidance, **how):
             pass
         return self.unpatchify(tokens)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Noise as a function. Every random number that shapes a picture is a hash of (seed, index of the picture, purpose,
-# token, channel) and not a draw from a generator's state. So a picture does not depend on the batch it is drawn in, on
-# the rank that draws it or on the device, a resumed run needs no saved generator, and a CUDA graph keeps no state.
-
-ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR step k uses CHAIN + 1000 * k + j
-TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)
-
-
-def _hash(x):
-    """splitmix64's finaliser (Steele et al. 2014) on int64 tensors: (...) -> (...). Wrap-around is what is wanted."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # >> keeps the sign in torch: the mask makes it logical
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def image_keys(seeds, device="cpu"):
-    """Seeds of pictures, (B,) ints or (B, 2) pairs (seed, index) -> (B,) int64 keys for `uniform` and `gaussian`."""
-    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
-    if seeds.dim() == 1:
-        seeds = torch.stack([torch.zeros_like(seeds), seeds], 1)  # a bare int i is the pair (0, i)
-    return _hash(_hash(seeds[:, 0] + 0x51ED270B) + seeds[:, 1])
-
-
-def _bits(keys, purpose, positions, channels):
-    """(B,) keys, (B, P) positions -> (B, P, channels) int64 hashes."""
-    keys = _hash(keys ^ _hash(torch.tensor(purpose + 1)).item())[:, None, None]
-    channel = torch.arange(channels, device=keys.device)
-    return _hash(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
-
-
-def uniform(keys, purpose, positions, channels=1):
-    """Uniform numbers in (0, 1], one for each (picture, position, channel): -> (B, P, channels) float32."""
-    return (((_bits(keys, purpose, positions, channels) >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
-
-
-def gaussian(keys, purpose, positions, channels):
-    """Standard normal numbers by Box-Muller, one for each (picture, position, channel): -> (B, P, channels) float32."""
-    bits = _bits(keys, purpose, positions, channels)
-    u1 = (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24  # the two halves of one hash are the two uniforms,
-    u2 = (bits & 0xFFFFFF).float() * 2.0**-24  # 24 bits each: all that float32 holds; tails reach 5.9
-    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * math.pi * u2)
-
-
-ORDERS = "random", "raster", "outward", "inward"
-
-
-def token_orders(keys, seq_len, kind="random"):
-    """An order of the tokens for each picture: (B,) keys -> (B, L) long. When m tokens are masked, they are the first m
-    of the order: so drawing starts at its end. kind: "random", as MAR is trained; for the sampler also by rows, from
-    the centre or from the border. Tokens equally far from the centre come in random order."""
-    side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
-    row, column = place // side, place % side
-    from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
-    rank = {"random": torch.zeros_like(place), "raster": place, "outward": from_centre, "inward": -from_centre}[kind]
-    return (uniform(keys, ORDER, place.expand(len(keys), -1))[:, :, 0] - rank).argsort(dim=1, stable=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: the public ones and ours
 # Ours: {"config", "stage", "step", "args", "ema", "class_names"}, what drawing needs; resume.pt has "model", optimisers
 # and whatever else its stage goes on from beside the first five.
+
+
+@contextlib.contextmanager
+def reading(path, what, advice=""):
+    """Whatever a damaged or foreign file raises inside becomes one line that names it. A disk's own errors pass."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None):
+            raise
+        reason = " ".join(str(error).split())[:100] or "truncated?"
+        raise UserError(f"{path} is no whole {what} ({type(error).__name__}: {reason}){advice}") from None
 
 
 def weights_in(file, ema):
@@ -853,3 +816,4 @@ def compile_blocks(*models):
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"--compile: PyTorch cannot compile here ({reason}): leave --compile out, or install a C++ "
                         "compiler") from None
+

@@ -205,7 +205,8 @@ def save_gif(model, classes, titles, per_class, path, seed, vae, **how):
 
 
 def open_edit(model, path, box, vae=None):
-    """What --edit and --box say -> (known for MAR.generate, uint8 (2, 3, H, W): the picture and what stays of it)."""
+    """What --edit and --box say -> (given and redraw for MAR.generate, uint8 (2, 3, H, W): the picture and what stays of
+    it)."""
     left, top, right, bottom = box
     size, side = model.config.img_size, math.isqrt(model.config.seq_len)  # px; tokens
     if not (0 <= left < right <= size and 0 <= top < bottom <= size):
@@ -219,7 +220,7 @@ def open_edit(model, path, box, vae=None):
     if vae is not None:
         x = vae.moments(x).chunk(2, dim=1)[0] * LATENT_SCALE  # the posterior's mean
     stays = torch.where(in_pixels(model.config, redraw), 128, picture)
-    return (model.patchify(x), redraw), torch.cat([picture, stays])
+    return {"given": model.patchify(x), "redraw": redraw}, torch.cat([picture, stays])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -490,9 +491,10 @@ def main():
     titles = [title_of(names[label], f"class {label}") for label in classes]
     rows = []
     if job == "edit":
-        how["known"], stays = open_edit(model, args.edit, args.box, vae)
+        part, stays = open_edit(model, args.edit, args.box, vae)
+        how.update(part)
         rows = [("picture", stays)]
-        args.ar_steps = [min(K, int(how["known"][1].sum())) for K in args.ar_steps]  # every step reveals a token
+        args.ar_steps = [min(K, int(part["redraw"].sum())) for K in args.ar_steps]  # every step reveals a token
     if job == "num":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it

@@ -62,10 +62,10 @@ import model as model_file
 import rl
 import sample
 from data import PUBLIC, SHAPES, open_data, run_main, setup, train_indices
-from distill import Gradients
+from distill import Gradients, diffusion_loss
 from fid import load_or_train_classifier
 from model import (CHAIN, MAR, ORDERS, SIZES, START, MARConfig, UserError, alpha_sigma, bf16_weights, compile_blocks,
-                   cosine_schedule, diffusion_loss, gaussian, graphed, image_keys, load_mar, mask_counts,
+                   cosine_schedule, gaussian, graphed, image_keys, load_mar, mask_counts,
                    read_checkpoint, reveal_plan, save_checkpoint, token_orders, write_json)
 from sample import COLOURS, GAP, draw, read_log, save_grid, seconds_of, title_of, to_uint8, unmasking
 
@@ -566,6 +566,13 @@ def test_loss_agrees_with_the_public_mar():
     close((loss * mask).sum() / mask.sum(), z["loss"])
 
 
+def replayed(draws, head_steps):
+    """model.gaussian as MAR drew: `draws` in its order, each of at least (B * P, C) numbers (of the 2N rows of a guided
+    chain the first N reach the result). It draws at the chain's last step too, which needs none."""
+    draws = iter([draw for i, draw in enumerate(draws, start=1) if i % (head_steps + 1)])
+    return lambda keys, purpose, positions, C: next(draws).view(-1, C)[:positions.numel()].view(*positions.shape, C)
+
+
 def test_sampling_runs_of_the_public_mar_replay():
     z = fixture("mar_tiny")
     model = load_mar(FIXTURES / "mar_tiny.pth", ema=False, heads=4)
@@ -574,12 +581,9 @@ def test_sampling_runs_of_the_public_mar_replay():
         rows = z[f"sample_{name}_noise_rows"].tolist()
         draws = z[f"sample_{name}_noise"].split([16 * n for n in rows])  # start noise, then one draw a chain step
 
-        def noise(k, j, predict, draws=draws, steps=int(head_steps)):
-            draw = draws[k * (steps + 1) + (0 if j is None else steps - j)].view(-1, 16)
-            return draw[:predict.numel()].view(*predict.shape, 16)
-
-        out = model.generate(z["labels"], int(ar_steps), int(head_steps), guidance, schedule, temperature,
-                             orders=z[f"sample_{name}_orders"], noise=noise)
+        with mock.patch.object(model_file, "gaussian", replayed(draws, int(head_steps))):
+            out = model.generate(z["labels"], int(ar_steps), int(head_steps), guidance, guidance_schedule=schedule,
+                                 temperature=temperature, orders=z[f"sample_{name}_orders"])
         close(out, z[f"sample_{name}_out"])
 
 
@@ -660,20 +664,20 @@ def test_what_is_known_stays_and_the_rest_is_drawn_to_it():
     redraw = torch.zeros(16, dtype=torch.bool)
     redraw[[1, 2, 5, 6, 7]] = True
     for how in (dict(ar_steps=3), dict(ar_steps=5, head_steps=3, guidance=2.0), dict(ar_steps=2, orders="outward")):
-        steps = list(model.unmask(labels, known=(picture, redraw), seeds=seeds, **how))
+        steps = list(model.unmask(labels, given=picture, redraw=redraw, seeds=seeds, **how))
         assert len(steps) == how["ar_steps"]
         assert (steps[0][1] == (~redraw).nonzero()[:, 0]).all()  # the first step sees what is known, nothing else
         drawn = torch.cat([predict for _, _, predict in steps], 1).sort(dim=1).values
         assert (drawn == redraw.nonzero()[:, 0]).all()  # all that is asked for, each token once
         tokens = steps[-1][0]
         assert torch.equal(tokens[:, ~redraw], picture[:, ~redraw].expand(3, -1, -1))
-        other = model.patchify(model.generate(labels, known=(-picture, redraw), seeds=seeds, **how))
+        other = model.patchify(model.generate(labels, given=-picture, redraw=redraw, seeds=seeds, **how))
         # drawn after what is around it and after the class: little in a network of random weights, but not rounding
         assert (tokens - other)[:, redraw].abs().mean() > 1e-4 and (tokens[0] - tokens[1])[redraw].abs().mean() > 1e-4
     everything = torch.ones(16, dtype=torch.bool)
-    assert torch.equal(model.generate(labels, 4, known=(picture, everything)), model.generate(labels, 4))
+    assert torch.equal(model.generate(labels, 4, given=picture, redraw=everything), model.generate(labels, 4))
     try:
-        model.generate(labels, 1, known=(picture, ~everything))
+        model.generate(labels, 1, given=picture, redraw=~everything)
         raise AssertionError("drew what is known")
     except UserError:
         pass
@@ -859,17 +863,14 @@ def agrees_with_public(ours, theirs, B=2, ar_steps=3, head_steps=4):
     def recorded(draw):
         return lambda *args: draws.append(draw(*args)) or draws[-1]
 
-    def noise(k, j, predict):  # of the 2N rows that a step of the guided chain draws, the first N reach the result
-        draw = draws[k * (head_steps + 1) + (0 if j is None else head_steps - j)]
-        return draw[:predict.numel()].view(*predict.shape, -1)
-
     with (mock.patch.object(theirs, "sample_orders", lambda count: orders),
           mock.patch.object(theirs.diffloss, "gen_diffusion", spaced),
           mock.patch.object(torch, "randn", recorded(torch.randn)),
           mock.patch.object(torch, "randn_like", recorded(torch.randn_like))):
         expected = theirs.sample_tokens(B, ar_steps, 2.9, "linear", labels)
-    with mock.patch.object(model_file, "BF16", False):
-        close(ours.generate(labels, ar_steps, head_steps, 2.9, orders=orders, noise=noise), expected)
+    with (mock.patch.object(model_file, "BF16", False),
+          mock.patch.object(model_file, "gaussian", replayed(draws, head_steps))):
+        close(ours.generate(labels, ar_steps, head_steps, 2.9, orders=orders), expected)
 
 
 def measure_beside_public_mar():
@@ -2365,12 +2366,12 @@ def test_edit_keeps_what_is_outside_the_box():
         model = tiny_mar(folder)  # 8 px, tokens of 2 x 2
         picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(picture).save(folder / "p.png")
-        known, stays = sample.open_edit(model, folder / "p.png", (3, 0, 6, 5))  # touches columns 2..5, rows 0..5
+        part, stays = sample.open_edit(model, folder / "p.png", (3, 0, 6, 5))  # touches columns 2..5, rows 0..5
         hole = np.zeros((8, 8), bool)
         hole[0:6, 2:6] = True
         assert torch.equal(stays[0], torch.from_numpy(picture).permute(2, 0, 1))
         assert (stays[1][:, hole] == 128).all() and torch.equal(stays[1][:, ~hole], stays[0][:, ~hole])
-        drawn = draw(model, [0, 1], ar_steps=3, known=known)
+        drawn = draw(model, [0, 1], ar_steps=3, **part)
         assert torch.equal(drawn[:, :, ~hole], stays[:1, :, ~hole].expand(2, -1, -1))
         assert (drawn[:, :, hole] != stays[0][:, hole]).float().mean() > 0.5
         sample_main("--ckpt", folder / "student.pt", "--edit", folder / "p.png", "--box", 0, 0, 3, 2, "--classes", 1,
