@@ -1491,7 +1491,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_well():
             assert command.is_alive(), "ended before its first step"
             time.sleep(0.05)
         command.terminate()  # SIGTERM
-        result = command.ended(60)
+        result = command.ended()
         out = result.stdout
         assert result.returncode == 0 and "SIGTERM" in out, result
         stopped = read_checkpoint(folder / "resume.pt")["step"]
@@ -1503,15 +1503,15 @@ def test_sigterm_writes_a_checkpoint_and_ends_well():
 
 def test_a_second_signal_ends_at_once():
     """torchrun passes on what the terminal has sent already: within a second it is the same signal."""
-    code = "import distill, time; distill.listen(); print('on', flush=True); time.sleep(99)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"on\n"
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.6)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)  # 1.2 s after the first, if 0.6 s after the last
-    assert process.wait(20) == -signal.SIGINT
+    def work():
+        distill.listen()
+        for now in (0, 0.6, 1.2):  # the last is 1.2 s after the first, if 0.6 s after the one before
+            print(now, flush=True)
+            with mock.patch.object(distill.time, "time", lambda: now):
+                signal.raise_signal(signal.SIGINT)
+
+    result = Command(work).ended()
+    assert result.returncode == -signal.SIGINT and result.stdout.split() == ["0", "0.6", "1.2"], result
 
 
 def test_a_reader_that_leaves_is_no_success():
@@ -1522,7 +1522,7 @@ def test_a_reader_that_leaves_is_no_success():
                                    stderr=errors)
         assert process.stdout.readline() == b"0\n"
         process.stdout.close()
-        assert process.wait(60) == 141, (stream, process.returncode)
+        assert process.wait() == 141, (stream, process.returncode)
 
 
 def test_commands_start_without_docstrings_and_ranks_and_refuse_an_old_pillow():
@@ -2585,7 +2585,7 @@ def test_a_stopped_npz_leaves_no_half_file():
                 time.sleep(0.05)
             time.sleep(0.5)
             os.kill(command.pid, how)
-            result = command.ended(60)
+            result = command.ended()
             assert result.returncode == code and "Traceback" not in result.stderr, result
             assert [p.name for p in folder.iterdir()] == ["student.pt"]
 
@@ -3205,7 +3205,7 @@ def test_calls_that_end_together_lose_no_row_of_results():
 
 def test_a_folder_has_one_owner():
     with scratch() as folder:
-        other = Command(lambda: (data.own(folder), print("mine"), time.sleep(99)))
+        other = Command(lambda: (data.own(folder), print("mine"), time.sleep(HANG)))
         while os.stat(other.files[0].fileno()).st_size == 0:
             time.sleep(0.01)
         refused(lambda: data.own(folder), str(folder), "in use", f"process {other.pid} on")
