@@ -771,37 +771,6 @@ def bf16_weights(model):
     return model
 
 
-def graphed(model, batch, **generate_kwargs):
-    """`generate` of `batch` pictures as one CUDA graph -> function of labels (B,), seeds (B, 2), B <= batch.
-
-    All K steps are recorded once; a replay is one launch, where Python otherwise feeds a waiting GPU thousands. That
-    is possible since a picture is a function of labels and seeds alone: no generator has a state, no shape and no
-    branch depends on a value, nothing is copied from or to the host. A smaller batch is padded, and costs as much.
-    The graph reads the weights where they lie: keep the model, change it in place only, bf16_weights comes before.
-    """
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        raise UserError(f"a CUDA graph needs a GPU, and the model is on the {device.type}: leave --graph out")
-    static_labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    static_seeds = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-    side = torch.cuda.Stream()  # warm-up on a stream of its own, as PyTorch's notes on CUDA graphs ask: the schedule's
-    side.wait_stream(torch.cuda.current_stream())  # tables reach the GPU, libraries choose kernels and workspaces
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, nccl's, may ask the GPU things
-        latents = model.generate(static_labels, seeds=static_seeds, **generate_kwargs)
-
-    def replay(labels, seeds):
-        static_labels[:len(labels)].copy_(labels)
-        static_seeds[:len(labels)].copy_(seeds)
-        graph.replay()
-        return latents[:len(labels)].clone()  # the next replay writes over the graph's own
-    return replay
-
-
 def compile_blocks(*models):
     """Compile each block in place (names of weights stay): one small graph of each kind, for any number of tokens. It
     joins what lies between the matrix products; of the head's time on a GPU that is most. UserError where a machine

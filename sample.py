@@ -1,4 +1,4 @@
-"""A checkpoint -> pictures, an animation, an .npz for fid.py, timings; and a run's log -> curves.
+"""A checkpoint -> pictures, an animation, an .npz for fid.py, timings.
 
 Needs a checkpoint of distill.py or rl.py (out/<data>/teacher.pt, student.pt), or a public LTH14/mar one. Models of
 latents also need the VAE (python data.py --get kl16). What no flag says, the checkpoint says: a student draws in one
@@ -13,13 +13,9 @@ step without guidance, a teacher by its whole chain and with the guidance of its
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
     python sample.py --ckpt student.pt --export mar.pth                         # for the public LTH14/mar code
     python sample.py --bench --size base --ar_steps 8 --batch 4                 # no checkpoint: speed needs no training
-    python sample.py --curves out/a/log.jsonl out/b/log.jsonl --out curves.png
 (Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """
-import contextlib
-import functools
 import itertools
-import json
 import math
 import os
 import shutil
@@ -40,8 +36,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import DTYPES, LATENT_SCALE, Parser, check_numbers, load_vae, read_class_names, read_image, run_main, setup
-from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, compile_blocks, graphed, load_mar, mask_counts,
-                   read_checkpoint, replacing, runs_bf16, save_checkpoint)
+from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, load_mar, mask_counts, read_checkpoint, replacing,
+                   runs_bf16, save_checkpoint)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing: what fid.py, distill.py and rl.py use too
@@ -88,19 +84,18 @@ def image_seeds(seed, start, count):
 
 
 @torch.no_grad()
-def draw(model, labels, seed=0, start=0, vae=None, batch=64, generate=None, stop=None, **how):
+def draw(model, labels, seed=0, start=0, vae=None, batch=64, stop=None, **how):
     """Pictures of the classes `labels` (N,), ints in any form -> uint8 (N, 3, H, W) on the CPU.
 
     Picture i depends on (model, seed, start + i, labels[i]) alone: not on `batch`, nor on who else is drawn with it.
-    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate; generate:
-    what draws a batch instead, model.graphed(...). stop(): asked after every batch; once it is true, None is returned.
+    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate. stop():
+    asked after every batch; once it is true, None is returned.
     """
     check_vae(model, vae)
-    generate = generate or functools.partial(model.generate, **how)
     labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
     pictures = []
     for part in labels.split(batch):
-        drawn = decode(model, generate(part, seeds=image_seeds(seed, start, len(part))), vae)
+        drawn = decode(model, model.generate(part, seeds=image_seeds(seed, start, len(part)), **how), vae)
         pictures.append(drawn.cpu())  # bytes leave the device: a quarter of the floats
         start += len(part)
         if stop is not None and stop():
@@ -273,10 +268,7 @@ def export(model, file, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Speed; and the curves of runs
-
-COLOURS = "royalblue", "crimson", "seagreen", "darkorange", "purple", "sienna", "darkcyan"  # of curves
-
+# Speed
 
 def seconds_of(work, device, repeat=1):
     """Median wall time of `repeat` calls. The caller warms up."""
@@ -301,49 +293,11 @@ def bench(model, args, device):
         seeds = image_seeds(0, 0, batch).to(device)
         for who, head_steps, guidance in ("student", 1, 1.0), ("teacher", args.head_steps, args.guidance):
             how = {"ar_steps": K, "guidance": guidance, "guidance_schedule": args.guidance_schedule}
-            model.generate(labels, seeds=seeds, head_steps=min(2, head_steps), **how)  # meets every shape of a hundred
-            how["head_steps"] = head_steps
-            generate = graphed(model, batch, **how) if args.graph else functools.partial(model.generate, **how)
-            seconds[who] = seconds_of(lambda: generate(labels, seeds=seeds), device, repeat=3)
+            generate = lambda steps: model.generate(labels, seeds=seeds, head_steps=steps, **how)
+            generate(min(2, head_steps))  # meets every shape of a hundred
+            seconds[who] = seconds_of(lambda: generate(head_steps), device, repeat=3)
             print(f"{who:10}{batch:6}{K:5}{head_steps:12}{guidance:10.2f}{seconds[who] / batch:10.4f}"
                   f"{batch / seconds[who]:10.2f}{seconds[who] / seconds['student']:16.1f}x", flush=True)
-
-
-def read_log(path):
-    """log.jsonl -> {"stage: quantity": {step: value}} of finite numbers, up to a line that a kill cut off."""
-    curves = {}
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        for entry in map(json.loads, Path(path).read_text(errors="replace").splitlines()):
-            step, stage = entry.pop("step"), entry.pop("stage")
-            for name, value in entry.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    curves.setdefault(f"{stage}: {name}", {})[step] = value
-    return curves
-
-
-def panel(name, runs):
-    """One quantity of all runs -> uint8 (3, 420, 420): a curve a run. Drawn large and shrunk, lines come out smooth."""
-    points = np.array([point for _, curves in runs for point in curves.get(name, {}).items()])  # (n, 2): step, value
-    (first, low), (last, high) = points.min(0), points.max(0)
-    image, font = Image.new("RGB", (840, 840), PAPER), ImageFont.load_default(26)
-    pen = ImageDraw.Draw(image)
-    pen.text((30, 10), f"{name}, {low:.4g} to {high:.4g}; steps {first:.0f} to {last:.0f}", INK, font)
-    for i, (run, curves) in enumerate(runs):
-        if name in curves:
-            steps, values = zip(*curves[name].items())
-            x, y = np.interp(steps, (first, last), (30, 810)), np.interp(values, (low, high), (810, 60))
-            pen.line([*zip(x, y)], COLOURS[i % len(COLOURS)], 4, joint="curve")
-            pen.text((40, 60 + 36 * i), f"{run}: {values[-1]:.4g}", COLOURS[i % len(COLOURS)], font)
-    return torch.from_numpy(np.array(image.reduce(2))).permute(2, 0, 1)
-
-
-def save_curves(logs, path):
-    """log.jsonl files -> PNG: three panels a row, each with the last value of every run."""
-    runs = [(Path(log).parent, read_log(log)) for log in logs]
-    panels = [panel(name, runs) for name in dict.fromkeys(name for _, curves in runs for name in curves)]
-    if not panels:
-        raise UserError("no numbers to draw: --curves wants the log.jsonl of runs")
-    save_grid([("", torch.stack(panels[i:i + 3])) for i in range(0, len(panels), 3)], path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,7 +306,7 @@ def save_curves(logs, path):
 
 def parse():
     """The flags -> (args, job)."""
-    p = Parser("A checkpoint -> pictures, an animation, an .npz, timings, curves.")
+    p = Parser("A checkpoint -> pictures, an animation, an .npz, timings.")
     # the job: one of these, else a grid of pictures
     job = p.add_mutually_exclusive_group()
     job.add_argument("--gif", metavar="FILE", help="write the unmasking, a frame an AR step, to this .gif")
@@ -360,7 +314,6 @@ def parse():
     job.add_argument("--edit", metavar="PICTURE", help="draw the part --box of this picture anew, for each class")
     job.add_argument("--export", metavar="FILE", help="write the network as LTH14/mar reads it, a .pth")
     job.add_argument("--bench", action="store_true", help="time student and teacher on this machine")
-    job.add_argument("--curves", nargs="+", metavar="LOG", help="draw the curves of these log.jsonl files")
     # the network
     p.add_argument("--ckpt", help="teacher.pt or student.pt of a run, or a public MAR's .pth")
     p.add_argument("--raw", action="store_true", help="the weights as trained, of a file that holds their average too")
@@ -384,17 +337,14 @@ def parse():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
     p.add_argument("--batch", type=int, default=64, help="pictures at once; fewer if memory is short")
-    # for much work on a GPU
-    p.add_argument("--compile", action="store_true", help="join small kernels: takes a minute first")
-    p.add_argument("--graph", action="store_true", help="--num, --bench: a batch is one CUDA graph; never run yet")
     args = p.parse_args()
     check_numbers(args, one="num per_class ar_steps head_steps batch heads")
-    job = next((job for job in ("gif", "num", "edit", "export", "bench", "curves") if getattr(args, job)), "grid")
+    job = next((job for job in ("gif", "num", "edit", "export", "bench") if getattr(args, job)), "grid")
     if bool(args.edit) != bool(args.box):
         raise UserError("--edit PICTURE and --box LEFT TOP RIGHT BOTTOM belong together: give both")
     if len(args.ar_steps or []) > 1 and job in ("gif", "num"):
         raise UserError(f"several --ar_steps make a grid; --{job} takes one")
-    if job != "curves" and bool(args.ckpt) == bool(args.size) or args.size and not args.bench:
+    if bool(args.ckpt) == bool(args.size) or args.size and not args.bench:
         raise UserError("give --ckpt FILE, of a run or a public MAR; only --bench takes --size instead")
     return args, job
 
@@ -454,9 +404,9 @@ def check_output(path, suffixes):
 
 
 def main():
-    """Draw, animate, save, time or plot, as the flags say; whatever can be refused is refused first."""
+    """Draw, animate, save or time, as the flags say; whatever can be refused is refused first."""
     args, job = parse()
-    out = args.gif or args.export or args.out or {"num": "samples.npz", "curves": "curves.png"}.get(job, "grid.png")
+    out = args.gif or args.export or args.out or ("samples.npz" if job == "num" else "grid.png")
     device, rank, world = setup(args.device, args.dtype)
     if job == "num" and not Path(out).suffix:  # a folder for PNGs
         os.makedirs(out, exist_ok=True)
@@ -464,9 +414,6 @@ def main():
             raise UserError(f"{out}: --num writes an .npz, or into a new or empty folder; choose another name")
     elif job != "bench" and rank == 0:
         check_output(out, {"gif": [".gif"], "num": [".npz"], "export": [".pth", ".pt"]}.get(job, [".png"]))
-    if job == "curves":
-        save_curves(args.curves, out)
-        return print(f"{out}: {len(args.curves)} run(s)")
     file, model = ({}, MAR(SIZES[args.size]).eval()) if args.size else open_network(args.ckpt, args.heads, args.raw)
     if job == "export":
         export(model, file, out)
@@ -475,8 +422,6 @@ def main():
     how = fill_in(args, file, model.config)
     if runs_bf16(device):
         bf16_weights(model)
-    if args.compile:
-        compile_blocks(model)
     if job == "bench":
         return bench(model, args, device)
     vae = load_vae(args.vae).to(device) if args.vae else None
@@ -499,8 +444,7 @@ def main():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.resize(classes, args.num)
-        generate = graphed(model, min(args.batch, args.num), **how) if args.graph else None
-        save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, generate=generate, **how)
+        save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, **how)
     elif job == "gif":
         save_gif(model, classes, titles, args.per_class or 4, out, args.seed, vae, **how)
     else:
