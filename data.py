@@ -44,7 +44,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import model
-from model import UserError, fill_model, read_checkpoint, replacing, write_json
+from model import UserError, fill_model, read_checkpoint, replacing, say, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
 
@@ -115,12 +115,6 @@ Image.init()
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in {*Image.OPEN, "MPO"} - NOT_DECODED}
-
-
-def say(text):
-    """Print a line on rank 0; a name that is not UTF-8 is no obstacle."""
-    if rank_and_world()[0] == 0:
-        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def command(*words):

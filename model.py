@@ -570,21 +570,25 @@ def reading(path, what, advice=""):
         raise UserError(f"{path} is no whole {what} ({type(error).__name__}: {reason}){advice}") from None
 
 
-def weights_in(file, ema):
-    """The state dict of a MAR in a checkpoint, wherever people keep it: averaged or not, Lightning's, or the file
-    itself; without what DDP, torch.compile and Lightning put before the names. {} where there is none."""
-    for key in ["model_ema", "ema"] * ema + ["model", "state_dict", None]:
-        found = file.get(key) if key else file
-        first = [name for name in found if str(name).endswith("class_emb.weight")] if isinstance(found, dict) else []
-        if first:
-            if key == "model" and ema and {"model_ema", "ema"} & set(file):
-                print("note: the averaged weights cannot be read, so the last ones are")
-            return {re.sub(r"_orig_mod\.|^module\.", "", name[len(first[0]) - len("class_emb.weight"):]): value
-                    for name, value in found.items()}
-    return {}
+def say(text):
+    """Print a line on rank 0; a name that is not UTF-8 is no obstacle."""
+    if not int(os.environ.get("RANK") or 0):
+        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
-def config_of_public(state, args, overrides, path):
+def weights_in(file, ema=True):
+    """The state dict of a network in a checkpoint, wherever people keep it: averaged or not, Lightning's, or the file
+    itself; without what DDP, torch.compile and Lightning put before the names."""
+    places = ["model_ema", "ema"] * ema + ["model", "state_dict"]
+    place = next((p for p in places if isinstance(file.get(p), dict) and any(map(torch.is_tensor, file[p].values()))),
+                 None)
+    if ema and place == "model" and {"model_ema", "ema"} & set(file):
+        say("note: the averaged weights cannot be read, so the last ones are")
+    return {re.sub(r"^((module|model|_orig_mod)\.)+|_orig_mod\.", "", str(name)): value
+            for name, value in (file[place] if place else file).items()}
+
+
+def config_of_public(state, args, heads, path):
     """MARConfig of a public state dict: sizes off the shapes; the number of heads is in no shape, so off the width."""
     def depth(kind):
         return len({key[len(kind):].split(".")[1] for key in state if key.startswith(kind)})
@@ -592,22 +596,32 @@ def config_of_public(state, args, overrides, path):
     args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     width, token_dim = state["z_proj.weight"].shape
     channels, stride = args.get("vae_embed_dim") or 16, args.get("vae_stride") or 16  # released files carry no args
-    patches = [patch for patch in range(1, 65) if patch**2 * channels == token_dim]
-    if not patches:
-        raise UserError(f"{path}: tokens of {token_dim} numbers are no square of latents of {channels!r} channels")
-    patch, tokens = patches[0], state["diffusion_pos_embed_learned"].shape[1]
-    heads = {size.width: size.heads for size in (SIZES["base"], SIZES["large"], SIZES["huge"])}
-    if width not in heads and "heads" not in overrides:
+    patch, tokens = math.isqrt(token_dim // channels), state["diffusion_pos_embed_learned"].shape[1]
+    if patch**2 * channels != token_dim:
+        raise UserError(f"{path}: tokens of {token_dim} numbers are no square of latents of {channels} channels")
+    heads = heads or {size.width: size.heads for size in (SIZES["base"], SIZES["large"], SIZES["huge"])}.get(width)
+    if not heads:
         raise UserError(f"{path}: width {width} is none of MAR-B, L, H, and the number of attention heads is in no "
-                        "shape: give --heads N, or load_mar(..., heads=N)")
-    found = MARConfig(img_size=math.isqrt(tokens) * patch * stride, vae_stride=stride, patch_size=patch,
-                      vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width,
-                      heads=heads.get(width, 1), encoder_depth=depth("encoder_blocks"),
-                      decoder_depth=depth("decoder_blocks"),
-                      buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens,
-                      head_depth=depth("diffloss.net.res_blocks"),
-                      head_width=len(state["diffloss.net.input_proj.weight"]))
-    return replace(found, **overrides)
+                        "shape: load_mar(..., heads=N)")
+    return MARConfig(img_size=math.isqrt(tokens) * patch * stride, vae_stride=stride, patch_size=patch,
+                     vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width, heads=heads,
+                     encoder_depth=depth("encoder_blocks"), decoder_depth=depth("decoder_blocks"),
+                     buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens,
+                     head_depth=depth("head_net.res_blocks"), head_width=len(state["head_net.input_proj.weight"]))
+
+
+def check_config(config, path):
+    """UserError naming the first setting that no network can have."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        is_share = field.type is float  # dropout, label_drop, mask_ratio_min
+        low, high, kinds = (0, 1, (int, float)) if is_share else (1, 999 if field.name == "t_init" else 1 << 16, (int,))
+        if type(value) not in kinds or not low <= value <= high:
+            raise UserError(f"{path}: no network has {field.name} {value!r}")
+    for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
+        if getattr(config, whole) % getattr(config, part):
+            raise UserError(f"{path}: {whole} {getattr(config, whole)} must be a multiple of {part} "
+                            f"{getattr(config, part)}")
 
 
 def load_mar(path, ema=True, **config_overrides):
@@ -615,25 +629,29 @@ def load_mar(path, ema=True, **config_overrides):
 
     ema: the averaged weights (what every published number uses), where there are some. config_overrides: fields of
     MARConfig to set against the file. UserError when the file is missing, truncated, no MAR, or its tensors do not fit.
+    The model tells what the file says of it: source (the path), stage ("teacher", "student", "rl"), made (the flags of
+    its run; {} in public files), class_names (None where it has none).
     """
     file = read_checkpoint(path)
     state = weights_in(file, ema)
-    wanted = {"class_emb.weight", "z_proj.weight", "encoder_pos_embed_learned", "diffusion_pos_embed_learned"}
     public = "diffloss.net.input_proj.weight" in state
-    if not wanted <= set(state) or not (public or "config" in file):
+    if not {"class_emb.weight", "z_proj.weight"} <= set(state) or not (public or "config" in file):
         raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}" if ema else
                         f"{path} holds no weights as trained (resume.pt does): leave --raw out")
-    if "config" not in file:
-        config = config_of_public(state, file.get("args"), config_overrides, path)
-    else:
-        unknown = set(file["config"]) - {f.name for f in fields(MARConfig)}
-        if unknown:
-            raise UserError(f"{path} was written by another version: unknown settings {sorted(unknown)}")
-        config = replace(MARConfig(**file["config"]), **config_overrides)
     state = {name.replace("diffloss.net.", "head_net."): value for name, value in state.items()}
+    with reading(path, "MAR checkpoint"):
+        config = (MARConfig(**file["config"]) if "config" in file else
+                  config_of_public(state, file.get("args"), config_overrides.get("heads"), path))
+        config, names = replace(config, **config_overrides), file.get("class_names")
+        check_config(config, path)
+        if names is not None and [type(name) for name in names] != [str] * config.num_classes:
+            raise UserError(f"{path}: class_names are no text for each of its {config.num_classes} classes")
     in_file = (lambda name: name.replace("head_net.", "diffloss.net.")) if public else str
     model = fill_model(lambda: MAR(config), state, path, in_file)
-    model.source = str(path)  # for messages about what it draws
+    model.source, model.stage, model.class_names = str(path), file.get("stage", "teacher"), names
+    model.made = file["args"] if isinstance(file.get("args"), dict) and "config" in file else {}
+    if "config" in file and "stage" not in file:
+        say(f"note: {path} names no stage, so it is taken for a teacher")
     return model
 
 
@@ -665,24 +683,20 @@ SAFE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers. Every length is
-    checked against the file's before it is used. UserError when anything does not add up."""
-    try:
+    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers."""
+    with reading(path, "safetensors file"):
         data = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))  # copy on write: the file itself is never touched
         size = int.from_bytes(bytes(data[:8].tolist()), "little")
         header = json.loads(bytes(data[8:8 + min(size, 100 << 20)].numpy()))
         body, out = data[8 + size:], {}
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            kind, shape = SAFE_TYPES[entry["dtype"]], tuple(entry["shape"])
-            if not 0 <= start <= stop <= len(body) or math.prod(shape) * kind.itemsize != stop - start:
-                raise ValueError(f"{name} lies outside the file or is not of its shape")
-            out[name] = body[start:stop].clone().view(kind).reshape(shape)  # clone: offsets need not be aligned
+            if name != "__metadata__":
+                if entry["dtype"] not in SAFE_TYPES:
+                    raise UserError(f"{path}: {name} is of dtype {entry['dtype']}; read are {', '.join(SAFE_TYPES)}")
+                start, stop = entry["data_offsets"]
+                numbers = body[start:stop].clone().view(SAFE_TYPES[entry["dtype"]])  # clone: offsets may be odd
+                out[name] = numbers.reshape(entry["shape"])  # raises where the file ends too early
         return out
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no whole safetensors file: {str(error)[:100]}") from None
 
 
 def read_checkpoint(path):
@@ -750,8 +764,9 @@ def multiplies_bf16():
     """Whether this CPU has instructions for bf16 products: AVX512-BF16, AMX, or ARM's. ATEN_CPU_CAPABILITY=avx2, an
     environment variable of PyTorch's, hides those of x86."""
     has = torch.cpu.get_capabilities()
+    arm = has.get("bf16") and torch.backends.mkldnn.is_available()  # PyTorch for macOS has no oneDNN to use it with
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return bool(has.get("bf16") or wide and (has.get("avx512_bf16") or has.get("amx_bf16")))
+    return bool(arm or wide and (has.get("avx512_bf16") or has.get("amx_bf16")))
 
 
 def runs_bf16(device):

@@ -200,8 +200,7 @@ def save_gif(model, classes, titles, per_class, path, seed, vae, **how):
 
 
 def open_edit(model, path, box, vae=None):
-    """What --edit and --box say -> (given and redraw for MAR.generate, uint8 (2, 3, H, W): the picture and what stays of
-    it)."""
+    """What --edit and --box say -> (given and redraw for MAR.generate, uint8 (2, 3, H, W): the picture, what stays)."""
     left, top, right, bottom = box
     size, side = model.config.img_size, math.isqrt(model.config.seq_len)  # px; tokens
     if not (0 <= left < right <= size and 0 <= top < bottom <= size):

@@ -736,6 +736,7 @@ def test_dtype_is_decided_by_what_the_machine_is():
     """auto: bf16 where the CPU has instructions for it, and never by a stopwatch; head and losses stay float32."""
     model, labels = tiny_mar(), torch.arange(4)
     wanted = {"auto": {"avx512_bf16": ({"avx512_bf16": True}, "AVX512", True), "arm": ({"bf16": True}, "DEFAULT", True),
+                       "macOS": ({"bf16": True}, "DEFAULT", False),
                        "amx": ({"amx_bf16": True}, "AVX512", True), "avx2": ({"avx2": True}, "AVX2", False),
                        "told": ({"avx512_bf16": True}, "AVX2", False)},
               "float32": {"arm": ({"bf16": True}, "DEFAULT", False)}, "bfloat16": {"avx2": ({}, "AVX2", True)}}
@@ -744,7 +745,8 @@ def test_dtype_is_decided_by_what_the_machine_is():
         for dtype, machines in wanted.items():
             for name, (has, capability, bf16) in machines.items():
                 with (mock.patch("torch.cpu.get_capabilities", lambda: has),
-                      mock.patch("torch.backends.cpu.get_cpu_capability", lambda: capability)):
+                      mock.patch("torch.backends.cpu.get_cpu_capability", lambda: capability),
+                      mock.patch("torch.backends.mkldnn.is_available", lambda: name != "macOS")):
                     setup("cpu", dtype)
                 assert model_file.BF16 is bf16, (dtype, name)
                 images = model.generate(labels, 4)
@@ -914,6 +916,15 @@ def test_checkpoints_that_do_not_fit_are_refused():
         save_checkpoint({**good, "ema": {**less, "extra": torch.zeros(1)}}, folder / "less.pt")
         refused(lambda: load_mar(folder / "less.pt"), "mask_token missing", "extra unexpected")
         refused(lambda: load_mar(folder / "good.pt", patch_size=1), "z_proj.weight is (32, 12), not (32, 3)")
+        for changes, words in (({"heads": 0}, "heads 0"), ({"width": "32"}, "width '32'"), ({"heads": 3}, "of heads 3"),
+                               ({"dropout": 2.0}, "dropout 2.0"), ({"encoder_depth": -1}, "encoder_depth -1"),
+                               ({"t_init": 1000}, "t_init 1000"), ({"patch_size": True}, "patch_size True"),
+                               ({"mask_ratio_min": float("nan")}, "mask_ratio_min nan"), ({"depth": 2}, "'depth'")):
+            save_checkpoint({**good, "config": {**good["config"], **changes}}, folder / "changed.pt")
+            refused(lambda: load_mar(folder / "changed.pt"), "changed.pt", words)
+        for names in (["ant"], "abcd", 7, [*"abc", None]):
+            save_checkpoint({**good, "class_names": names}, folder / "names.pt")
+            assert names == "abcd" or refused(lambda: load_mar(folder / "names.pt"), "names.pt")
 
         class Evil:
             def __reduce__(self):
@@ -923,6 +934,40 @@ def test_checkpoints_that_do_not_fit_are_refused():
         (folder / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
         refused(lambda: load_mar(folder / "evil.pt"), "cannot be read")
         assert not (folder / "owned").exists()
+
+
+def test_a_checkpoint_may_lack_all_but_settings_and_weights():
+    model = tiny_mar()
+    whole = {"config": asdict(model.config), "ema": model.state_dict(), "stage": "student", "step": 9,
+             "args": {"ar_steps": 3}, "class_names": [*"abcd"]}
+    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+        for lacks in itertools.chain.from_iterable(itertools.combinations(("stage", "step", "args", "class_names"), n)
+                                                   for n in range(5)):
+            save_checkpoint({key: value for key, value in whole.items() if key not in lacks}, folder / "slim.pt")
+            found = load_mar(folder / "slim.pt")
+            assert found.stage == ("teacher" if "stage" in lacks else "student")
+            assert found.made == ({} if "args" in lacks else whole["args"])
+            assert found.class_names == (None if "class_names" in lacks else [*"abcd"])
+    assert said.getvalue().count("names no stage") == 8
+
+
+def test_safetensors_are_read_or_refused_in_one_line():
+    """Of every tensor that does not lie in the file, and of every dtype that is not read, the name."""
+    def file(dtype="F32", shape=(2,), offsets=(0, 8), body=bytes(8)):
+        header = json.dumps({"__metadata__": {}, "w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+        return len(header).to_bytes(8, "little") + header + body
+
+    with scratch() as folder:
+        path = folder / "x.safetensors"
+        path.write_bytes(file(body=np.float32([1, 2]).tobytes()))
+        assert read_checkpoint(path)["w"].tolist() == [1, 2]
+        for content, word in ((file("F8_E4M3", (8,)), "w is of dtype F8_E4M3"), (file("I16", (4,)), "I16"),
+                              (file(shape=(3,)), "whole"), (file(offsets=(0, 16), shape=(4,)), "whole"),
+                              (file(offsets=(0, 7)), "whole"), (file()[:40], "whole"), (b"", "whole"),
+                              (file(offsets=None), "whole"), ((1 << 60).to_bytes(8, "little") + b"{", "whole"),
+                              ((2).to_bytes(8, "little") + b"[]", "whole")):
+            path.write_bytes(content)
+            refused(lambda: read_checkpoint(path), "x.safetensors", word)
 
 
 def test_checkpoints_are_read_as_people_keep_them():
@@ -947,13 +992,13 @@ def test_checkpoints_are_read_as_people_keep_them():
         write_safetensors(state, folder / "mar.safetensors")
         close(load_mar(folder / "mar.safetensors", heads=4).mask_token, model.mask_token, 0.0)
         close(load_mar(folder / "model_ema", ema=False, heads=4).mask_token, model.mask_token + 1, 0.0)
-        refused(lambda: load_mar(folder / "bare"), "width 48", "--heads N")
+        refused(lambda: load_mar(folder / "bare"), "width 48", "heads=N")
         for value, word in ((torch.zeros(9), "is (9,)"), (torch.ones(48).char(), "torch.int8"), ("x", "missing")):
             torch.save({"model": {**state, "diffloss.net.cond_embed.bias": value}}, folder / "shape")
             refused(lambda: load_mar(folder / "shape", heads=4), "diffloss.net.cond_embed.bias", word)
-        for channels in ("16", 17):
+        for channels, words in (("16", "TypeError"), (17, "of 16 numbers are no square of latents of 17 channels")):
             torch.save({"model": state, "args": {"vae_embed_dim": channels}}, folder / "args")
-            refused(lambda: load_mar(folder / "args", heads=4), "tokens of 16 numbers", repr(channels))
+            refused(lambda: load_mar(folder / "args", heads=4), words)
         for culprit in (Path("x"), np.float64(1.5)):
             torch.save({"model": state, "args": argparse.Namespace(x=culprit)}, folder / "culprit")
             error = refused(lambda: load_mar(folder / "culprit"), "it holds an object of", type(culprit).__module__[:5])
@@ -2621,7 +2666,7 @@ def test_weights_and_heads_are_said_on_the_command_line():
     close(ema.z_proj.weight, raw.z_proj.weight / 2, 1e-6)  # the fixture's EMA is half of its model
     assert raw.config.heads == 4
     refused(lambda: read(*public), "heads")
-    refused(lambda: read(*public, "--heads", 5), "--heads 5", "48")
+    refused(lambda: read(*public, "--heads", 5), "heads 5", "48")
     with scratch() as folder:
         tiny_mar(folder)
         refused(lambda: read("--ckpt", folder / "student.pt", "--heads", 4), "--heads")
