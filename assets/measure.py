@@ -1,0 +1,527 @@
+"""Prints the figures of measurements.md that no test and no program prints: python assets/measure.py NAME. They take
+minutes or gigabytes, or want what is not here (a GPU, the public code).
+
+    python assets/measure.py              # the names
+    python assets/measure.py rl_memory
+"""
+import argparse
+import importlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from test_all import (FIXTURES, HERE, SHARED, Skip, close, fake_distillation, fake_rl, flops_of, fresh, need_shared,
+                      on_fake_gpu, replayed, scratch, vae_file, write_student)  # first: it says how torch multiplies
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import model as model_file
+import rl
+from data import PUBLIC, SHAPES, open_data, run_main, setup
+from fid import load_or_train_classifier
+from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar, save_checkpoint,
+                   token_orders)
+from sample import seconds_of
+
+
+def shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
+    """Section "Speed": CPU seconds an image with random weights, in one thread, each shortcut of a student taken away
+    in turn; and the teacher's. CPU and not wall seconds, so that a busy machine gives the same."""
+    def embed_each_token(self, n, c, c_null=None, guidance=1.0):
+        alpha, sigma = alpha_sigma(s := torch.full(n.shape[:-1], self.config.t_init))
+        return (sigma * n - sigma * self.eps(sigma * n, s, c)) / alpha
+
+    def whole_last_block(self, tokens, visible, labels, predict, transformer=MAR.transformer):
+        everything = torch.arange(self.config.seq_len).expand(len(tokens), -1)
+        return model_file.take(transformer(self, tokens, visible, labels, everything), predict)
+
+    model, figures = MAR(SIZES[size]).eval().requires_grad_(False), []
+    without = {"nothing": (MAR, "generate", MAR.generate),
+               "one time step for all": (MAR, "one_step", embed_each_token),
+               "the last block's cut": (MAR, "transformer", whole_last_block)}
+    jobs = [("student", B, name, {}) for B in batches for name in without]
+    jobs += [("teacher", 1, "nothing", {"head_steps": 100, "guidance": 2.9})]
+    for who, B, name, how in jobs:
+        times = []
+        for _ in range(repeat if who == "student" else 1):
+            with mock.patch.object(*without[name]):
+                start = time.process_time()
+                model.generate(torch.arange(B) % model.config.num_classes, K, **how)
+                times.append(time.process_time() - start)
+        figures.append(f"{who}, batch {B}, without {name}: {np.median(times) / B:.2f} s")
+    return f"{size}, K = {K}\n" + "\n".join(figures)
+
+
+def public_mar(size):
+    """The public MAR of a checkout of github.com/LTH14/mar, every weight random: the zeros of its initialisation would
+    hide most of the network. The checkout's folder is in the environment variable MAR; it imports timm and scipy."""
+    folder = Path(os.environ.get("MAR", "no MAR="))
+    if not (folder / "models/mar.py").is_file():
+        raise Skip(f"{folder}: no checkout of github.com/LTH14/mar; MAR=folder in front names one")
+    try:
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            public = importlib.import_module("models.mar")
+    except ImportError as error:
+        raise Skip(f"the public code wants timm 0.9.12 and scipy: {error}") from None
+    torch.manual_seed(0)
+    build = getattr(public, f"mar_{size}")  # its command line gives the head's size
+    model = build(diffloss_d=SIZES[size].head_depth, diffloss_w=SIZES[size].head_width).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def agrees_with_public(ours, theirs, B=2, ar_steps=3, head_steps=4):
+    """Assert that both draw the same latents from the same orders and noise, with guidance, in float32."""
+    spaced = importlib.import_module("diffusion").create_diffusion(str(head_steps), "cosine")
+    labels, orders, draws = torch.arange(B), token_orders(image_keys(range(B)), ours.config.seq_len), []
+
+    def recorded(draw):
+        return lambda *args: draws.append(draw(*args)) or draws[-1]
+
+    with (mock.patch.object(theirs, "sample_orders", lambda count: orders),
+          mock.patch.object(theirs.diffloss, "gen_diffusion", spaced),
+          mock.patch.object(torch, "randn", recorded(torch.randn)),
+          mock.patch.object(torch, "randn_like", recorded(torch.randn_like))):
+        expected = theirs.sample_tokens(B, ar_steps, 2.9, "linear", labels)
+    with (mock.patch.object(model_file, "BF16", False),
+          mock.patch.object(model_file, "gaussian", replayed(draws, head_steps))):
+        close(ours.generate(labels, ar_steps, head_steps, 2.9, orders=orders), expected)
+
+
+def beside_public_mar():
+    """Section "Speed": seconds an image of the public code, our teacher and our student with the same weights, in one
+    run and one thread, in turns; before it, that the pictures agree. In front, beside MAR (see public_mar):
+
+        ROUNDS=1 KS="8 64" BATCHES="1 4" SIZE=base
+
+    Ours multiply as --dtype auto decides. With KS=8 BATCHES=1 about 5 CPU minutes on a core with AVX2, 40 s of them for
+    the check; all four cells more than an hour (an estimate).
+    """
+    size, rounds = os.environ.get("SIZE", "base"), int(os.environ.get("ROUNDS", 1))
+    cells = [(int(K), int(B)) for K in os.environ.get("KS", "8 64").split()
+             for B in os.environ.get("BATCHES", "1 4").split()]
+    theirs, times = public_mar(size), {}
+    with scratch() as folder:
+        save_checkpoint({"model": {}, "model_ema": theirs.state_dict()}, folder / "public.pth")
+        ours = load_mar(folder / "public.pth")
+    setup("cpu")
+    dtype = "bf16" if model_file.BF16 else "float32"
+    kinds = {"public, 100 head steps, guidance":
+                 lambda labels, K: theirs.sample_tokens(len(labels), K, 2.9, "linear", labels),
+             f"our teacher, the same, {dtype}": lambda labels, K: ours.generate(labels, K, 100, 2.9),
+             f"our student, 1 head step, {dtype}": lambda labels, K: ours.generate(labels, K)}
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor), torch.no_grad():  # the public code is for GPUs
+        agrees_with_public(ours, theirs)
+        if model_file.BF16:
+            bf16_weights(ours)
+        for _, (K, B), kind in itertools.product(range(rounds), cells, kinds):
+            cpu, wall = time.process_time(), time.perf_counter()
+            kinds[kind](torch.arange(B), K)
+            spent = time.process_time() - cpu, time.perf_counter() - wall
+            times.setdefault((kind, K, B), []).append(np.array(spent) / B)
+            print(f"{kind}, K = {K}, batch {B}: {spent[0] / B:.1f} s", flush=True)  # minutes apart
+    rows = [f"| MAR-{size}: CPU (wall) seconds an image |" + "".join(f" K = {K}, batch {B} |" for K, B in cells)]
+    for kind in kinds:
+        medians = [np.median(times[kind, *cell], axis=0) for cell in cells]
+        rows.append(f"| {kind} |" + "".join(f" {cpu:.1f} ({wall:.1f}) |" for cpu, wall in medians))
+    return "\n".join(["the pictures agree", *rows])
+
+
+def where_a_pictures_time_goes(size="base", K=8, batches=(1, 4), device=None):
+    """Shares of transformer and head in the time of a picture; how near the products come to the machine's own rate,
+    and the reading of the weights to that of a copy. DEVICE=cuda in front: on a GPU."""
+    device = torch.device(device or os.environ.get("DEVICE", "cpu"))
+    on_cuda, model = device.type == "cuda", MAR(SIZES[size]).eval().requires_grad_(False).to(device)
+    heads = sum(p.numel() for p in model.head_net.parameters())
+    if on_cuda:
+        setup(str(device))
+        bf16_weights(model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes; the head's are float32
+    side, kind = (8192, torch.bfloat16) if on_cuda else (2048, torch.float32)
+    a, bias = torch.ones(side, side, device=device, dtype=kind), torch.ones(side, device=device, dtype=kind)
+    block = torch.ones(256 << 20, device=device, dtype=torch.uint8)  # far beyond any cache
+    copy_of = torch.empty_like(block)
+    # a limit is the best that is seen, not the median: other work at that moment would make shares above 100 %
+    rate = 2 * side**3 / min(seconds_of(lambda: model_file.linear(a, a, bias), device) for _ in range(50))
+    bandwidth = 2 * len(block) / min(seconds_of(lambda: copy_of.copy_(block), device) for _ in range(10))
+    figures = [f"{size}, K = {K}, {device}: products {rate / 1e12:.2f} TFLOP/s, copies {bandwidth / 1e9:.1f} GB/s"]
+    for batch, (who, how) in itertools.product(batches, (("student", {"head_steps": 1, "guidance": 1.0}),
+                                                         ("teacher", {"head_steps": 100, "guidance": 2.9}))):
+        labels, spent = torch.arange(batch, device=device) % model.config.num_classes, {"transformer": 0.0, "head": 0.0}
+
+        def timed(part, inner):
+            def call(*args):
+                result = []
+                spent[part] += seconds_of(lambda: result.append(inner(*args)), device)
+                return result[0]
+            return call
+
+        draw_them = lambda: model.generate(labels, K, **how)
+        model.generate(labels, K, **{**how, "head_steps": min(2, how["head_steps"])})  # meets every shape
+        seconds = seconds_of(draw_them, device)
+        # another call for the shares: to time the parts the device is waited for after each, which slows the whole
+        with (mock.patch.object(model, "transformer", timed("transformer", model.transformer)),
+              mock.patch.object(model, "one_step", timed("head", model.one_step)),
+              mock.patch.object(model, "denoise", timed("head", model.denoise))):
+            whole = seconds_of(draw_them, device)
+        read = K * (weights + 4 * heads * (how["head_steps"] - 1))
+        figures.append(f"{who}, batch {batch}: {seconds / batch:.4f} s an image; transformer "
+                       f"{spent['transformer'] / whole:.0%}, head {spent['head'] / whole:.0%}; of the products' limit "
+                       f"{flops_of(model, {'ar_steps': K, **how}) * batch / seconds / rate:.1%}, of the copies' "
+                       f"{read / seconds / bandwidth:.1%}")
+    return "\n".join(figures)
+
+
+def random_latents(folder, images=16):
+    """A latent cache of noise at ImageNet's size, for what does not depend on what the numbers say."""
+    (folder / "train").mkdir(parents=True)
+    moments = np.random.default_rng(0).standard_normal((images, 2, 32, 16, 16)).astype(np.float16)
+    np.save(folder / "train/moments.npy", moments)
+    np.save(folder / "train/labels.npy", np.arange(images))
+    meta = {"kind": "moments", "img_size": 256, "class_names": [str(i) for i in range(1000)], "complete": True}
+    (folder / "train/cache.json").write_text(json.dumps(meta))
+    return folder
+
+
+def random_checkpoint(path, config, stage):
+    torch.manual_seed(0)
+    names = [f"class {i}" for i in range(config.num_classes)]
+    save_checkpoint({"config": asdict(config), "stage": stage, "ema": MAR(config).state_dict(), "step": 0,
+                     "args": {"ar_steps": 8}, "class_names": names}, path)
+    return path
+
+
+def on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
+    """Distillation of random latents at ImageNet's size, as a user starts it: images/s, MFU and peak memory;
+    then `sample.py --bench`, one picture and 128. SIZES="base large huge" in front for others."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Skip("no GPU: none of the figures that it prints has been taken")
+    sizes = os.environ.get("SIZES", " ".join(sizes)).split()
+    for size in sizes:
+        with scratch() as folder:
+            latents = random_latents(folder / "latents")
+            teacher = random_checkpoint(folder / "teacher.pt", SIZES[size], "teacher")
+            for flags in ([], ["--compile"], ["--recompute"], ["--compile", "--recompute"]):
+                argv = ["--data", latents, "--teacher", teacher, "--batch", images, "--steps", updates, "--log_every",
+                        updates // 3, "--save_every", 10 * updates, "--device", device, *flags, "--out", folder / "out"]
+                result = fresh("distill.py", *argv)
+                assert result.returncode == 0, result.stderr[-2000:]
+                last = json.loads((folder / "out/log.jsonl").read_text().splitlines()[-1])  # warm, and all compiled
+                print(f"{size}, {images} images an update{''.join(f', {flag}' for flag in flags)}: "
+                      f"{last['images_per_s']:.1f} images/s, MFU {last.get('mfu', 0):.1%}, peak "
+                      f"{last.get('peak_gb', 0):.1f} GiB", flush=True)
+                shutil.rmtree(folder / "out")
+        result = fresh("sample.py", "--bench", "--size", size, "--ar_steps", 4, 64, "--device", device,
+                       "--batch", 4 * images)
+        print(result.stdout if result.returncode == 0 else result.stderr[-2000:], flush=True)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the CUDA tensors alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in {x.untyped_storage() for x in tree_leaves(out) if torch.is_tensor(x) and x.is_cuda}:
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return out
+
+    def freed(self, key, nbytes):
+        self.known.discard(key)
+        self.alive -= nbytes
+
+
+def memory_on_fake_gpu():
+    for size, *flags in (["base"], ["base", "--recompute"], ["large"], ["large", "--recompute"], ["huge"],
+                         ["huge", "--recompute"]):
+        flags = ("--batch", "32", "--log_every", "2", *flags)
+        live = fake_distillation("student", SIZES[size], size, *flags, mode=LiveBytes)
+        print(f"distill {' '.join([size, *flags])}: alive {live.peak / 2**30:.1f} GiB")
+    for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"], ["huge", "--recompute"]):
+        live = fake_rl(SIZES[size], "--ar_steps", "16", "--log_every", "1", *flags, mode=LiveBytes)
+        print(f"rl {' '.join([size, *flags])}: alive {live.peak / 2**30:.1f} GiB")
+
+
+def cuda_memory():
+    """Section "Memory": bytes of all tensors alive in an update on CUDA, bf16: distillation of 32 images,
+    post-training of 64 with everything but the judge."""
+    return "\n".join(line for line in on_fake_gpu(memory_on_fake_gpu).splitlines() if "alive" in line)
+
+
+PEAK = """
+import os, resource, sys
+if os.fork():  # the peak of a process begins with that of the one that started it: only a fork of a small one is clean
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+import torch
+sys.path.insert(0, '.')
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB: Linux counts KiB
+"""
+
+
+def distillation_memory():
+    """Section "Memory": the peak of a real run: MAR-B, two updates on random latents, float32, on the CPU."""
+    figures = []
+    with scratch() as folder:
+        latents = random_latents(folder / "latents")
+        teacher = random_checkpoint(folder / "teacher.pt", SIZES["base"], "teacher")
+        for flags in (["--batch", "2"], ["--batch", "4"], ["--batch", "4", "--recompute"],
+                      ["--batch", "4", "--loss", "vsd"]):
+            argv = ["--data", str(latents), "--teacher", str(teacher), "--steps", "2", "--log_every", "1", "--device",
+                    "cpu", *flags, "--out", str(folder / "out")]
+            # writing is left out: it comes after the peak and would want 11 GB of disk a setting
+            script = PEAK + f"""
+import distill
+distill.save_checkpoint, before = lambda *_: None, peak()
+distill.main({argv!r})
+print('GiB', peak() - before)
+"""
+            result = fresh("-c", script)
+            assert result.returncode == 0, result.stderr[-2000:]
+            figures.append(f"{' '.join(flags)}: {float(result.stdout.split()[-1]):.2f} GiB")
+            shutil.rmtree(folder / "out")
+    return "\n".join(figures)
+
+
+def rl_memory():
+    """Peak memory of one RL update's chain for K = 8 and 64: ours, and one graph of the whole chain.
+
+    glibc is told to give freed blocks back at once: else the peak tells how its heap is broken up by 64 shapes.
+    """
+    figures = []
+    for K in (8, 64):
+        for kind in ("ours", "graph"):
+            script = PEAK + f"""
+import model, rl
+from model import *
+torch.manual_seed(0)
+model, labels, seeds = MAR(SIZES['cifar10']).eval(), torch.arange(4), [(0, i) for i in range(4)]
+keys, C = image_keys(seeds), model.config.token_dim
+for p in model.parameters():
+    p.grad = torch.zeros_like(p)
+before = peak()
+if {kind!r} == 'graph':
+    tokens = torch.zeros(4, model.config.seq_len, C)
+    for visible, predict in reveal_plan(token_orders(keys, model.config.seq_len), {K}):
+        c = model.transformer(tokens, visible, labels, predict)
+        tokens = put(tokens, predict, model.one_step(gaussian(keys, START, predict, C), c))
+    tokens.mean().backward()
+else:
+    x = model.generate(labels, {K}, seeds=seeds)
+    rl.backward_chain(model, x, torch.ones_like(x) / x.numel(), labels, keys, {K})
+print('MiB', 1024 * peak(), 1024 * (peak() - before))
+"""
+            result = fresh("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+            assert result.returncode == 0, result.stderr[-2000:]
+            whole, more = map(float, result.stdout.split()[-2:])
+            figures.append(f"K {K} {kind}: {whole:.0f} MiB ({more:.0f} above weights and gradients)")
+    return "\n".join(figures)
+
+
+def agreement():
+    """Cosine of REINFORCE's v with the gradient by autograd, by dimensions and pairs: pixels, enlarged pixels, and
+    latents of the fixtures' randomly filled VAE. Reward: class log-probability of the shapes classifier."""
+    with scratch() as folder:
+        net = load_or_train_classifier(open_data("shapes"), str(folder), 0)
+        vae = data.load_vae(vae_file())
+        labels, keys = torch.arange(16) % 8, image_keys([(3, i) for i in range(16)])
+        x16 = torch.from_numpy(data.draw_shapes(np.arange(16)).numpy()).float() / 127.5 - 1
+        x16 = x16 + 0.1 * torch.randn(x16.shape, generator=torch.Generator().manual_seed(0))  # less sure than real ones
+        x64 = torch.nn.functional.interpolate(x16, scale_factor=4)
+        with torch.no_grad():
+            latents = vae.moments(x64)[:, :16].float()  # (16, 16, 4, 4)
+
+        def score(pictures, labels):
+            images = torch.nn.functional.adaptive_avg_pool2d(((pictures + 1) / 2).clamp(0, 1), 16)
+            return torch.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
+
+        print("what           dims pairs cosine formula by-halves")
+        for what, z, f in (("pixels, 16 px", x16, score), ("pixels, 32 px", x64[:, :, ::2, ::2], score),
+                           ("pixels, 64 px", x64, score),
+                           ("latents, 64 px", latents, lambda z, labels: score(vae.decode(z), labels))):
+            n = 4 if z is latents else 16  # a decoding takes half a second
+            for pairs in (8, 64) if z is latents else (8, 64, 256):
+                args, d = argparse.Namespace(pairs=pairs, noise_std=0.1, chunk=n), z[0].numel()
+                v, _, q = rl.reinforce_direction(f, z[:n], labels[:n], keys[:n], args)
+                g = rl.pathwise_direction(f, z[:n], labels[:n], None, args)[0]
+                cosine = torch.nn.functional.cosine_similarity(v.flatten(1), g.flatten(1)).mean().item()
+                print(f"{what:15}{d:5}{pairs:6}{cosine:7.3f}{(pairs / (pairs + d + 1)) ** 0.5:8.3f}"
+                      f"{max(0, 2 * q / (1 + q)) ** 0.5:8.3f}", flush=True)
+
+
+STUB_VAE = """
+import sys, torch
+sys.path.insert(0, '.')
+import data
+class Stub(torch.nn.Module):  # averages in place of the encoder: everything around it is the real thing
+    def moments(self, x):
+        return torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
+data.load_vae = lambda path: Stub()
+data.run_main(data.main)
+"""
+
+
+def latent_cache():
+    """20,000 JPEGs become a cache on two processes that are killed on the way, then it is read at random. The encoder
+    is a stand-in, for the true one takes seconds an image here; decoding, cropping, writing, resuming are real."""
+    with scratch() as folder:
+        rng = np.random.default_rng(0)
+        coarse = rng.integers(0, 256, (200, 18, 20, 3), dtype=np.uint8)
+        for name in range(10):
+            (folder / f"jpeg/train/{name}").mkdir(parents=True)
+        for i in range(20_000):  # 320 x 288 px; no two alike
+            pixels = np.roll(coarse[i % 200], (i // 200 % 20, i // 4000), axis=(1, 0))
+            image = Image.fromarray(pixels).resize((320, 288), Image.BILINEAR)
+            image.save(folder / f"jpeg/train/{i % 10}/{i:05d}.jpg", quality=85)
+        (folder / "stub.py").write_text(STUB_VAE), (folder / "vae").write_bytes(b"x")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                   str(folder / "stub.py"), "--data", str(folder / "jpeg"), "--vae", str(folder / "vae"), "--out",
+                   str(folder / "latents"), "--device", "cpu"]
+        seconds, kills, start = 0.0, 0, time.time()
+        while True:
+            process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                       start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            try:
+                said = process.communicate(timeout=20 + 15 * kills if kills < 3 else 3000)[0]
+                break
+            except subprocess.TimeoutExpired:
+                # torchrun's workers are in sessions of their own: when it alone is killed they go on, and own --out
+                subprocess.run(["pkill", "-KILL", "-f", str(folder / "stub.py")], check=True)
+                process.wait()
+                kills += 1
+        assert process.returncode == 0, said[-2000:]
+        seconds = time.time() - start
+        latents = open_data(folder / "latents")
+        assert len(latents) == 20_000 and latents.num_classes == 10
+        for i in (0, 7_777, 19_999):
+            file = sorted((folder / "jpeg/train").rglob("*.jpg"))[i]
+            x = torch.from_numpy(data.read_image(file, 256)).float()[None] / 127.5 - 1
+            want = torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
+            close(latents.read(np.array([i]), np.array([0])).float(), want, 2e-3)
+        draw = lambda k: latents.batch(rng.integers(0, 20_000, 256), rng.random(256) < 0.5)
+        for k in range(80):  # warm: each page once
+            draw(k)
+        clock = time.time()
+        for k in range(80):
+            draw(k)
+        rate = 80 * 256 / (time.time() - clock)
+        size = (folder / "latents/train/moments.npy").stat().st_size
+    return (f"built in {seconds:.0f} s with {kills} kills of both processes, {size / 2**20:.0f} MiB; 20,480 latents of "
+            f"256 px read at random in batches of 256: {rate:,.0f}/s, one thread")
+
+
+def true_size(kind):
+    """{name: shape} of the public weights of CLIP ViT-L/14, PickScore (ViT-H/14) or ImageReward: the names are those
+    of the fixtures' smaller networks, widths and depths the public ones."""
+    need_shared()
+    names = {"clip": "clip_vit_b32", "pickscore": "pickscore_tiny", "imagereward": "imagereward"}[kind]
+    shapes = json.loads((FIXTURES / f"{names}.json").read_text())["shapes"]
+    if kind == "imagereward":
+        return shapes  # the fixture is at full size
+    # of the vision and of the text tower: width in the fixture, true width, true depth; then the joint width
+    (v0, v, v_depth), (t0, t, t_depth), joint = {
+        "clip": ((768, 1024, 24), (512, 768, 12), 768), "pickscore": ((80, 1280, 32), (64, 1024, 24), 1024)}[kind]
+    out = {}
+    for name, shape in shapes.items():
+        old, new = (v0, v) if name.startswith(("vis", "visual")) else (t0, t)
+        out[name] = [{old: new, 3 * old: 3 * new, 4 * old: 4 * new}.get(n, n) for n in shape]
+        if "mlp.fc1" in name:  # PickScore's fixture has its own ratios
+            out[name] = [4 * new, new][:len(shape)]
+        if "mlp.fc2" in name and len(shape) == 2:
+            out[name] = [new, 4 * new]
+    if kind == "clip":
+        out |= {"visual.conv1.weight": [v, 3, 14, 14], "visual.positional_embedding": [257, v],
+                "visual.proj": [v, joint], "text_projection": [t, joint]}
+        layer, towers = "resblocks.0.", (("visual.", v_depth), ("transformer.", t_depth))
+    else:
+        front = "vision_model.embeddings."
+        out |= {front + "patch_embedding.weight": [v, 3, 14, 14], front + "position_embedding.weight": [257, v],
+                "visual_projection.weight": [joint, v], "text_projection.weight": [joint, t]}
+        layer, towers = "layers.0.", (("vision_model.", v_depth), ("text_model.", t_depth))
+    for tower, depth in towers:
+        for name in [n for n in out if n.startswith(tower) and layer in n]:
+            for i in range(depth):
+                out[name.replace(layer, layer.replace("0", str(i)))] = out[name]
+    return out
+
+
+def judges():
+    """rl.py with CLIP, PickScore, ImageReward at their true sizes and random weights, tiny student, one update each."""
+    figures = []
+    with scratch() as folder:
+        for name in ("clip", "pickscore", "imagereward", "bpe"):
+            (folder / PUBLIC[name][1]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SHARED / "data/bpe_simple_vocab_16e6.txt.gz", folder / PUBLIC["bpe"][1])
+        (folder / PUBLIC["imagereward_vocab"][1]).write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SHAPES]))
+        write_student(folder, num_classes=8)
+        for kind in ("clip", "pickscore", "imagereward"):
+            torch.manual_seed(0)
+            state = {name: torch.randn(shape) * (0.02 if len(shape) > 1 else 0.1)
+                     + (name.endswith("weight") and len(shape) == 1) for name, shape in true_size(kind).items()}
+            place, count = folder / PUBLIC[kind][1], sum(value.numel() for value in state.values())
+            if kind == "pickscore":
+                heads = {"num_attention_heads": 16, "hidden_act": "gelu"}
+                (place.parent / "config.json").write_text(json.dumps({"vision_config": heads, "text_config": heads}))
+                place = place.parent / "pytorch_model.bin"
+            save_checkpoint(state, place)
+            del state
+            for estimator, calls in (("reinforce", 4 * 3), ("pathwise", 4)):
+                spent, direction = [], getattr(rl, f"{estimator}_direction")
+
+                def timed(*args):
+                    start = time.time()
+                    found = direction(*args)
+                    spent.append(time.time() - start)
+                    return found
+
+                with mock.patch.object(rl, f"{estimator}_direction", timed):
+                    rl.main(["--data", "shapes", "--ckpt", str(folder / "student.pt"), "--folder", str(folder),
+                             "--reward", kind, "--watch", "--steps", "1", "--batch", "4", "--pairs", "1",
+                             "--chunk", "4", "--eval_images", "2", "--ar_steps", "2", "--estimator", estimator,
+                             "--out", str(folder / f"{kind}_{estimator}")])
+                log = json.loads((folder / f"{kind}_{estimator}/log.jsonl").open().readline())
+                figures.append(f"{kind} ({count / 1e6:.0f} M) {estimator}: {spent[0] / calls:.2f} s a reward call, "
+                               f"gradient norm {log['grad_norm']:.2g}")
+            os.remove(place)
+    return "\n".join(figures)
+
+
+MEASUREMENTS = {measurement.__name__: measurement for measurement in (
+    agreement, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu, rl_memory,
+    shortcuts, where_a_pictures_time_goes)}
+
+
+def main():
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--rank"]:  # a process that a measurement started
+        return globals()[sys.argv[2]]()
+    if len(sys.argv) != 2 or sys.argv[1] not in MEASUREMENTS:
+        raise UserError(f"python assets/measure.py NAME, a name of: {', '.join(MEASUREMENTS)}")
+    try:
+        print(MEASUREMENTS[sys.argv[1]]() or "", flush=True)
+    except Skip as reason:
+        raise UserError(str(reason)) from None
+
+
+if __name__ == "__main__":
+    run_main(main)
