@@ -18,8 +18,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
    which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
 
-Below: flags, a batch, the losses, stage 1 (`distil`), stage 0 (`train_teacher`), and what both and rl.py train with:
-`Run`, a run's folder, and `Gradients`, data parallelism by hand.
+Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
+rl.py train with: `Run`, a run's folder, and `Gradients`, data parallelism by hand.
 """
 import copy
 import json
@@ -43,126 +43,67 @@ from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, comp
                    schedule_tables, take, token_orders, uniform, write_json)
 from sample import image_seeds
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses: tensors in, one number per token out
+
+
+def pseudo_huber(y, r=1e-5):
+    """d(y) = sqrt(|y|^2 + r^2) - r of a token, and its derivative d'(y): (..., C) -> (...), (..., C)."""
+    root = (y.square().sum(-1, keepdim=True) + r * r).sqrt()
+    return root[..., 0] - r, y / root
+
+
+def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
+    """Guided score implicit matching, for each token: eps, eps_q, eps_p (..., C) are the noise in x_t and what the
+    student's critic and the guided teacher predict of it, both differentiable in x_t; alpha, sigma (..., 1) -> (...).
+
+    The distance of the two distributions is an integral over t of d(s_q - s_p), s_q the student's score (with
+    d = |.|^2, their KL). Its gradient has two parts (the paper's L1 and L2): d itself, differentiated through x_t (L2),
+    and one through s_q's own dependence on the student's weights. That derivative we do not have; integration by parts
+    turns it into one through x_t (L1).
+    """
+    s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
+    L2, d_prime = distance(s_q - s_p)
+    L1 = -(d_prime * (s_q + eps / sigma)).sum(-1)  # grad log p(x_t | x0) = -eps / sigma
+    return (sigma**2 / alpha)[..., 0] * (L1 + L2)  # the weight states the loss in x0's units
+
+
+def gsim_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
+    """d loss / d x0 (..., C) for heads held fixed, and the loss (...). x_t has a graph to eps_q and eps_p.
+
+    The loss reaches the student only through x_t = alpha x0 + sigma eps, eps a constant. So it is differentiated down
+    to x_t here, and the caller pushes the result into the student's graph. The heads' weights get no gradient. (x0:
+    vsd_slope's.)
+    """
+    loss = gsim_loss(eps, eps_q, eps_p, alpha, sigma)
+    return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
+
+
+def vsd_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
+    """Variational score distillation (Diff-Instruct, DMD), the baseline: the difference of scores itself, in x0's units
+    and normalised for each token by the teacher's distance. No network is differentiated. Shapes as in gsim_slope."""
+    x0_p = (x_t - sigma * eps_p) / alpha
+    difference = sigma / alpha * (eps_p - eps_q)
+    slope = difference / ((x0 - x0_p).abs().mean(-1, keepdim=True) + 1e-3)
+    return slope.detach(), difference.square().sum(-1).sqrt().detach()
+
+
+SLOPES = {"gsim": gsim_slope, "vsd": vsd_slope}
+
+
+def critic_loss(eps_q, eps):
+    """Denoising score matching on the student's samples: the plain eps error, (..., C) -> (...)."""
+    return (eps_q - eps).square().mean(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A batch: pictures, some tokens known, the rest to be predicted
+
 # Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
 # made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
 # has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
-
-# What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
-DEFAULTS = {
-    "shapes": dict(
-        size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
-        steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
-        ar_steps=8, eval_every=200, eval_images=1024, save_every=200),
-    "cifar10": dict(
-        size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
-        steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
-        ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
-    "cifar10_cpu": dict(
-        size="cifar10_cpu", teacher=None, teacher_steps=17000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.999,
-        draws=2, steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
-        ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
-}
-
-
-def parse_args(argv=None):
-    """The flags, with the defaults of `recipe`."""
-    p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
-    flag = p.add_argument
-    # files and data
-    flag("--data", default=None, help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache; left out: "
-         "the teacher is distilled without data")
-    flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
-    flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
-    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
-    flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
-    # stage 0, the teacher
-    flag("--teacher", default=None, help="teacher checkpoint; its size is read off the file (default the public MAR-B)")
-    flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
-    flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
-    flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
-    flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
-    flag("--teacher_ema", type=float, default=0.9999, help="averaging of the teacher's weights a step")
-    flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
-    # stage 1, the student
-    flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
-         "student wants less than its teacher's sampler")
-    flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
-         help="linear: the scale grows with the share revealed, as MAR samples")
-    flag("--t_init", type=int, default=None, help="time step the student starts from (default: the size's, 755 for "
-         "ImageNet); higher: noisier start, larger eps errors")
-    flag("--steps", type=int, default=150000, help="updates of stage 1")
-    flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
-    flag("--own", type=float, default=None, help="share of the updates whose contexts are the student's own pictures "
-         "(default 0 with --data, 1 without)")
-    # optimisers
-    flag("--lr", type=float, default=1e-5, help="student's learning rate")
-    flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
-    flag("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
-    flag("--decay", type=float, default=0.4, help="last share of a stage, in which the learning rate falls to 0")
-    flag("--clip", type=float, default=1.0, help="gradient norm limit, each network; 0 = none")
-    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
-    # memory and speed
-    flag("--accumulate", type=int, default=1, help="micro-batches per update: more if memory runs out")
-    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
-    flag("--compile", action="store_true", help="torch.compile the blocks: minutes at the start; for GPUs")
-    # watching
-    flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
-    flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
-    flag("--eval_every", type=int, default=5000, help="updates between grids and figures")
-    flag("--eval_images", type=int, default=2048, help="images a Frechet distance")
-    flag("--save_every", type=int, default=1000, help="updates between checkpoints")
-    flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
-    # system
-    flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
-    known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
-    p.set_defaults(**recipe(known))
-    args = p.parse_args(argv)
-    check_numbers(args, one="teacher_batch draws t_init batch accumulate ar_steps teacher_head_steps eval_every "
-                            "eval_images save_every log_every", share="teacher_ema ema")
-    args.own = float(not args.data) if args.own is None else args.own
-    if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
-        raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
-    args.out = args.out or os.path.join("out", name_of(args))
-    return args
-
-
-def name_of(args):
-    """out/<this>: the data's name, or the teacher's: imagenet, cifar10 of assets/cifar10_teacher.pt."""
-    if args.data or args.teacher in [path for _, path, *_ in PUBLIC.values()]:
-        return os.path.basename(os.path.normpath(args.data or "imagenet"))
-    folder, name = os.path.split(os.path.abspath(args.teacher))
-    return os.path.splitext(name)[0].removesuffix("teacher").removesuffix("_") or os.path.basename(folder)
-
-
-def recipe(known):
-    """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
-    given, teacher = known.teacher or not known.data, known.teacher or PUBLIC["mar_base"][1]
-    file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # not there: open_teacher says so
-    found = {"teacher": teacher, **defaults_of(DEFAULTS, file, known.data, known.size, known.pixels)}
-    if given:  # none is trained, whatever the data's default
-        found.update(teacher=teacher, teacher_steps=0)
-    elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
-        found.update(teacher=None)
-    if not known.data and "ar_steps" in file.get("args", {}):
-        found["ar_steps"] = file["args"]["ar_steps"]
-    return found
-
-
-def defaults_of(defaults, file, data, size=None, pixels=False):
-    """The entry of `defaults` for a checkpoint's dict, by its width, or for a size's name; else for --data."""
-    width = file.get("config", {}).get("width") or size and SIZES[size].width
-    by_size = [name for name in defaults if SIZES[name].width == width]
-    by_data = "cifar10" if data and data not in defaults and (pixels or is_small(data)) else data
-    return defaults.get((by_size or [by_data])[0], {})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A batch: pictures, some tokens known, the rest to be predicted
 
 
 def masked_count(config, seed, step):
@@ -284,59 +225,6 @@ def random_steps(keys, purpose, positions, low, high):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The losses: tensors in, one number per token out
-
-
-def pseudo_huber(y, r=1e-5):
-    """d(y) = sqrt(|y|^2 + r^2) - r of a token, and its derivative d'(y): (..., C) -> (...), (..., C)."""
-    root = (y.square().sum(-1, keepdim=True) + r * r).sqrt()
-    return root[..., 0] - r, y / root
-
-
-def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
-    """Guided score implicit matching, for each token: eps, eps_q, eps_p (..., C) are the noise in x_t and what the
-    student's critic and the guided teacher predict of it, both differentiable in x_t; alpha, sigma (..., 1) -> (...).
-
-    The distance of the two distributions is an integral over t of d(s_q - s_p), s_q the student's score (with
-    d = |.|^2, their KL). Its gradient has two parts (the paper's L1 and L2): d itself, differentiated through x_t (L2),
-    and one through s_q's own dependence on the student's weights. That derivative we do not have; integration by parts
-    turns it into one through x_t (L1).
-    """
-    s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
-    L2, d_prime = distance(s_q - s_p)
-    L1 = -(d_prime * (s_q + eps / sigma)).sum(-1)  # grad log p(x_t | x0) = -eps / sigma
-    return (sigma**2 / alpha)[..., 0] * (L1 + L2)  # the weight states the loss in x0's units
-
-
-def gsim_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
-    """d loss / d x0 (..., C) for heads held fixed, and the loss (...). x_t has a graph to eps_q and eps_p.
-
-    The loss reaches the student only through x_t = alpha x0 + sigma eps, eps a constant. So it is differentiated down
-    to x_t here, and the caller pushes the result into the student's graph. The heads' weights get no gradient. (x0:
-    vsd_slope's.)
-    """
-    loss = gsim_loss(eps, eps_q, eps_p, alpha, sigma)
-    return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
-
-
-def vsd_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
-    """Variational score distillation (Diff-Instruct, DMD), the baseline: the difference of scores itself, in x0's units
-    and normalised for each token by the teacher's distance. No network is differentiated. Shapes as in gsim_slope."""
-    x0_p = (x_t - sigma * eps_p) / alpha
-    difference = sigma / alpha * (eps_p - eps_q)
-    slope = difference / ((x0 - x0_p).abs().mean(-1, keepdim=True) + 1e-3)
-    return slope.detach(), difference.square().sum(-1).sqrt().detach()
-
-
-SLOPES = {"gsim": gsim_slope, "vsd": vsd_slope}
-
-
-def critic_loss(eps_q, eps):
-    """Denoising score matching on the student's samples: the plain eps error, (..., C) -> (...)."""
-    return (eps_q - eps).square().mean(-1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: distillation
 
 
@@ -455,49 +343,6 @@ def flops_an_image(config, passes, rows):
 # Stage 0: the teacher, by MAR's own loss
 
 
-def diffusion_loss(out, x0, x_t, t, eps):
-    """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
-
-    out (..., 2C) the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021,
-    eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
-    """
-    eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
-    tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each
-    frac = (v + 1) / 2
-    log_var = frac * tables["log_beta"] + (1 - frac) * tables["log_post_var"]
-    x0_hat = (x_t - tables["sigma"] * eps_hat.detach()) / tables["alpha"]
-    mean_hat = tables["coef_x0"] * x0_hat + tables["coef_xt"] * x_t
-    mean = tables["coef_x0"] * x0 + tables["coef_xt"] * x_t
-    kl = 0.5 * (log_var - tables["log_post_var"] - 1 + torch.exp(tables["log_post_var"] - log_var)
-                + (mean - mean_hat) ** 2 * torch.exp(-log_var))
-    bound = torch.where(t[..., None] == 0, -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var), kl) / math.log(2)
-    return ((eps - eps_hat) ** 2).mean(-1) + bound.mean(-1)
-
-
-
-def discretised_log_likelihood(x, mean, log_scale):
-    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The bound at its last step."""
-    def cdf(z):  # the public code's tanh approximation, kept so that losses agree
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    upper = cdf((x - mean + 1 / 255) * torch.exp(-log_scale))
-    lower = cdf((x - mean - 1 / 255) * torch.exp(-log_scale))
-    inner = torch.log((upper - lower).clamp(min=1e-12))
-    left, right = torch.log(upper.clamp(min=1e-12)), torch.log((1 - lower).clamp(min=1e-12))
-    return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
-
-
-
-def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
-    """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass."""
-    dropped = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop  # one per picture
-    c = model.transformer(tokens, visible, labels.masked_fill(dropped, -1), masked)  # (B, P, D)
-    x0 = take(tokens, masked)  # (B, P, C)
-    each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
-    x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
-    return diffusion_loss(model.head(x_t, t, c), x0, x_t, t, eps).mean()
-
-
 def train_teacher(args, config, data, run):
     """Train a MAR of `config` on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen).
 
@@ -543,8 +388,160 @@ def train_teacher(args, config, data, run):
     return ema
 
 
+def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
+    """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass."""
+    dropped = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop  # one per picture
+    c = model.transformer(tokens, visible, labels.masked_fill(dropped, -1), masked)  # (B, P, D)
+    x0 = take(tokens, masked)  # (B, P, C)
+    each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
+    x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
+    return diffusion_loss(model.head(x_t, t, c), x0, x_t, t, eps).mean()
+
+
+def diffusion_loss(out, x0, x_t, t, eps):
+    """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
+
+    out (..., 2C) the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021,
+    eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
+    """
+    eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
+    tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each
+    frac = (v + 1) / 2
+    log_var = frac * tables["log_beta"] + (1 - frac) * tables["log_post_var"]
+    x0_hat = (x_t - tables["sigma"] * eps_hat.detach()) / tables["alpha"]
+    mean_hat = tables["coef_x0"] * x0_hat + tables["coef_xt"] * x_t
+    mean = tables["coef_x0"] * x0 + tables["coef_xt"] * x_t
+    kl = 0.5 * (log_var - tables["log_post_var"] - 1 + torch.exp(tables["log_post_var"] - log_var)
+                + (mean - mean_hat) ** 2 * torch.exp(-log_var))
+    bound = torch.where(t[..., None] == 0, -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var), kl) / math.log(2)
+    return ((eps - eps_hat) ** 2).mean(-1) + bound.mean(-1)
+
+
+def discretised_log_likelihood(x, mean, log_scale):
+    """Log-probability of x, on a grid of 1/127.5, under a Gaussian; (..., C) each. The bound at its last step."""
+    def cdf(z):  # the public code's tanh approximation, kept so that losses agree
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    upper = cdf((x - mean + 1 / 255) * torch.exp(-log_scale))
+    lower = cdf((x - mean - 1 / 255) * torch.exp(-log_scale))
+    inner = torch.log((upper - lower).clamp(min=1e-12))
+    left, right = torch.log(upper.clamp(min=1e-12)), torch.log((1 - lower).clamp(min=1e-12))
+    return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
+
+# What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
+DEFAULTS = {
+    "shapes": dict(
+        size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
+        steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
+        ar_steps=8, eval_every=200, eval_images=1024, save_every=200),
+    "cifar10": dict(
+        size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
+        steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
+        ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
+    "cifar10_cpu": dict(
+        size="cifar10_cpu", teacher=None, teacher_steps=17000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.999,
+        draws=2, steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
+        ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
+}
+
+
+def parse_args(argv=None):
+    """The flags, with the defaults of `recipe`."""
+    p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
+    flag = p.add_argument
+    # files and data
+    flag("--data", default=None, help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache; left out: "
+         "the teacher is distilled without data")
+    flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
+    flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
+    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
+    flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
+    # stage 0, the teacher
+    flag("--teacher", default=None, help="teacher checkpoint; its size is read off the file (default the public MAR-B)")
+    flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
+    flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
+    flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
+    flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
+    flag("--teacher_ema", type=float, default=0.9999, help="averaging of the teacher's weights a step")
+    flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
+    # stage 1, the student
+    flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
+    flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
+         "student wants less than its teacher's sampler")
+    flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
+         help="linear: the scale grows with the share revealed, as MAR samples")
+    flag("--t_init", type=int, default=None, help="time step the student starts from (default: the size's, 755 for "
+         "ImageNet); higher: noisier start, larger eps errors")
+    flag("--steps", type=int, default=150000, help="updates of stage 1")
+    flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
+    flag("--own", type=float, default=None, help="share of the updates whose contexts are the student's own pictures "
+         "(default 0 with --data, 1 without)")
+    # optimisers
+    flag("--lr", type=float, default=1e-5, help="student's learning rate")
+    flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
+    flag("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
+    flag("--decay", type=float, default=0.4, help="last share of a stage, in which the learning rate falls to 0")
+    flag("--clip", type=float, default=1.0, help="gradient norm limit, each network; 0 = none")
+    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
+    # memory and speed
+    flag("--accumulate", type=int, default=1, help="micro-batches per update: more if memory runs out")
+    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
+    flag("--compile", action="store_true", help="torch.compile the blocks: minutes at the start; for GPUs")
+    # watching
+    flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
+    flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
+    flag("--eval_every", type=int, default=5000, help="updates between grids and figures")
+    flag("--eval_images", type=int, default=2048, help="images a Frechet distance")
+    flag("--save_every", type=int, default=1000, help="updates between checkpoints")
+    flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
+    # system
+    flag("--seed", type=int, default=0, help="of everything random")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
+    known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
+    p.set_defaults(**recipe(known))
+    args = p.parse_args(argv)
+    check_numbers(args, one="teacher_batch draws t_init batch accumulate ar_steps teacher_head_steps eval_every "
+                            "eval_images save_every log_every", share="teacher_ema ema")
+    args.own = float(not args.data) if args.own is None else args.own
+    if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
+        raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
+    args.out = args.out or os.path.join("out", name_of(args))
+    return args
+
+
+def name_of(args):
+    """out/<this>: the data's name, or the teacher's: imagenet, cifar10 of assets/cifar10_teacher.pt."""
+    if args.data or args.teacher in [path for _, path, *_ in PUBLIC.values()]:
+        return os.path.basename(os.path.normpath(args.data or "imagenet"))
+    folder, name = os.path.split(os.path.abspath(args.teacher))
+    return os.path.splitext(name)[0].removesuffix("teacher").removesuffix("_") or os.path.basename(folder)
+
+
+def recipe(known):
+    """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
+    given, teacher = known.teacher or not known.data, known.teacher or PUBLIC["mar_base"][1]
+    file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # not there: open_teacher says so
+    found = {"teacher": teacher, **defaults_of(DEFAULTS, file, known.data, known.size, known.pixels)}
+    if given:  # none is trained, whatever the data's default
+        found.update(teacher=teacher, teacher_steps=0)
+    elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
+        found.update(teacher=None)
+    if not known.data and "ar_steps" in file.get("args", {}):
+        found["ar_steps"] = file["args"]["ar_steps"]
+    return found
+
+
+def defaults_of(defaults, file, data, size=None, pixels=False):
+    """The entry of `defaults` for a checkpoint's dict, by its width, or for a size's name; else for --data."""
+    width = file.get("config", {}).get("width") or size and SIZES[size].width
+    by_size = [name for name in defaults if SIZES[name].width == width]
+    by_data = "cifar10" if data and data not in defaults and (pixels or is_small(data)) else data
+    return defaults.get((by_size or [by_data])[0], {})
 
 
 def check_fit(args, config, data):
