@@ -13,7 +13,6 @@ Killed at any moment, the same command goes on where it stopped. Nothing is down
 """
 import argparse
 import contextlib
-import fcntl
 import functools
 import hashlib
 import http.client
@@ -25,6 +24,7 @@ import shlex
 import shutil
 import socket
 import sys
+import traceback
 import urllib.request
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -325,7 +325,7 @@ def write_rows(path, rows, values):
 
 def prepare_cache(out, settings, keys):
     """Make room for the pictures that the cache in folder `out` lacks, whatever an earlier run left there."""
-    own(out)  # two builders would write over each other's rows
+    lock_folder(out)  # two builders would write over each other's rows
     meta, held = read_meta(out), np.empty(0, np.uint64)
     if meta:
         held = open_array(out / "keys.npy")
@@ -816,9 +816,23 @@ def check_numbers(args, one="", share=""):
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
 
 
+def printable(text):
+    """What a terminal would obey instead of showing it becomes an escape: names of classes and files are foreign."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def say(text):
+    """Print on rank 0."""
+    if rank_and_world()[0] == 0:
+        print(printable(text), flush=True)
+
+
 def run_main(main):
     """main() as a command: what a user can mend becomes one line on stderr and exit code 2."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console's code page need not have every letter of a name
+            stream.reconfigure(errors="backslashreplace")
     try:
         if sys.version_info < (3, 11, 4) or tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 1):
             raise UserError("Python 3.11.4 and Pillow 10.1 are the least that works, here are "
@@ -826,17 +840,16 @@ def run_main(main):
         main()
     except UserError as error:
         code = f"error: {error}"
+    except OSError as error:  # a disk's mostly has its file: full, no permission, not there; a service's has not
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = error.filename or f"{type(error).__name__} in line {place.lineno} of {os.path.basename(place.filename)}"
+        code = f"error: {where}: {error.strerror or error}; what was written before is kept"
     except KeyboardInterrupt:  # where no `Run` saves first (distill.py): nothing is left half-written
         code = 130
-    except BrokenPipeError:  # the reader of our output left, as `| head` does: what was to be done was not done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    except OSError as error:  # it knows its file and its reason: disk full, no permission, not there
-        code = f"error: {error.filename or 'file system'}: {error.strerror or error}; what was written before is kept"
     except SystemExit as end:  # --help, a stopped run
         code = end.code or 0
     if isinstance(code, str):
-        print(" ".join(code.split()), file=sys.stderr)
+        print(printable(" ".join(code.split())), file=sys.stderr)
         code = 2
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -850,30 +863,42 @@ def rank_and_world():
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
-OWNED = {}  # {folder: its lock, open}
+LOCKS = {}  # {folder of this process: its lock, open}
 
 
-def own(folder, rank=0):
-    """Make `folder`, and make it this command's own until the command ends, however that may be; rank 0 does so for all
-    ranks. UserError where another has it. What was half-written when a process was killed goes."""
+def lock_folder(folder):
+    """Make `folder`, and keep other commands out of it until this one ends, however that may be. UserError where
+    another has it. What was half-written when a process was killed goes."""
     os.makedirs(folder, exist_ok=True)
-    if rank > 0 or os.path.abspath(folder) in OWNED:
+    if os.path.abspath(folder) in LOCKS:
         return
-    lock = open(Path(folder) / ".lock", "a+")
+    file = open(Path(folder) / ".lock", "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process that was killed the system lets go
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(f"{folder} is in use by {lock.read() or 'another process'}: wait until that has ended, or give "
+        take_lock(file)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has ended, or give "
                         "another --out") from None
-    except OSError:  # some network disks have no locks
+    except (OSError, ImportError):  # some network disks have no locks
         pass
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
-    OWNED[os.path.abspath(folder)] = lock
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    LOCKS[os.path.abspath(folder)] = file
     for left in Path(folder).glob("*.*.*.writing"):  # model.replacing's names
         left.unlink(missing_ok=True)
+
+
+def take_lock(file):
+    """The system's lock of an open file, which ends with the process; BlockingIOError or PermissionError where another
+    has it."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ModuleNotFoundError:  # Windows: it locks bytes, and nobody can read those. So one far behind the text
+        import msvcrt
+        os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
@@ -883,47 +908,49 @@ def setup(device="auto", dtype="auto"):
     """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
     of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
     rank, world = rank_and_world()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu")
-        index, count = index or os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-        if not index.isdecimal() or int(index) >= count:
-            raise UserError(f"--device cuda:{index}: this machine has {count} GPU(s), numbered from 0; torchrun takes "
-                            "at most as many processes")
-        device = f"cuda:{index}"
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    local, fast = int(os.environ.get("LOCAL_RANK") or 0), device == "cuda"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: PyTorch sees {torch.cuda.device_count()} GPU(s) here, and each process "
+                            "needs one: use --device cpu, or fewer processes")
         # every step masks another number of tokens, and blocks of fixed size leave gaps between them (not measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local)
         # float32 products (head, VAE, reward networks) by TF32: 10 bits of mantissa where bf16 has 7, at about eight
         # times the rate. Else the head, a quarter of the arithmetic, would take most of a step. Inception opts out.
         torch.set_float32_matmul_precision("high")
     elif device == "cpu":
         torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
-    else:
-        raise UserError(f"--device {device}: auto, cpu, cuda or cuda:N")
+        fast = model.multiplies_bf16()
+    elif device != "mps" or world > 1 or not torch.backends.mps.is_available():
+        raise UserError(f"--device {device}: auto, cpu or cuda (CUDA_VISIBLE_DEVICES picks one); mps in one process, "
+                        "where PyTorch has it")
     if world > 1 and not dist.is_initialized():
-        try:
-            store = next(rendezvous("env://"))[0]
-        except ValueError:  # not torchrun's doing
-            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start with torchrun, or unset it") from None
-        # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
-        # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
-        one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
-        # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead
-        # rank is torchrun's to notice
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(f"life {life}", store), timeout=timedelta(hours=2))
-    model.BF16 = dtype == "bfloat16" or dtype == "auto" and (kind == "cuda" or model.multiplies_bf16())
-    if kind == "cpu" and model.BF16:
+        join_processes("nccl" if device == "cuda" else "gloo", rank, world)
+    model.BF16 = dtype == "bfloat16" or dtype == "auto" and fast
+    if device == "cpu" and model.BF16:
         say("the transformer multiplies in bf16 (--dtype float32: not)")
         # oneDNN, which makes these products, keeps buffers for each of the last 1,024 shapes it met: gigabytes where
         # every step masks another number of tokens. Read at its first product
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    return torch.device(device), rank, world
+    return torch.device("cuda", local) if device == "cuda" else torch.device(device), rank, world
+
+
+def join_processes(backend, rank, world):
+    """torchrun's processes become a group that outlives --max-restarts."""
+    try:
+        store = next(rendezvous("env://"))[0]
+    except ValueError:  # not torchrun's doing
+        raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start with torchrun, or unset it") from None
+    # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
+    # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
+    # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead rank is
+    # torchrun's to notice
+    dist.init_process_group(backend, rank=rank, world_size=world, store=dist.PrefixStore(f"life {life}", store),
+                            timeout=timedelta(hours=2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

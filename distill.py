@@ -35,8 +35,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (DTYPES, PUBLIC, Parser, check_numbers, is_small, load_vae, open_data, own, read_class_names, run_main,
-                  setup, train_indices)
+from data import (DTYPES, PUBLIC, Parser, check_numbers, is_small, load_vae, lock_folder, open_data, read_class_names,
+                  run_main, setup, train_indices)
 from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, gaussian,
                    image_keys, load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint,
@@ -727,7 +727,7 @@ class Run:
             return line["step"] <= self.resumed["step"]
 
         if self.rank == 0:
-            own(self.args.out)
+            lock_folder(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
             if os.path.exists(self.path("log.jsonl")):
                 with open(self.path("log.jsonl")) as f:  # a line without its end was cut off by a kill

@@ -1439,31 +1439,6 @@ def test_a_second_signal_ends_at_once():
     assert result.returncode == -signal.SIGINT and result.stdout.split() == ["0", "0.6", "1.2"], result
 
 
-def test_a_reader_that_leaves_is_no_success():
-    """`| head -1`: what was to be done was not done."""
-    code = "import data; data.run_main(lambda: [print(i, file=data.sys.{}, flush=True) for i in range(10**6)])"
-    for stream, errors in (("stdout", None), ("stderr", subprocess.STDOUT)):
-        process = subprocess.Popen([sys.executable, "-c", code.format(stream)], cwd=HERE, stdout=subprocess.PIPE,
-                                   stderr=errors)
-        assert process.stdout.readline() == b"0\n"
-        process.stdout.close()
-        assert process.wait() == 141, (stream, process.returncode)
-
-
-def test_commands_start_without_docstrings_and_ranks_and_refuse_an_old_pillow():
-    for program in ("sample.py", "fid.py", "data.py"):
-        done = fresh(program, "--help", PYTHONOPTIMIZE="2")
-        assert done.returncode == 0, done.stderr
-    with mock.patch.dict(os.environ, RANK="", WORLD_SIZE=""):
-        assert data.rank_and_world() == (0, 1)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), mock.patch.object(data.PIL, "__version__", "9.5.0"):
-        try:
-            run_main(lambda: None)
-        except SystemExit as end:
-            assert end.code == 2 and "Pillow 10.1" in said.getvalue() and said.getvalue().count("\n") == 1
-
-
 def test_a_learning_rate_that_blows_up_stops_before_the_next_log_line():
     with scratch() as folder:
         refused(lambda: tiny_distill(folder, "--teacher_lr", "1e30", "--clip", 0), "not finite at step")
@@ -1508,7 +1483,7 @@ def test_what_a_kill_inside_a_write_leaves_is_no_obstacle():
         (folder / "killed" / "config.json.99..writing").write_text('{"data": ')
         with open(folder / "killed" / "log.jsonl", "a") as f:
             f.write('{"stage": "teacher", "st')
-        data.OWNED.clear()  # a dead process owns nothing
+        data.LOCKS.clear()  # a dead process owns nothing
         blind_distill(folder / "killed", "--resume")
         for key in ("model", "ema", "critic"):
             assert apart(*(weights(folder / run, "resume.pt", key) for run in ("killed", "whole"))) == 0, key
@@ -2234,6 +2209,89 @@ def test_downloads_resume_and_are_verified():
         server.shutdown()
         for name in mine:
             del data.PUBLIC[name]
+
+
+# How a command starts and ends
+
+
+def test_every_end_of_a_command_is_one_line():
+    """Exit code 2 and one line for what a user can mend, whatever the names in it hold."""
+    def raises(error):
+        raise error
+
+    for error, code, *words in [
+            (UserError("two\n lines"), 2, "error: two lines\n"),
+            (UserError("esc\x1b[31mred \u202e\x07 \udce9 \u00e9"), 2, "esc\\x1b[31mred \\u202e\\x07 \\udce9 \u00e9\n"),
+            (OSError(errno.ENOSPC, "No space left", "a.pt"), 2, "error: a.pt: No space left"),
+            (OSError(errno.ENOSPC, "No space left"), 2, "error: OSError in line ", "of test_all.py: No space left"),
+            (ConnectionError("the service did not answer"), 2, "error: ConnectionError in line ", "did not answer"),
+            (TimeoutError(), 2, "error: TimeoutError in line "),
+            (KeyboardInterrupt(), 130), (SystemExit(3), 3), (SystemExit(), 0)]:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                run_main(lambda: raises(error))
+            except SystemExit as end:
+                assert end.code == code, (error, end.code)
+        assert said.getvalue().count("\n") == (code == 2), said.getvalue()
+        assert all(word in said.getvalue() for word in words), said.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        data.say("class \x1b]0;title\x07 of\ntwo lines")
+    assert said.getvalue() == "class \\x1b]0;title\\x07 of\ntwo lines\n"
+
+
+def test_a_folder_has_one_owner():
+    with scratch() as folder:
+        other = Command(lambda: (data.lock_folder(folder), print("mine"), time.sleep(99)))
+        while other.is_alive() and os.stat(other.files[0].fileno()).st_size == 0:
+            time.sleep(0.01)
+        refused(lambda: data.lock_folder(folder), str(folder), "in use", f"process {other.pid} on")
+        other.kill(), other.join()
+        (folder / "x.pt.99..writing").touch(), (folder / "my.writing").touch()
+        data.lock_folder(folder), data.lock_folder(folder)  # a dead process owns nothing; what is mine is mine
+        assert sorted(os.listdir(folder)) == [".lock", "my.writing"]
+
+
+def test_commands_start_where_posix_modules_docstrings_and_letters_are_missing():
+    """Windows, as far as another system can show it: its locks in the place of POSIX's, or none, and a console that
+    lacks letters."""
+    asked = []
+    for windows in (mock.Mock(LK_NBLCK=2, locking=lambda *args: asked.append(args)), None):
+        with scratch() as folder, mock.patch.dict(sys.modules, fcntl=None, msvcrt=windows):
+            data.lock_folder(folder)
+            assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on")
+            if windows:
+                windows.locking = mock.Mock(side_effect=PermissionError)
+                data.LOCKS.clear()
+                refused(lambda: data.lock_folder(folder), "in use", f"process {os.getpid()} on")
+    assert [args[1:] for args in asked] == [(2, 1)]
+    done = fresh("-OO", "-c", "import sys; sys.modules['fcntl'] = None; sys.argv[1:] = ['--help']; import data, sample; "
+                 "data.run_main(lambda: [print('caf\u00e9'), sample.main()])", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0 and done.stdout.startswith("caf\\xe9\nusage: "), done
+
+
+def test_setup_refuses_what_is_not_there():
+    with mock.patch.dict(os.environ, RANK="", WORLD_SIZE=""):
+        assert data.rank_and_world() == (0, 1)
+        for device, gpus, mps, words in [("cuda", 0, False, "0 GPU(s)"), ("cuda:1", 2, False, "CUDA_VISIBLE_DEVICES"),
+                                         ("mps", 0, False, "where PyTorch has it"), ("gpu", 1, True, "--device gpu")]:
+            with (mock.patch("torch.cuda.device_count", lambda: gpus),
+                  mock.patch("torch.backends.mps.is_available", lambda: mps)):
+                refused(lambda: setup(device), words)
+        with mock.patch("torch.backends.mps.is_available", lambda: True), mock.patch.object(model_file, "BF16", None):
+            assert setup("mps") == (torch.device("mps"), 0, 1) and model_file.BF16 is False
+    with mock.patch.dict(os.environ, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1"):
+        with mock.patch("torch.cuda.device_count", lambda: 1):
+            refused(lambda: setup("cuda"), "1 GPU(s)", "fewer processes")
+        with mock.patch("torch.backends.mps.is_available", lambda: True):
+            refused(lambda: setup("mps"), "one process")
+        refused(lambda: setup("cpu"), "MASTER_ADDR")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), mock.patch.object(data.PIL, "__version__", "9.5.0"):
+        try:
+            run_main(lambda: None)
+        except SystemExit as end:
+            assert end.code == 2 and "Pillow 10.1" in said.getvalue() and said.getvalue().count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3052,19 +3110,6 @@ def test_calls_that_end_together_lose_no_row_of_results():
             os.waitpid(child, 0)
         rows = json.loads((folder / "results.json").read_text())["rows"]
         assert {row["name"] for row in rows} == {f"{child} {i}" for child in range(4) for i in range(10)}
-
-
-def test_a_folder_has_one_owner():
-    with scratch() as folder:
-        other = Command(lambda: (data.own(folder), print("mine"), time.sleep(HANG)))
-        while os.stat(other.files[0].fileno()).st_size == 0:
-            time.sleep(0.01)
-        refused(lambda: data.own(folder), str(folder), "in use", f"process {other.pid} on")
-        data.own(folder, rank=1)  # of one run rank 0 owns for all
-        other.kill(), other.join()
-        (folder / "x.pt.99..writing").touch(), (folder / "my.writing").touch()
-        data.own(folder), data.own(folder)  # a dead process owns nothing; what is mine is mine
-        assert sorted(os.listdir(folder)) == [".lock", "my.writing"]
 
 
 def test_a_judge_that_says_nan_is_not_believed():
