@@ -44,7 +44,8 @@ from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, decoding, file_
                   read_class_names, read_image, run_main, say, setup, train_indices)
 from model import (ORDERS, UserError, bf16_weights, fill_model, read_checkpoint, replacing, runs_bf16, save_checkpoint,
                    write_json)
-from sample import check_output, check_vae, draw, draw_together, fill_in, open_network, save_grid
+from sample import (check_output, check_vae, draw, draw_together, drawing_flags, open_checkpoint, save_grid,
+                    ways_to_draw)
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
@@ -940,14 +941,11 @@ def checkpoint_sources(path, args, device, vae):
     Image i is that of (seed, i), with class i % classes, so that every stretch is balanced. What the flags leave open
     is as the checkpoint was made for; guidance and head steps of a student are its own.
     """
-    file, model = open_network(path, args.heads, args.raw)
+    file, model = open_checkpoint(path)
     check_vae(model, vae)
     labels = np.arange(args.num) % model.config.num_classes
-    student = file.get("stage", "teacher") != "teacher"
-    for K, g in itertools.product(args.ar_steps, [None] if student else args.guidance):
-        given = {"ckpt": path, "bench": False, "ar_steps": K and [K], "guidance": g}
-        flags = argparse.Namespace(**{**vars(args), **given, "head_steps": None if student else args.head_steps})
-        how = {**fill_in(flags, file, model.config), "seed": args.seed}
+    for way in ways_to_draw(args, file, model.config):
+        how = {**way, "seed": args.seed}
 
         def read(start, stop, how=how):
             if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
@@ -955,9 +953,8 @@ def checkpoint_sources(path, args, device, vae):
                 if runs_bf16(device):
                     bf16_weights(model)
             return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
-        made_by = {**how, **{flag: vars(args)[flag] for flag in ("heads", "raw") if vars(args)[flag]}}
-        name = f"{path} ({', '.join(f'{k} {v}' for k, v in made_by.items())})"
-        yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), made_by, read)
+        name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
+        yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), how, read)
 
 
 def open_sources(args, device, vae):
@@ -1177,18 +1174,9 @@ def parse():
     p.add_argument("--ref", help=".npz of mu and sigma (FID alone) or of images; or a folder, cropped like the samples")
     p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     p.add_argument("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
-    # images drawn from --ckpt; None: as the checkpoint was made for
-    p.add_argument("--raw", action="store_true", help="--ckpt: the weights as trained, not their average")
-    p.add_argument("--heads", type=int, help="--ckpt: attention heads of a public file that is none of MAR-B, L, H")
+    # images drawn from --ckpt; what is not given is as the checkpoint was made for
     p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, all classes alike often")
-    p.add_argument("--ar_steps", type=int, nargs="+", default=[None], metavar="K", help="AR steps, a row each")
-    p.add_argument("--guidance", type=float, nargs="+", default=[None], metavar="G", help="of teachers, a row each")
-    p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="--ckpt: guidance over the AR steps")
-    p.add_argument("--head_steps", type=int, help="--ckpt: denoising steps of teachers")
-    p.add_argument("--temperature", type=float, default=1.0, help="--ckpt: scale of the noise")
-    p.add_argument("--order", choices=ORDERS, default="random", help="--ckpt: in which tokens are revealed")
-    p.add_argument("--seed", type=int, default=0, help="--ckpt: image i is that of (seed, i)")
-    p.add_argument("--vae", help="--ckpt: kl16.ckpt, for models of latents")
+    drawing_flags(p.add_argument)
     # the judges' weights and words
     p.add_argument("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     p.add_argument("--inception", help="this file instead of the one in --folder")
@@ -1198,16 +1186,12 @@ def parse():
                    "or its file, which needs no --data")
     p.add_argument("--class_names", help="JSON list for the prompts; None: the source's names, else ImageNet's")
     p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
-    # where and how
     p.add_argument("--out", default="out/fid", help="folder of results.json")
-    p.add_argument("--batch", type=int, default=64, help="images at once, a process; less if memory is short")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
     args = p.parse_args()
-    check_numbers(args, one="size num ar_steps head_steps batch heads")
+    check_numbers(args, one="size num ar_steps head_steps batch")
     if not args.samples + args.ckpt:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
-    for flag in "raw heads num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
+    for flag in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
         if not args.ckpt and getattr(args, flag) != p.get_default(flag):
             raise UserError(f"--{flag} is for images drawn from a --ckpt: leave it out")
     if (args.ref or args.save_stats) and "inception" not in args.judges:

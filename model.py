@@ -602,7 +602,7 @@ def config_of_public(state, args, heads, path):
     heads = heads or {size.width: size.heads for size in (SIZES["base"], SIZES["large"], SIZES["huge"])}.get(width)
     if not heads:
         raise UserError(f"{path}: width {width} is none of MAR-B, L, H, and the number of attention heads is in no "
-                        "shape: load_mar(..., heads=N)")
+                        "shape: load_mar(..., heads=N) takes it")
     return MARConfig(img_size=math.isqrt(tokens) * patch * stride, vae_stride=stride, patch_size=patch,
                      vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width, heads=heads,
                      encoder_depth=depth("encoder_blocks"), decoder_depth=depth("decoder_blocks"),
@@ -637,7 +637,7 @@ def load_mar(path, ema=True, **config_overrides):
     public = "diffloss.net.input_proj.weight" in state
     if not {"class_emb.weight", "z_proj.weight"} <= set(state) or not (public or "config" in file):
         raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}" if ema else
-                        f"{path} holds no weights as trained (resume.pt does): leave --raw out")
+                        f"{path} holds no weights as trained, resume.pt does")
     state = {name.replace("diffloss.net.", "head_net."): value for name, value in state.items()}
     with reading(path, "MAR checkpoint"):
         config = (MARConfig(**file["config"]) if "config" in file else
@@ -735,7 +735,8 @@ def replacing(path, mode="w"):
     except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch turns a full disk into a RuntimeError
+        # torch turns a full disk into a RuntimeError; a GPU's memory that runs out is one's child
+        if not isinstance(error, OSError) and type(error) is not RuntimeError:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason} (disk full or no permission?); the previous file is "

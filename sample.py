@@ -15,7 +15,9 @@ step without guidance, a teacher by its whole chain and with the guidance of its
     python sample.py --bench --size base --ar_steps 8 --batch 4                 # no checkpoint: speed needs no training
 (Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """
+import glob
 import itertools
+import json
 import math
 import os
 import shutil
@@ -35,9 +37,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import DTYPES, LATENT_SCALE, Parser, check_numbers, load_vae, read_class_names, read_image, run_main, setup
-from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, load_mar, mask_counts, read_checkpoint, replacing,
-                   runs_bf16, save_checkpoint)
+from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, read_class_names, read_image,
+                  run_main, say, setup)
+from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, load_mar, mask_counts, read_checkpoint, reading,
+                   replacing, runs_bf16, save_checkpoint, write_json)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing: what fid.py, distill.py and rl.py use too
@@ -154,14 +157,15 @@ def save_grid(rows, path):
         grid_image(rows).save(file, "PNG")
 
 
-def draw_grid(model, classes, titles, args, **how):
-    """Rows for save_grid: a class each; of several K a row each, with the same classes, noise and orders."""
-    several = len(args.ar_steps) > 1
-    per_class = args.per_class or (1 if several else 4)
+def draw_grid(model, classes, titles, ways, per_class=None, **draw_kwargs):
+    """Rows for save_grid: a class each; of several ways to draw a row each, with the same classes, noise and orders."""
+    several, varied = len(ways) > 1, [key for key in ("ar_steps", "guidance") if len({how[key] for how in ways}) > 1]
+    per_class = per_class or (1 if several else 4)
     labels, rows = [label for label in classes for _ in range(per_class)], []
-    for K in args.ar_steps:
-        pictures = draw(model, labels, batch=args.batch, **{**how, "ar_steps": K})
-        rows += [(f"K = {K}", pictures)] if several else zip(titles, pictures.split(per_class))
+    for how in ways:
+        pictures = draw(model, labels, **how, **draw_kwargs)
+        title = ", ".join(f"{'K' if key == 'ar_steps' else 'g'} = {how[key]:g}" for key in varied)
+        rows += [(title, pictures)] if several else zip(titles, pictures.split(per_class))
     return rows
 
 
@@ -224,36 +228,53 @@ def open_edit(model, path, box, vae=None):
 def save_npz(rounds, labels, side, path):
     """Pictures -> .npz with arr_0 uint8 (N, H, W, 3) and labels int64 (N,), in index order.
 
-    What a round brings is appended: whatever N is, memory holds one round. The file has its name once it is whole.
+    What a round brings is appended: whatever N is, memory holds one round.
     """
-    shape, part = (len(labels), side, side, 3), f"{path}.{os.getpid()}"
+    shape = (len(labels), side, side, 3)
     if shutil.disk_usage(Path(path).parent).free < math.prod(shape):
         raise UserError(f"{path} will have {math.prod(shape) / 1e9:.1f} GB, more than is free there: other --out")
-    try:
-        with zipfile.ZipFile(part, "w") as archive:  # not compressed: can be mapped
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for pictures in rounds:
-                    file.write(pictures.permute(0, 2, 3, 1).contiguous().numpy().data)  # (n, H, W, 3)
-            with archive.open("labels.npy", "w") as file:
-                np.lib.format.write_array(file, labels)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    with replacing(path, "wb") as part, zipfile.ZipFile(part, "w") as archive:  # not compressed: can be mapped
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for pictures in rounds:
+                file.write(pictures.permute(0, 2, 3, 1).contiguous().numpy().data)  # (n, H, W, 3)
+        with archive.open("labels.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
+
+
+def open_folder(folder, drawn_by):
+    """A folder for PNGs: new, empty, or one that a call which drew alike (`drawn_by`, JSON) has begun."""
+    record = Path(folder) / ".drawn_by.json"  # hidden: who reads the folder's pictures passes it over
+    os.makedirs(folder, exist_ok=True)
+    with reading(record, "note of how a folder's pictures are drawn", ": choose another --out"):
+        if os.listdir(folder) and (not record.exists() or json.loads(record.read_text()) != drawn_by):
+            raise UserError(f"{folder} holds something else than pictures of this checkpoint, drawn in this way: --num "
+                            "writes an .npz, or into a new or empty folder, or goes on with what it began")
+    for left in record.parent.glob("*.writing"):  # model.replacing's names, after a kill
+        left.unlink()
+    write_json(record, drawn_by)
 
 
 def save_samples(model, labels, path, rank, world, batch, **how):
-    """Pictures of `labels` (N,) numpy, drawn by all ranks, to an .npz, or to a folder as <index>_<label>.png."""
-    starts = tqdm(range(0, len(labels), world * batch), unit="round", disable=rank > 0 or None)
-    rounds = (draw_together(model, labels[i:i + world * batch], rank, world, i, batch=batch, **how) for i in starts)
+    """Pictures of `labels` (N,) numpy, drawn by all ranks, to an .npz; or to a folder as <index>_<label>.png, where
+    batches that are there already are not drawn again."""
+    together, names = world * batch, [f"{i:06d}_{label}.png" for i, label in enumerate(labels)]
+    there = [set() if Path(path).suffix or rank > 0 else set(os.listdir(path))]
+    if world > 1:
+        dist.broadcast_object_list(there)  # rank 0 says: it is already writing when another one looks
+    starts = [i for i in range(0, len(labels), together) if not there[0].issuperset(names[i:i + together])]
+    rounds = (draw_together(model, labels[i:i + together], rank, world, i, batch=batch, **how)
+              for i in tqdm(starts, unit="round", disable=rank > 0 or None))
     if rank > 0:
         for _ in rounds:  # take part in drawing and sending, write nothing
             pass
     elif Path(path).suffix:
         save_npz(rounds, labels, model.config.img_size, path)
     else:
-        for i, picture in enumerate(itertools.chain.from_iterable(rounds)):
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(Path(path) / f"{i:06d}_{labels[i]}.png")
+        for i, pictures in zip(starts, rounds):
+            for name, picture in zip(names[i:], pictures):
+                with replacing(Path(path) / name, "wb") as file:
+                    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
 def export(model, file, path):
@@ -264,6 +285,12 @@ def export(model, file, path):
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
     ours = {key: file[key] for key in ("stage", "step", "args", "class_names") if "stage" in file and key in file}
     save_checkpoint({**ours, "config": asdict(model.config), "model": state, "model_ema": state}, path)
+    print(f"{path}: {model.config}")
+    if is_student(file):
+        print(f"LTH14/mar draws a student if its DiffLoss.sample makes one step, at t = {model.config.t_init}: the patch "
+              "is in README")
+    elif model.config.pixels:
+        print("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,29 +308,46 @@ def seconds_of(work, device, repeat=1):
     return float(np.median(times))
 
 
-def bench(model, args, device):
+def bench(model, ways, batches, device):
     """A table of seconds an image. Student and teacher differ in head steps and guidance alone: one network is both."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {model.config.seq_len} "
           f"tokens; without VAE; warm, median of 3\n"
-          "           batch    K  head steps  guidance   s/image  images/s  teacher/student")
-    for batch, K in itertools.product(sorted({1, args.batch}), args.ar_steps):
+          "           batch    K  head steps  guidance   s/image  images/s  teacher/student", flush=True)
+    for batch, teacher in itertools.product(sorted(batches), ways):
         labels, seconds = torch.arange(batch, device=device) % model.config.num_classes, {}
         seeds = image_seeds(0, 0, batch).to(device)
-        for who, head_steps, guidance in ("student", 1, 1.0), ("teacher", args.head_steps, args.guidance):
-            how = {"ar_steps": K, "guidance": guidance, "guidance_schedule": args.guidance_schedule}
-            generate = lambda steps: model.generate(labels, seeds=seeds, head_steps=steps, **how)
-            generate(min(2, head_steps))  # meets every shape of a hundred
-            seconds[who] = seconds_of(lambda: generate(head_steps), device, repeat=3)
-            print(f"{who:10}{batch:6}{K:5}{head_steps:12}{guidance:10.2f}{seconds[who] / batch:10.4f}"
-                  f"{batch / seconds[who]:10.2f}{seconds[who] / seconds['student']:16.1f}x", flush=True)
+        for who, how in ("student", {**teacher, "head_steps": 1, "guidance": 1.0}), ("teacher", teacher):
+            # the row begins before its time is taken: a teacher's takes minutes
+            cells = f"{who:10}{batch:6}{how['ar_steps']:5}{how['head_steps']:12}{how['guidance']:10.2f}"
+            print(cells, end="", flush=True)
+            generate = lambda head_steps: model.generate(labels, seeds=seeds, **{**how, "head_steps": head_steps})
+            generate(min(2, how["head_steps"]))  # meets every shape of a hundred
+            seconds[who] = seconds_of(lambda: generate(how["head_steps"]), device, repeat=3)
+            print(f"{seconds[who] / batch:10.4g}{batch / seconds[who]:10.3g}"
+                  f"{seconds[who] / seconds['student']:16.1f}x", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def parse():
+def drawing_flags(flag):
+    """How pictures are drawn: fid.py has the same flags. flag: a parser's add_argument."""
+    flag("--ar_steps", type=int, nargs="+", metavar="K", help="up to the number of tokens; of several each")
+    flag("--guidance", type=float, nargs="+", metavar="G", help="of teachers, 1 = none; MAR-B, L, H: 2.9, 3.0, 3.2")
+    flag("--guidance_schedule", choices=["linear", "constant"], help="linear grows it AR step by AR step")
+    flag("--head_steps", type=int, help="denoising steps of teachers: 100 are MAR's, fewer are faster")
+    flag("--temperature", type=float, default=1.0, help="scale of the noise; MAR: 0.95 unguided")
+    flag("--order", choices=ORDERS, default="random", help="of the tokens; random is what MAR is trained for")
+    flag("--seed", type=int, default=0, help="picture i is that of (seed, i)")
+    flag("--vae", help="kl16.ckpt, for models of latents")
+    flag("--batch", type=int, default=64, help="pictures at once, a process; fewer if memory is short")
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
+
+
+def parse_args(argv=None):
     """The flags -> (args, job)."""
     p = Parser("A checkpoint -> pictures, an animation, an .npz, timings.")
     # the job: one of these, else a grid of pictures
@@ -313,116 +357,106 @@ def parse():
     job.add_argument("--edit", metavar="PICTURE", help="draw the part --box of this picture anew, for each class")
     job.add_argument("--export", metavar="FILE", help="write the network as LTH14/mar reads it, a .pth")
     job.add_argument("--bench", action="store_true", help="time student and teacher on this machine")
-    # the network
+    # of what
     p.add_argument("--ckpt", help="teacher.pt or student.pt of a run, or a public MAR's .pth")
-    p.add_argument("--raw", action="store_true", help="the weights as trained, of a file that holds their average too")
-    p.add_argument("--heads", type=int, help="attention heads of a public file that is none of MAR-B, L, H")
     p.add_argument("--size", choices=SIZES, help="for --bench: random weights of this size, instead of --ckpt")
-    # what is drawn
-    p.add_argument("--classes", nargs="+", help="numbers (2, or index:2) or names; a grid of many shows 4 by itself")
-    p.add_argument("--per_class", type=int, help="pictures of each class in a grid; by itself 4, with several K 1")
+    p.add_argument("--classes", nargs="+", help="names, or numbers where none is called so; a grid of many shows 4")
+    p.add_argument("--per_class", type=int, help="pictures of each class in a grid; by itself 4, in rows of several 1")
     p.add_argument("--box", type=int, nargs=4, help="for --edit: left top right bottom, px of the cropped picture")
-    p.add_argument("--seed", type=int, default=0, help="picture i is that of (seed, i)")
-    p.add_argument("--vae", help="kl16.ckpt, for models of latents")
-    p.add_argument("--out", help="a .png; with --num an .npz, or a new folder for PNGs")
-    # how it is drawn; what is not given is as the checkpoint was made for
-    p.add_argument("--ar_steps", type=int, nargs="+", metavar="K", help="up to the number of tokens; a grid of several")
-    p.add_argument("--head_steps", type=int, help="denoising steps of a teacher: 100 are MAR's, fewer are faster")
-    p.add_argument("--guidance", type=float, help="1 = none; a teacher's: MAR has 2.9, 3.0, 3.2 for B, L, H")
-    p.add_argument("--guidance_schedule", choices=["linear", "constant"], help="linear grows it AR step by AR step")
-    p.add_argument("--temperature", type=float, default=1.0, help="scale of the noise; MAR: 0.95 unguided")
-    p.add_argument("--order", choices=ORDERS, default="random", help="of the tokens; random is what MAR is trained for")
-    # the machine
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
-    p.add_argument("--batch", type=int, default=64, help="pictures at once; fewer if memory is short")
-    args = p.parse_args()
-    check_numbers(args, one="num per_class ar_steps head_steps batch heads")
+    p.add_argument("--out", help="a .png; with --num an .npz, or a folder for PNGs, which can go on")
+    # how; what is not given is as the checkpoint was made for
+    drawing_flags(p.add_argument)
+    args = p.parse_args(argv)
+    check_numbers(args, one="num per_class ar_steps head_steps batch")
     job = next((job for job in ("gif", "num", "edit", "export", "bench") if getattr(args, job)), "grid")
     if bool(args.edit) != bool(args.box):
         raise UserError("--edit PICTURE and --box LEFT TOP RIGHT BOTTOM belong together: give both")
-    if len(args.ar_steps or []) > 1 and job in ("gif", "num"):
-        raise UserError(f"several --ar_steps make a grid; --{job} takes one")
+    if job in ("gif", "num") and max(len(args.ar_steps or []), len(args.guidance or [])) > 1:
+        raise UserError(f"several --ar_steps or --guidance make a grid; --{job} takes one")
     if bool(args.ckpt) == bool(args.size) or args.size and not args.bench:
         raise UserError("give --ckpt FILE, of a run or a public MAR; only --bench takes --size instead")
     return args, job
 
 
-def open_network(path, heads=None, raw=False):
-    """--ckpt, --heads and --raw (of `parse`, or of fid.py) -> (the checkpoint's dict, MAR)."""
-    file = read_checkpoint(path)
-    model = load_mar(path, ema=not raw, **({"heads": heads} if heads else {}))
-    if heads and ("config" in file or model.config.width % heads):
-        raise UserError(f"--heads {heads}: for public files alone, a divisor of the width {model.config.width}")
+def open_checkpoint(path):
+    """-> (the checkpoint's dict, MAR on the CPU). What a file leaves out is as in the public ones, and said."""
+    file, model = read_checkpoint(path), load_mar(path)
+    if "config" in file and "stage" not in file:
+        say(f"{path} names no stage: taken for a teacher")
+    names, count = file.get("class_names"), model.config.num_classes
+    if names is not None and len(names) != count:
+        raise UserError(f"{path} names {len(names)} classes, and its network has {count}: take another checkpoint")
     return file, model
 
 
-def fill_in(args, file, config):
-    """Flags not given (of `parse`, or of fid.py) take the values that the checkpoint `file` was made for, in place.
-    -> how to draw: keyword arguments of MAR.generate."""
-    made = file["args"] if "stage" in file else {"guidance": {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0)}
-    student = file.get("stage", "teacher") != "teacher" and not args.bench  # public files, and random weights, are none
-    if student and (args.head_steps not in (None, 1) or args.guidance not in (None, 1)):
-        raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave "
-                        "--head_steps and --guidance out")
-    defaults = {"ar_steps": [min(made.get("ar_steps", 64), config.seq_len)],
-                "head_steps": 1 if student else made.get("teacher_head_steps", 100),
-                "guidance": 1.0 if student else made.get("guidance", 1.0),
-                "guidance_schedule": made.get("guidance_schedule", "linear")}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    mask_counts(config.seq_len, max(args.ar_steps))  # complains when K is above the number of tokens
-    return {**{name: getattr(args, name) for name in defaults}, "ar_steps": args.ar_steps[0],
-            "temperature": args.temperature, "orders": args.order}
+def is_student(file):
+    """Whether a checkpoint's head makes one step. Public files do not say: they are teachers."""
+    return file.get("stage", "teacher") != "teacher"
 
 
-def find_classes(wanted, names):
-    """Words of the command line -> class numbers. A word may be a number, index:number, or a name; one that means two
-    classes is refused: folders called 0..11 are sorted as text, so the class called 2 is number 4."""
+def ways_to_draw(args, file, config):
+    """Keyword arguments of MAR.generate, for each of --ar_steps and --guidance. What no flag says is as the checkpoint
+    `file` was made for; a student has head steps and guidance of its own."""
+    made = file["args"] if isinstance(file.get("args"), dict) else {}  # a public file's are of MAR's own command
+    usual = {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0)
+    steps = args.ar_steps or [min(made.get("ar_steps", 64), config.seq_len)]
+    mask_counts(config.seq_len, max(steps))  # complains when K is above the number of tokens
+    how = {"head_steps": args.head_steps or made.get("teacher_head_steps", 100),
+           "guidance_schedule": args.guidance_schedule or made.get("guidance_schedule", "linear"),
+           "temperature": args.temperature, "orders": args.order}
+    scales = args.guidance or [made.get("guidance", usual)]
+    if is_student(file):
+        how["head_steps"], scales = 1, [1.0]
+    return [{"ar_steps": K, "guidance": g, **how} for K, g in itertools.product(steps, scales)]
+
+
+def find_classes(words, names):
+    """Words of the command line -> class numbers. A name goes first: folders called 0..11 are sorted as text, so that
+    the class called 2 is number 4."""
     classes = []
-    for word in wanted:
-        meant = [i for i, name in enumerate(names) if word in (name, str(i), f"index:{i}")]
-        if not meant:
-            raise UserError(f"--classes {word}: this checkpoint has the classes 0..{len(names) - 1} "
-                            f"({', '.join(names[:10])}{', ...' * (len(names) > 10)})")
-        if len(meant) > 1:
-            either = " or ".join(f"index:{i}, the class called {names[i]}" for i in meant)
-            raise UserError(f"--classes {word} may be {either}: write one of these")
+    for word in words:
+        meant = [i for i, name in enumerate(names) if name == word] or [i for i in range(len(names)) if str(i) == word]
+        if len(meant) != 1:
+            raise UserError(f"--classes {word}: " + (
+                f"{' and '.join(map(str, meant))} are called so: give the number" if meant else f"there are 0.."
+                f"{len(names) - 1} ({', '.join(names[:10])}{', ...' * (len(names) > 10)})"))
         classes += meant
     return classes
 
 
-def check_output(path, suffixes):
-    """Refuse a file that could not be written, before hours are spent on what belongs into it."""
+def check_output(path, *suffixes):
+    """Refuse a file that could not be written, before hours are spent on what belongs into it. What a killed call has
+    left of it goes."""
     path = Path(path)
     if path.suffix.lower() not in suffixes or path.is_dir():
         raise UserError(f"cannot write {path}: wanted is a file whose name ends in {' or '.join(suffixes)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()  # an OSError says why not
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.writing"):  # model.replacing's names
+        left.unlink()
 
 
-def main():
-    """Draw, animate, save or time, as the flags say; whatever can be refused is refused first."""
-    args, job = parse()
+def main(argv=None):
+    """Draw, animate, save or time, as the flags say; whatever can be refused is refused before a file is made."""
+    args, job = parse_args(argv)
     out = args.gif or args.export or args.out or ("samples.npz" if job == "num" else "grid.png")
+    to_folder = job == "num" and not Path(out).suffix
+    suffixes = {"gif": [".gif"], "num": [".npz"], "export": [".pth", ".pt"]}.get(job, [".png"])
     device, rank, world = setup(args.device, args.dtype)
-    if job == "num" and not Path(out).suffix:  # a folder for PNGs
-        os.makedirs(out, exist_ok=True)
-        if os.listdir(out):
-            raise UserError(f"{out}: --num writes an .npz, or into a new or empty folder; choose another name")
-    elif job != "bench" and rank == 0:
-        check_output(out, {"gif": [".gif"], "num": [".npz"], "export": [".pth", ".pt"]}.get(job, [".png"]))
-    file, model = ({}, MAR(SIZES[args.size]).eval()) if args.size else open_network(args.ckpt, args.heads, args.raw)
+    file, model = ({}, MAR(SIZES[args.size]).eval()) if args.size else open_checkpoint(args.ckpt)
     if job == "export":
-        export(model, file, out)
-        return print(f"{out}: {model.config}")
+        check_output(out, *suffixes)
+        return export(model, file, out)
     model.to(device)
-    how = fill_in(args, file, model.config)
     if runs_bf16(device):
         bf16_weights(model)
     if job == "bench":
-        return bench(model, args, device)
+        ways = ways_to_draw(args, {**file, "stage": "teacher"}, model.config)
+        return bench(model, ways, {1, args.batch}, device)
+    if is_student(file) and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
+        raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave --head_steps "
+                        "and --guidance out")
+    ways = ways_to_draw(args, file, model.config)
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
 
@@ -432,24 +466,28 @@ def main():
     # what is to be judged must be of all classes, but nobody looks at 1,000 rows
     some = range(0, count, 1 if job == "num" or count <= 16 else -(-count // 4))
     classes = find_classes(args.classes, names) if args.classes else list(some)
-    titles = [title_of(names[label], f"class {label}") for label in classes]
-    rows = []
+    titles, rows = [title_of(names[label], f"class {label}") for label in classes], []
     if job == "edit":
         part, stays = open_edit(model, args.edit, args.box, vae)
-        how.update(part)
-        rows = [("picture", stays)]
-        args.ar_steps = [min(K, int(part["redraw"].sum())) for K in args.ar_steps]  # every step reveals a token
+        rows, tokens = [("picture", stays)], int(part["redraw"].sum())  # every AR step must reveal one
+        ways = [{**how, **part, "ar_steps": min(how["ar_steps"], tokens)} for how in ways]
+    if rank == 0 and to_folder:
+        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "classes": classes, "seed": args.seed, **ways[0]})
+    elif rank == 0:
+        check_output(out, *suffixes)
     if job == "num":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.resize(classes, args.num)
-        save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, **how)
+        save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, **ways[0])
     elif job == "gif":
-        save_gif(model, classes, titles, args.per_class or 4, out, args.seed, vae, **how)
+        save_gif(model, classes, titles, args.per_class or 4, out, args.seed, vae, **ways[0])
     else:
-        save_grid(rows + draw_grid(model, classes, titles, args, seed=args.seed, vae=vae, **how), out)
-    if rank == 0:
-        print(f"{out}: K = {args.ar_steps}, head steps {args.head_steps}, guidance {args.guidance}, seed {args.seed}")
+        draw_kwargs = {"seed": args.seed, "vae": vae, "batch": args.batch}
+        save_grid(rows + draw_grid(model, classes, titles, ways, args.per_class, **draw_kwargs), out)
+    for how in ways:
+        say(f"{out}: K = {how['ar_steps']}, head steps {how['head_steps']}, guidance {how['guidance']}, "
+            f"seed {args.seed}")
 
 
 if __name__ == "__main__":

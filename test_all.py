@@ -2299,15 +2299,10 @@ def test_setup_refuses_what_is_not_there():
 
 
 def sample_main(*argv):
-    """sample.py's main in this process: a subprocess each would cost seconds."""
-    with mock.patch.object(sys, "argv", ["sample.py", *map(str, argv)]):
-        sample.main()
-
-
-def sample_args(*argv):
-    """sample.py's flags as it reads them."""
-    with mock.patch.object(sys, "argv", ["sample.py", *map(str, argv)]):
-        return sample.parse()[0]
+    """sample.py's main in this process: a subprocess each would cost seconds. -> what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sample.main([*map(str, argv)])
+    return printed.getvalue()
 
 
 def test_picture_drawn_depends_on_seed_and_index():
@@ -2394,17 +2389,42 @@ def test_latents_are_unscaled_and_decoded():
 
 def test_defaults_come_from_the_checkpoint():
     def filled(file, size, *argv):
-        args = sample_args("--ckpt", "x.pt", *argv)
-        sample.fill_in(args, file, SIZES[size])
-        return args.ar_steps, args.head_steps, args.guidance, args.guidance_schedule
+        args, _ = sample.parse_args(["--ckpt", "x.pt", *map(str, argv)])
+        return [(how["ar_steps"], how["head_steps"], how["guidance"], how["guidance_schedule"])
+                for how in sample.ways_to_draw(args, file, SIZES[size])]
 
     ours = {"args": {"ar_steps": 8, "guidance": 2.0, "guidance_schedule": "constant", "teacher_head_steps": 50}}
-    assert filled({**ours, "stage": "student"}, "shapes") == ([8], 1, 1.0, "constant")
-    assert filled({**ours, "stage": "rl"}, "shapes") == ([8], 1, 1.0, "constant")
-    assert filled({**ours, "stage": "teacher"}, "shapes") == ([8], 50, 2.0, "constant")
-    assert filled({**ours, "stage": "teacher"}, "shapes", "--guidance", 1, "--head_steps", 2)[1:3] == (2, 1)
+    assert filled({**ours, "stage": "student"}, "shapes") == [(8, 1, 1.0, "constant")]
+    assert filled({**ours, "stage": "rl"}, "shapes", "--ar_steps", 4) == [(4, 1, 1.0, "constant")]
+    assert filled({**ours, "stage": "teacher"}, "shapes") == [(8, 50, 2.0, "constant")]
+    several = "--guidance", 1, 3, "--ar_steps", 2, 4, "--head_steps", 2  # of each with each
+    assert [way[:3] for way in filled({**ours, "stage": "teacher"}, "shapes", *several)] == [
+        (2, 2, 1), (2, 2, 3), (4, 2, 1), (4, 2, 3)]
     for size, guidance in (("base", 2.9), ("large", 3.0), ("huge", 3.2)):  # MAR's README
-        assert filled({"model_ema": {}}, size) == ([64], 100, guidance, "linear")
+        assert filled({"model_ema": {}, "args": argparse.Namespace(cfg=9)}, size) == [(64, 100, guidance, "linear")]
+    # what a file leaves out is as in the public ones
+    assert filled({"stage": "student"}, "shapes") == [(16, 1, 1.0, "linear")]
+    assert filled({"stage": "teacher", "args": {"guidance": 1.5}}, "shapes") == [(16, 100, 1.5, "linear")]
+
+
+def test_a_slimmed_checkpoint_is_drawn_or_refused_in_words():
+    with scratch() as folder:
+        tiny_mar(folder)
+        file, png = read_checkpoint(folder / "student.pt"), folder / "x.png"
+        cases = [  # keys that are left, what replaces others, and what is said
+            ("config ema stage", {}, "head steps 1, guidance 1.0"),
+            ("config ema", {}, "names no stage: taken for a teacher"),
+            ("config ema class_names", {}, "head steps 100, guidance 2.0"),
+            ("config ema stage", {"class_names": None, "args": None}, "K = 16, head steps 1"),
+            ("config ema stage args", {"class_names": ["disc"]}, "names 1 classes, and its network has 4"),
+        ]
+        for kept, changes, words in cases:
+            torch.save({**{key: file[key] for key in kept.split()}, **changes}, folder / "slim.pt")
+            try:
+                said = sample_main("--ckpt", folder / "slim.pt", "--per_class", 1, "--out", png, "--device", "cpu")
+            except UserError as error:
+                said = str(error)
+            assert words in said, (kept, changes, said)
 
 
 def flops_of(model, generate_kwargs):
@@ -2440,11 +2460,9 @@ def test_flops_are_those_of_the_formula():
 
 
 def test_bench_prints_what_was_timed():
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        sample_main("--bench", "--size", "shapes", "--ar_steps", 4, 2, "--head_steps", 20, "--batch", 2, "--device",
-                    "cpu")
-    rows = [line.split() for line in text.getvalue().splitlines() if line.startswith(("student", "teacher"))]
+    text = sample_main("--bench", "--size", "shapes", "--ar_steps", 4, 2, "--head_steps", 20, "--batch", 2,
+                       "--device", "cpu")
+    rows = [line.split() for line in text.splitlines() if line.startswith(("student", "teacher"))]
     assert [row[:4] for row in rows] == [[who, batch, K, head_steps] for batch in "12" for K in "42"
                                          for who, head_steps in (("student", "1"), ("teacher", "20"))]
     assert all(float(row[5]) > 0 for row in rows) and rows[0][7] == "1.0x"  # the ratio, to the student of that K
@@ -2474,7 +2492,7 @@ def test_pictures_that_are_not_finite_are_never_written():
         for *flags, out in (("--out", "x.png"), ("--gif", "x.gif"), ("--num", 6, "--out", "x.npz"),
                             ("--num", 6, "--out", "new")):
             refused(lambda: sample_main(*nan, *flags, folder / out), "4 of 4")
-        (folder / "new").rmdir()  # it is empty
+        shutil.rmtree(folder / "new")
         assert sorted(folder.iterdir()) == before
         assert draw(load_mar(broken["class"]), [0, 1, 3], ar_steps=2).float().std() > 20  # the others are as they were
         model = tiny_mar(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
@@ -2512,27 +2530,51 @@ def test_a_stopped_npz_leaves_no_half_file():
             assert [p.name for p in folder.iterdir()] == ["student.pt"]
 
 
-def test_num_writes_a_folder_of_pngs():
+def test_num_writes_a_folder_of_pngs_and_goes_on_with_it():
     with scratch() as folder:
-        tiny_mar(folder)
-        common = ["--ckpt", folder / "student.pt", "--num", 6, "--batch", 4, "--device", "cpu", "--out"]
-        sample_main(*common, folder / "a.npz")
-        arrays = np.load(folder / "a.npz")
-        (folder / "empty").mkdir()
-        for out in (f"{folder}/new/", folder / "empty"):
-            sample_main(*common, out)
-            files = sorted(Path(out).iterdir())
-            assert [f.name for f in files] == [f"{i:06d}_{i % 4}.png" for i in range(6)]
-            assert (np.stack([np.asarray(Image.open(f)) for f in files]) == arrays["arr_0"]).all()
-            refused(lambda: sample_main(*common, out), "new or empty")
-        refused(lambda: sample_main(*common, folder / "student.pt"), ".npz")
+        tiny_mar(folder), tiny_mar(folder, "teacher")
+        common = ["--ckpt", folder / "student.pt", "--batch", 4, "--device", "cpu", "--num"]
+        sample_main(*common, 10, "--out", folder / "a.npz")
+        arrays, out = np.load(folder / "a.npz"), folder / "new"
+        with mock.patch.object(sample, "draw", killed_after(2, sample.draw)):
+            refused(lambda: sample_main(*common, 10, "--out", out), "killed")
+        assert sorted(path.name for path in out.glob("*.png")) == [f"{i:06d}_{i % 4}.png" for i in range(8)]
+        (out / "000008_0.png.7..writing").touch()  # of kill -9
+        before = (out / "000003_3.png").stat().st_mtime_ns
+        sample_main(*common, 10, "--out", out)
+        files = sorted(path for path in out.iterdir() if path.name[0] != ".")
+        assert [f.name for f in files] == [f"{i:06d}_{i % 4}.png" for i in range(10)]
+        assert (np.stack([np.asarray(Image.open(f)) for f in files]) == arrays["arr_0"]).all()
+        assert (out / "000003_3.png").stat().st_mtime_ns == before  # not drawn again
+        others = [  # what is not the same way of drawing
+            (["--seed", 1], out), (["--ar_steps", 2], out), (["--classes", 0, 1], out),
+            (["--ckpt", folder / "teacher.pt"], out), ([], folder)]  # and a folder with other files in it
+        for flags, where in others:
+            refused(lambda: sample_main(*common, 12, *flags, "--out", where), str(where), "new or empty")
+        (out / ".drawn_by.json").write_text("{")
+        refused(lambda: sample_main(*common, 12, "--out", out), ".drawn_by.json", "other")
+        refused(lambda: sample_main(*common, 6, "--out", folder / "student.pt"), ".npz")
+
+
+def killed_after(count, work):
+    """`work`, but the call after `count` ends in a UserError."""
+    def call(*args, **kwargs):
+        call.left -= 1
+        if call.left < 0:
+            raise UserError("killed")
+        return work(*args, **kwargs)
+    call.left = count
+    return call
 
 
 def test_export_is_the_public_layout():
     """Keys and shapes of MAR-B, L, H are the public ones. What comes back draws the same bits, a student as one."""
     with scratch() as folder:
         model = tiny_mar(folder)
-        sample_main("--ckpt", folder / "student.pt", "--export", folder / "mar.pth")
+        said = sample_main("--ckpt", folder / "student.pt", "--export", folder / "mar.pth")
+        assert "patch" in said and "t = 625" in said
+        tiny_mar(folder, "teacher")
+        assert "cannot draw" in sample_main("--ckpt", folder / "teacher.pt", "--export", folder / "teacher.pth")
         file = read_checkpoint(folder / "mar.pth")
         assert set(file["model"]) == set(file["model_ema"]) and file["stage"] == "student"
         for checkpoint, png in ("mar.pth", "a.png"), ("student.pt", "b.png"):
@@ -2545,7 +2587,8 @@ def test_export_is_the_public_layout():
         public = {"model": file["model"], "model_ema": file["model_ema"]}
         torch.save({**public, "args": argparse.Namespace(img_size=8, vae_stride=1, patch_size=2, vae_embed_dim=3)},
                    folder / "public.pth")
-        sample_main("--ckpt", folder / "public.pth", "--heads", 2, "--export", folder / "again.pth")
+        refused(lambda: sample_main("--ckpt", folder / "public.pth", "--export", folder / "x.pth"), "heads=N")
+        sample.export(load_mar(folder / "public.pth", heads=2), public, folder / "again.pth")
         assert torch.equal(draw(load_mar(folder / "again.pth"), range(4), ar_steps=4),
                            draw(load_mar(folder / "public.pth", heads=2), range(4), ar_steps=4))
         need_shared()
@@ -2557,42 +2600,14 @@ def test_export_is_the_public_layout():
             assert {k: list(v.shape) for k, v in saved.call_args.args[0]["model"].items()} == public["shapes"], name
 
 
-def test_weights_and_heads_are_said_on_the_command_line():
-    need_shared()
-    public = ["--ckpt", FIXTURES / "mar_tiny.pth"]
-    def read(*argv):
-        args = sample_args(*argv)
-        return sample.open_network(args.ckpt, args.heads, args.raw)[1]
-
-    def judged(*argv):
-        with mock.patch.object(sys, "argv", ["fid.py", *map(str, argv)]):
-            args = fid.parse()
-        return [*fid.checkpoint_sources(args.ckpt[0], args, "cpu", vae="one")][0]
-
-    raw, ema = read(*public, "--heads", 4, "--raw"), read(*public, "--heads", 4)
-    close(ema.z_proj.weight, raw.z_proj.weight / 2, 1e-6)  # the fixture's EMA is half of its model
-    assert raw.config.heads == 4
-    refused(lambda: read(*public), "heads")
-    refused(lambda: read(*public, "--heads", 5), "heads 5", "48")
-    with scratch() as folder:
-        tiny_mar(folder)
-        refused(lambda: read("--ckpt", folder / "student.pt", "--heads", 4), "--heads")
-        refused(lambda: read("--ckpt", folder / "student.pt", "--raw"), "student.pt", "resume.pt", "--raw")
-    assert judged(*public, "--heads", 4).made_by["heads"] == 4  # fid.py has the same flags, and keeps them with a row
-    assert "heads 4, raw True" in judged(*public, "--heads", 4, "--raw").name
-    refused(lambda: judged(*public), "heads")
-
-
-def test_a_word_that_means_two_classes_is_refused():
+def test_names_of_classes_go_before_their_numbers():
     numbered = sorted(map(str, range(12)))  # as folders are sorted: 0, 1, 10, 11, 2, ...
-    find = lambda *words: sample.find_classes(words, numbered)
-    assert find("0", "1", "index:2", "index:11") == [0, 1, 2, 11]
-    refused(lambda: find("2"), "index:2", "called 10", "index:4", "called 2")
-    assert sample.find_classes(["100", "1"], ["100", "200"]) == [0, 1]  # 100 can only be the name
+    assert sample.find_classes(["0", "1", "2", "11"], numbered) == [0, 1, 4, 3]
+    assert sample.find_classes(["100", "1"], ["100", "200"]) == [0, 1]
     twins = ["crane", "dog", "crane"]  # as in ImageNet, a bird and a machine
-    refused(lambda: sample.find_classes(["crane"], twins), "index:0", "index:2")
-    assert sample.find_classes(["index:2", "dog"], twins) == [2, 1]
-    refused(lambda: sample.find_classes(["index:3"], twins), "0..2")
+    refused(lambda: sample.find_classes(["crane"], twins), "0 and 2 are called so", "number")
+    assert sample.find_classes(["2", "dog"], twins) == [2, 1]
+    refused(lambda: sample.find_classes(["3"], twins), "0..2")
 
 
 def test_titles_are_written_in_letters_that_the_font_has():
@@ -3194,7 +3209,6 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                             ("good.npz", "--ref", "width.npz"): ["(64,)", "2048"],
                             ("good.npz", "--ref", "nan.npz"): ["nan.npz", "NaN"],
                             ("good.npz", "--ref", "one.npz"): ["one.npz: 1 image"],
-                            ("good.npz", "--heads", "2"): ["--heads", "--ckpt"],
                             ("good.npz", "--judges", "clip"): ["no labels"], (): ["nothing to judge"],
                             ("minus.npz", "--judges", "clip"): ["no labels"],
                             ("marked.npz", "good.npz", "--judges", "clip", "--class_names", "names.json"):
