@@ -42,10 +42,9 @@ from tqdm import tqdm
 
 from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, say, setup, train_indices)
-from model import (ORDERS, UserError, bf16_weights, fill_model, read_checkpoint, replacing, runs_bf16, save_checkpoint,
-                   write_json)
-from sample import (check_output, check_vae, draw, draw_together, drawing_flags, open_checkpoint, save_grid,
-                    ways_to_draw)
+from model import (UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, runs_bf16,
+                   save_checkpoint, write_json)
+from sample import check_output, check_vae, draw, draw_together, drawing_flags, save_grid, ways_to_draw
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
@@ -941,10 +940,10 @@ def checkpoint_sources(path, args, device, vae):
     Image i is that of (seed, i), with class i % classes, so that every stretch is balanced. What the flags leave open
     is as the checkpoint was made for; guidance and head steps of a student are its own.
     """
-    file, model = open_checkpoint(path)
+    model = load_mar(path)
     check_vae(model, vae)
     labels = np.arange(args.num) % model.config.num_classes
-    for way in ways_to_draw(args, file, model.config):
+    for way in ways_to_draw(args, model):
         how = {**way, "seed": args.seed}
 
         def read(start, stop, how=how):
@@ -954,7 +953,7 @@ def checkpoint_sources(path, args, device, vae):
                     bf16_weights(model)
             return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
         name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
-        yield Source(name, args.num, model.config.img_size, labels, file.get("class_names"), how, read)
+        yield Source(name, args.num, model.config.img_size, labels, model.class_names, how, read)
 
 
 def open_sources(args, device, vae):
@@ -1282,7 +1281,7 @@ def main():
     if rank == 0:
         add_results(Path(args.out) / "results.json", [])  # complains now, not after the work
     if args.save_stats and rank == 0:
-        check_output(args.save_stats, [".npz"])
+        check_output(args.save_stats, ".npz")
     vae = load_vae(args.vae).to(device) if args.vae else None
     sources = open_sources(args, device, vae)
     if args.save_stats and len(sources) > 1:

@@ -1,4 +1,4 @@
-"""A checkpoint -> pictures, an animation, an .npz for fid.py, timings.
+"""A checkpoint -> pictures, an animation, an .npz for fid.py, a file for others.
 
 Needs a checkpoint of distill.py or rl.py (out/<data>/teacher.pt, student.pt), or a public LTH14/mar one. Models of
 latents also need the VAE (python data.py --get kl16). What no flag says, the checkpoint says: a student draws in one
@@ -12,7 +12,6 @@ step without guidance, a teacher by its whole chain and with the guidance of its
     python sample.py --ckpt student.pt --vae kl16.ckpt --edit photo.jpg --box 64 64 192 192 --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
     python sample.py --ckpt student.pt --export mar.pth                         # for the public LTH14/mar code
-    python sample.py --bench --size base --ar_steps 8 --batch 4                 # no checkpoint: speed needs no training
 (Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """
 import glob
@@ -24,7 +23,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import unicodedata
 import zipfile
 from dataclasses import asdict
@@ -38,9 +36,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, read_class_names, read_image,
-                  run_main, say, setup)
-from model import (MAR, ORDERS, SIZES, UserError, bf16_weights, load_mar, mask_counts, read_checkpoint, reading,
-                   replacing, runs_bf16, save_checkpoint, write_json)
+                  run_main, setup)
+from model import (ORDERS, UserError, bf16_weights, load_mar, mask_counts, reading, replacing, runs_bf16,
+                   save_checkpoint, say, write_json)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing: what fid.py, distill.py and rl.py use too
@@ -277,55 +275,24 @@ def save_samples(model, labels, path, rank, world, batch, **how):
                     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
 
 
-def export(model, file, path):
+def export(model, path):
     """Write a network as LTH14/mar does, whose loader wants "model" and "model_ema" under its names of weights.
 
     The config, and what else a file of ours says, come along: so load_mar still knows a student from a teacher.
     """
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
-    ours = {key: file[key] for key in ("stage", "step", "args", "class_names") if "stage" in file and key in file}
-    save_checkpoint({**ours, "config": asdict(model.config), "model": state, "model_ema": state}, path)
+    ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
+    save_checkpoint({**ours, "model": state, "model_ema": state}, path)
     print(f"{path}: {model.config}")
-    if is_student(file):
-        print(f"LTH14/mar draws a student if its DiffLoss.sample makes one step, at t = {model.config.t_init}: the patch "
-              "is in README")
+    if is_student(model):
+        print(f"LTH14/mar draws a student only with README's patch of DiffLoss.sample, t = {model.config.t_init} in it")
     elif model.config.pixels:
         print("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Speed
-
-def seconds_of(work, device, repeat=1):
-    """Median wall time of `repeat` calls. The caller warms up."""
-    wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
-    for _ in range(repeat):
-        wait()  # launches on a GPU return at once: without it the clock would measure Python
-        start = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def bench(model, ways, batches, device):
-    """A table of seconds an image. Student and teacher differ in head steps and guidance alone: one network is both."""
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{machine}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {model.config.seq_len} "
-          f"tokens; without VAE; warm, median of 3\n"
-          "           batch    K  head steps  guidance   s/image  images/s  teacher/student", flush=True)
-    for batch, teacher in itertools.product(sorted(batches), ways):
-        labels, seconds = torch.arange(batch, device=device) % model.config.num_classes, {}
-        seeds = image_seeds(0, 0, batch).to(device)
-        for who, how in ("student", {**teacher, "head_steps": 1, "guidance": 1.0}), ("teacher", teacher):
-            # the row begins before its time is taken: a teacher's takes minutes
-            cells = f"{who:10}{batch:6}{how['ar_steps']:5}{how['head_steps']:12}{how['guidance']:10.2f}"
-            print(cells, end="", flush=True)
-            generate = lambda head_steps: model.generate(labels, seeds=seeds, **{**how, "head_steps": head_steps})
-            generate(min(2, how["head_steps"]))  # meets every shape of a hundred
-            seconds[who] = seconds_of(lambda: generate(how["head_steps"]), device, repeat=3)
-            print(f"{seconds[who] / batch:10.4g}{batch / seconds[who]:10.3g}"
-                  f"{seconds[who] / seconds['student']:16.1f}x", flush=True)
+def is_student(model):
+    """Whether its head makes one step. A file that names no stage is taken for a teacher's, as the public ones are."""
+    return model.stage != "teacher"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,17 +316,15 @@ def drawing_flags(flag):
 
 def parse_args(argv=None):
     """The flags -> (args, job)."""
-    p = Parser("A checkpoint -> pictures, an animation, an .npz, timings.")
+    p = Parser("A checkpoint -> pictures, an animation, an .npz.")
     # the job: one of these, else a grid of pictures
     job = p.add_mutually_exclusive_group()
     job.add_argument("--gif", metavar="FILE", help="write the unmasking, a frame an AR step, to this .gif")
     job.add_argument("--num", type=int, help="draw this many pictures, all classes alike often, to --out")
     job.add_argument("--edit", metavar="PICTURE", help="draw the part --box of this picture anew, for each class")
     job.add_argument("--export", metavar="FILE", help="write the network as LTH14/mar reads it, a .pth")
-    job.add_argument("--bench", action="store_true", help="time student and teacher on this machine")
     # of what
-    p.add_argument("--ckpt", help="teacher.pt or student.pt of a run, or a public MAR's .pth")
-    p.add_argument("--size", choices=SIZES, help="for --bench: random weights of this size, instead of --ckpt")
+    p.add_argument("--ckpt", required=True, help="teacher.pt or student.pt of a run, or a public MAR's .pth")
     p.add_argument("--classes", nargs="+", help="names, or numbers where none is called so; a grid of many shows 4")
     p.add_argument("--per_class", type=int, help="pictures of each class in a grid; by itself 4, in rows of several 1")
     p.add_argument("--box", type=int, nargs=4, help="for --edit: left top right bottom, px of the cropped picture")
@@ -368,44 +333,25 @@ def parse_args(argv=None):
     drawing_flags(p.add_argument)
     args = p.parse_args(argv)
     check_numbers(args, one="num per_class ar_steps head_steps batch")
-    job = next((job for job in ("gif", "num", "edit", "export", "bench") if getattr(args, job)), "grid")
+    job = next((job for job in ("gif", "num", "edit", "export") if getattr(args, job)), "grid")
     if bool(args.edit) != bool(args.box):
         raise UserError("--edit PICTURE and --box LEFT TOP RIGHT BOTTOM belong together: give both")
     if job in ("gif", "num") and max(len(args.ar_steps or []), len(args.guidance or [])) > 1:
         raise UserError(f"several --ar_steps or --guidance make a grid; --{job} takes one")
-    if bool(args.ckpt) == bool(args.size) or args.size and not args.bench:
-        raise UserError("give --ckpt FILE, of a run or a public MAR; only --bench takes --size instead")
     return args, job
 
 
-def open_checkpoint(path):
-    """-> (the checkpoint's dict, MAR on the CPU). What a file leaves out is as in the public ones, and said."""
-    file, model = read_checkpoint(path), load_mar(path)
-    if "config" in file and "stage" not in file:
-        say(f"{path} names no stage: taken for a teacher")
-    names, count = file.get("class_names"), model.config.num_classes
-    if names is not None and len(names) != count:
-        raise UserError(f"{path} names {len(names)} classes, and its network has {count}: take another checkpoint")
-    return file, model
-
-
-def is_student(file):
-    """Whether a checkpoint's head makes one step. Public files do not say: they are teachers."""
-    return file.get("stage", "teacher") != "teacher"
-
-
-def ways_to_draw(args, file, config):
+def ways_to_draw(args, model):
     """Keyword arguments of MAR.generate, for each of --ar_steps and --guidance. What no flag says is as the checkpoint
-    `file` was made for; a student has head steps and guidance of its own."""
-    made = file["args"] if isinstance(file.get("args"), dict) else {}  # a public file's are of MAR's own command
-    usual = {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0)
+    was made for, or as the public ones; a student has head steps and guidance of its own."""
+    made, config = model.made, model.config
     steps = args.ar_steps or [min(made.get("ar_steps", 64), config.seq_len)]
     mask_counts(config.seq_len, max(steps))  # complains when K is above the number of tokens
     how = {"head_steps": args.head_steps or made.get("teacher_head_steps", 100),
            "guidance_schedule": args.guidance_schedule or made.get("guidance_schedule", "linear"),
            "temperature": args.temperature, "orders": args.order}
-    scales = args.guidance or [made.get("guidance", usual)]
-    if is_student(file):
+    scales = args.guidance or [made.get("guidance", {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0))]
+    if is_student(model):
         how["head_steps"], scales = 1, [1.0]
     return [{"ar_steps": K, "guidance": g, **how} for K, g in itertools.product(steps, scales)]
 
@@ -437,31 +383,28 @@ def check_output(path, *suffixes):
 
 
 def main(argv=None):
-    """Draw, animate, save or time, as the flags say; whatever can be refused is refused before a file is made."""
+    """Draw, animate, edit or export, as the flags say; whatever can be refused is refused before a file is made."""
     args, job = parse_args(argv)
     out = args.gif or args.export or args.out or ("samples.npz" if job == "num" else "grid.png")
     to_folder = job == "num" and not Path(out).suffix
     suffixes = {"gif": [".gif"], "num": [".npz"], "export": [".pth", ".pt"]}.get(job, [".png"])
     device, rank, world = setup(args.device, args.dtype)
-    file, model = ({}, MAR(SIZES[args.size]).eval()) if args.size else open_checkpoint(args.ckpt)
+    model = load_mar(args.ckpt)
     if job == "export":
         check_output(out, *suffixes)
-        return export(model, file, out)
+        return export(model, out)
+    if is_student(model) and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
+        raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave --head_steps "
+                        "and --guidance out")
+    ways = ways_to_draw(args, model)
     model.to(device)
     if runs_bf16(device):
         bf16_weights(model)
-    if job == "bench":
-        ways = ways_to_draw(args, {**file, "stage": "teacher"}, model.config)
-        return bench(model, ways, {1, args.batch}, device)
-    if is_student(file) and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
-        raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave --head_steps "
-                        "and --guidance out")
-    ways = ways_to_draw(args, file, model.config)
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
 
     # public files have no names, students those of ImageNet's folders; words tell a reader more
-    count, own = model.config.num_classes, file.get("class_names")
+    count, own = model.config.num_classes, model.class_names
     names = read_class_names(own=own) if count == 1000 else own or [f"class {i}" for i in range(count)]
     # what is to be judged must be of all classes, but nobody looks at 1,000 rows
     some = range(0, count, 1 if job == "num" or count <= 16 else -(-count // 4))

@@ -2388,23 +2388,24 @@ def test_latents_are_unscaled_and_decoded():
 
 
 def test_defaults_come_from_the_checkpoint():
-    def filled(file, size, *argv):
+    def filled(size, stage, made, *argv):
         args, _ = sample.parse_args(["--ckpt", "x.pt", *map(str, argv)])
+        model = argparse.Namespace(config=SIZES[size], stage=stage, made=made)
         return [(how["ar_steps"], how["head_steps"], how["guidance"], how["guidance_schedule"])
-                for how in sample.ways_to_draw(args, file, SIZES[size])]
+                for how in sample.ways_to_draw(args, model)]
 
-    ours = {"args": {"ar_steps": 8, "guidance": 2.0, "guidance_schedule": "constant", "teacher_head_steps": 50}}
-    assert filled({**ours, "stage": "student"}, "shapes") == [(8, 1, 1.0, "constant")]
-    assert filled({**ours, "stage": "rl"}, "shapes", "--ar_steps", 4) == [(4, 1, 1.0, "constant")]
-    assert filled({**ours, "stage": "teacher"}, "shapes") == [(8, 50, 2.0, "constant")]
-    several = "--guidance", 1, 3, "--ar_steps", 2, 4, "--head_steps", 2  # of each with each
-    assert [way[:3] for way in filled({**ours, "stage": "teacher"}, "shapes", *several)] == [
+    ours = {"ar_steps": 8, "guidance": 2.0, "guidance_schedule": "constant", "teacher_head_steps": 50}
+    assert filled("shapes", "student", ours) == [(8, 1, 1.0, "constant")]
+    assert filled("shapes", "rl", ours, "--ar_steps", 4) == [(4, 1, 1.0, "constant")]
+    assert filled("shapes", "teacher", ours) == [(8, 50, 2.0, "constant")]
+    several = "--guidance", 1, 3, "--ar_steps", 2, 4, "--head_steps", 2  # each with each
+    assert [way[:3] for way in filled("shapes", "teacher", ours, *several)] == [
         (2, 2, 1), (2, 2, 3), (4, 2, 1), (4, 2, 3)]
     for size, guidance in (("base", 2.9), ("large", 3.0), ("huge", 3.2)):  # MAR's README
-        assert filled({"model_ema": {}, "args": argparse.Namespace(cfg=9)}, size) == [(64, 100, guidance, "linear")]
+        assert filled(size, "teacher", {}) == [(64, 100, guidance, "linear")]
     # what a file leaves out is as in the public ones
-    assert filled({"stage": "student"}, "shapes") == [(16, 1, 1.0, "linear")]
-    assert filled({"stage": "teacher", "args": {"guidance": 1.5}}, "shapes") == [(16, 100, 1.5, "linear")]
+    assert filled("shapes", "student", {}) == [(16, 1, 1.0, "linear")]
+    assert filled("shapes", "teacher", {"guidance": 1.5}) == [(16, 100, 1.5, "linear")]
 
 
 def test_a_slimmed_checkpoint_is_drawn_or_refused_in_words():
@@ -2413,15 +2414,15 @@ def test_a_slimmed_checkpoint_is_drawn_or_refused_in_words():
         file, png = read_checkpoint(folder / "student.pt"), folder / "x.png"
         cases = [  # keys that are left, what replaces others, and what is said
             ("config ema stage", {}, "head steps 1, guidance 1.0"),
-            ("config ema", {}, "names no stage: taken for a teacher"),
+            ("config ema", {}, "names no stage"),
             ("config ema class_names", {}, "head steps 100, guidance 2.0"),
             ("config ema stage", {"class_names": None, "args": None}, "K = 16, head steps 1"),
-            ("config ema stage args", {"class_names": ["disc"]}, "names 1 classes, and its network has 4"),
+            ("config ema stage args", {"class_names": ["disc"]}, "class_names"),
         ]
         for kept, changes, words in cases:
             torch.save({**{key: file[key] for key in kept.split()}, **changes}, folder / "slim.pt")
             try:
-                said = sample_main("--ckpt", folder / "slim.pt", "--per_class", 1, "--out", png, "--device", "cpu")
+                said = sample_main("--ckpt", folder / "slim.pt", "--classes", 0, "--per_class", 1, "--out", png, "--device", "cpu")
             except UserError as error:
                 said = str(error)
             assert words in said, (kept, changes, said)
@@ -2457,15 +2458,6 @@ def test_flops_are_those_of_the_formula():
                      + 2 * (256 * W + W * W))  # the time step is one for all rows, and embedded once
     assert flops_of(model, {"ar_steps": 4, "head_steps": 1, "guidance": 1.0}) == expected
     assert flops_of(model, {"ar_steps": 4, "head_steps": 1, "guidance": 2.0}) == 2 * expected
-
-
-def test_bench_prints_what_was_timed():
-    text = sample_main("--bench", "--size", "shapes", "--ar_steps", 4, 2, "--head_steps", 20, "--batch", 2,
-                       "--device", "cpu")
-    rows = [line.split() for line in text.splitlines() if line.startswith(("student", "teacher"))]
-    assert [row[:4] for row in rows] == [[who, batch, K, head_steps] for batch in "12" for K in "42"
-                                         for who, head_steps in (("student", "1"), ("teacher", "20"))]
-    assert all(float(row[5]) > 0 for row in rows) and rows[0][7] == "1.0x"  # the ratio, to the student of that K
 
 
 def not_finite(folder):
@@ -2588,15 +2580,16 @@ def test_export_is_the_public_layout():
         torch.save({**public, "args": argparse.Namespace(img_size=8, vae_stride=1, patch_size=2, vae_embed_dim=3)},
                    folder / "public.pth")
         refused(lambda: sample_main("--ckpt", folder / "public.pth", "--export", folder / "x.pth"), "heads=N")
-        sample.export(load_mar(folder / "public.pth", heads=2), public, folder / "again.pth")
+        sample.export(load_mar(folder / "public.pth", heads=2), folder / "again.pth")
         assert torch.equal(draw(load_mar(folder / "again.pth"), range(4), ar_steps=4),
                            draw(load_mar(folder / "public.pth", heads=2), range(4), ar_steps=4))
         need_shared()
         for name, public in json.loads((FIXTURES / "mar_full_shapes.json").read_text()).items():
             with torch.device("meta"):
                 whole = MAR(SIZES[name.removeprefix("mar_")])
+            whole.stage, whole.made, whole.class_names = "teacher", {}, None
             with mock.patch.object(sample, "save_checkpoint") as saved:
-                sample.export(whole, {}, folder / "x.pth")
+                sample.export(whole, folder / "x.pth")
             assert {k: list(v.shape) for k, v in saved.call_args.args[0]["model"].items()} == public["shapes"], name
 
 
@@ -2655,8 +2648,6 @@ def test_sample_refuses_bad_input():
             (["--ckpt", student, "--out", student / "x.png"], "File exists"),  # below a file
             (["--ckpt", student, "--vae", folder / "kl16.ckpt"], "not the KL-16"),
             (["--ckpt", folder / "latent.pt"], "--vae"),
-            (["--ckpt", student, "--size", "base"], "--size"),
-            (["--bench"], "--size"),
             (edit, "--box"),
             ([*edit, "--box", 4, 0, 4, 4], "0..8"),
             ([*edit, "--box", 0, 0, 4, 4], "broken image"),

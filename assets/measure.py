@@ -34,7 +34,7 @@ from data import PUBLIC, SHAPES, open_data, run_main, setup
 from fid import load_or_train_classifier
 from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar, save_checkpoint,
                    token_orders)
-from sample import seconds_of
+from sample import image_seeds
 
 
 def shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
@@ -207,9 +207,10 @@ def random_checkpoint(path, config, stage):
 
 def on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
     """Distillation of random latents at ImageNet's size, as a user starts it: images/s, MFU and peak memory;
-    then `sample.py --bench`, one picture and 128. SIZES="base large huge" in front for others."""
+    then `speed`, one picture and 128. SIZES="base large huge" in front for others."""
     if device == "cuda" and not torch.cuda.is_available():
         raise Skip("no GPU: none of the figures that it prints has been taken")
+    setup(device)
     sizes = os.environ.get("SIZES", " ".join(sizes)).split()
     for size in sizes:
         with scratch() as folder:
@@ -225,9 +226,7 @@ def on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
                       f"{last['images_per_s']:.1f} images/s, MFU {last.get('mfu', 0):.1%}, peak "
                       f"{last.get('peak_gb', 0):.1f} GiB", flush=True)
                 shutil.rmtree(folder / "out")
-        result = fresh("sample.py", "--bench", "--size", size, "--ar_steps", 4, 64, "--device", device,
-                       "--batch", 4 * images)
-        print(result.stdout if result.returncode == 0 else result.stderr[-2000:], flush=True)
+        speed(size, (4, 64), (1, 4 * images), device)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -506,9 +505,44 @@ def judges():
     return "\n".join(figures)
 
 
+def seconds_of(work, device, repeat=1):
+    """Median wall time of `repeat` calls. The caller warms up."""
+    wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
+    for _ in range(repeat):
+        wait()  # launches on a GPU return at once: without it the clock would measure Python
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=100, guidance=2.9):
+    """Section "Speed": wall seconds an image with random weights, without VAE. Student and teacher differ in head steps
+    and guidance alone: one network is both. SIZE=large DEVICE=cuda in front for others."""
+    size, device = os.environ.get("SIZE", size), torch.device(os.environ.get("DEVICE", device))
+    model = MAR(SIZES[size]).eval().requires_grad_(False).to(device)
+    if device.type == "cuda":
+        bf16_weights(model)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}; {size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; warm, median of 3\n"
+          "           batch    K  head steps  guidance   s/image  images/s  teacher/student", flush=True)
+    for batch, K in itertools.product(batches, ar_steps):
+        labels, seconds = torch.arange(batch, device=device) % model.config.num_classes, {}
+        seeds = image_seeds(0, 0, batch).to(device)
+        for who, steps, g in ("student", 1, 1.0), ("teacher", head_steps, guidance):
+            # the row begins before its time is taken: a teacher's takes minutes
+            print(f"{who:10}{batch:6}{K:5}{steps:12}{g:10.2f}", end="", flush=True)
+            generate = lambda steps: model.generate(labels, K, head_steps=steps, guidance=g, seeds=seeds)
+            generate(min(2, steps))  # meets every shape of a hundred
+            seconds[who] = seconds_of(lambda: generate(steps), device, repeat=3)
+            print(f"{seconds[who] / batch:10.4g}{batch / seconds[who]:10.3g}"
+                  f"{seconds[who] / seconds['student']:16.1f}x", flush=True)
+
+
 MEASUREMENTS = {measurement.__name__: measurement for measurement in (
     agreement, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu, rl_memory,
-    shortcuts, where_a_pictures_time_goes)}
+    shortcuts, speed, where_a_pictures_time_goes)}
 
 
 def main():
