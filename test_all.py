@@ -4023,7 +4023,7 @@ def main():
     p.add_argument("--jobs", type=int, default=getattr(os, "process_cpu_count", os.cpu_count)(), metavar="N",
                    help="so many at once (default: the cores)")
     args = p.parse_args()
-    import torch._dynamo  # seconds, of the first optimiser: once, and not in each fork
+    importlib.import_module("torch._dynamo")  # seconds, of the first optimiser: once, and not in each fork
     torch.set_num_threads(1)  # sums in one order, and two threads on a busy machine wait for each other
     words = args.words or [""]
     names = [name for name in globals() if name.startswith("test_") and any(word in name for word in words)]
