@@ -42,12 +42,11 @@ from tqdm import tqdm
 
 from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, say, setup, train_indices)
-from model import (UserError, bf16_weights, fill_model, load_mar, read_checkpoint, replacing, runs_bf16,
-                   save_checkpoint, write_json)
+from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
+                   rename, replacing, runs_bf16, save_checkpoint, write_json)
 from sample import check_output, check_vae, draw, draw_together, drawing_flags, save_grid, ways_to_draw
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
-WEIGHTS["pickscore"] = os.path.dirname(WEIGHTS["pickscore"])  # a folder: weights and config.json
 JUDGES = ["inception", "clip", "pickscore", "imagereward", "classifier"]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,37 +140,6 @@ def precision_recall(generated, reference, k=3, chunk=1000):
         precise += int((d <= b_radius).any(1).sum())
         recalled |= (d <= radius[:, None]).any(0)
     return precise / len(a), float(recalled.float().mean())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading foreign weights: renamed by a table, then strict
-
-
-def renamed(state, table):
-    """A state dict, every name put through the substitutions of `table`, [(pattern, replacement)], in order."""
-    out = {}
-    for name, value in state.items():
-        for pattern, replacement in table:
-            name = re.sub(pattern, replacement, name)
-        out[name] = value
-    return out
-
-
-def joined(state, parts, whole):
-    """The same with weights or biases of queries, keys and values put together, as torch's attention has them."""
-    for name in [name for name in state if parts[0] in name]:
-        names = [name.replace(parts[0], part) for part in parts]
-        if set(names) <= set(state):
-            state[name.replace(parts[0], whole)] = torch.cat([state.pop(name) for name in names])
-    return state
-
-
-def need_file(path, name):
-    """The path, if it is a file; else a UserError that says how to get it."""
-    if not os.path.isfile(path):
-        what = "that is a folder" if os.path.isdir(path) else "no such file"
-        raise UserError(f"{what}: {path}; get it by: python data.py --get {name}")
-    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,12 +269,8 @@ class Inception(nn.Module):
 
 
 def load_inception(path):
-    """The Inception of torch-fidelity's or pytorch-fid's weight file. A hash in the file's name is verified."""
-    digest = re.search(r"-([0-9a-f]{8,64})\.\w+$", os.path.basename(path))
-    state = read_checkpoint(need_file(path, "inception"))
-    if digest and not file_hash(path).startswith(digest[1]):
-        raise UserError(f"{path}: its sha256 is {file_hash(path)[:8]}..., its name says {digest[1]}: get it again")
-    model = fill_model(Inception, state, path)
+    """The Inception of torch-fidelity's or pytorch-fid's weight file."""
+    model = load_network(lambda state: Inception(), path, "inception")
     for module in model.modules():
         if isinstance(module, Conv):  # batch norm goes into the convolution: same numbers, half the memory traffic
             module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
@@ -564,115 +528,74 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * (image * F.normalize(text_features, dim=1)).sum(1)
 
 
-CLIP_NAMES = [  # OpenAI's names and Hugging Face's -> ours
-    (r"\.(self_)?attn\.", ".self_attn."), (r"(ln_|layer_norm)([12])\.", r"norm\2."),
-    (r"mlp\.(c_fc|fc1)", "linear1"), (r"mlp\.(c_proj|fc2)", "linear2"),
-    (r"^(visual\.transformer\.resblocks|vision_model\.encoder\.layers)", "image.blocks.layers"),
-    (r"^(visual\.conv1|vision_model\.embeddings\.patch_embedding)", "image.patch"),
-    (r"^(visual|vision_model\.embeddings)\.class_embedding", "image.class_token"),
-    (r"^(visual\.positional_embedding|vision_model\.embeddings\.position_embedding\.weight)", "image.position"),
-    (r"^(visual\.ln_pre|vision_model\.pre_layrnorm)", "image.norm_pre"),  # the typing error is in the public files
-    (r"^(visual\.ln_post|vision_model\.post_layernorm)", "image.norm_post"),
-    (r"^(visual\.proj|visual_projection\.weight)", "image_proj"), (r"^text_projection(\.weight)?", "text_proj"),
-    (r"^(transformer\.resblocks|text_model\.encoder\.layers)", "text.blocks.layers"),
-    (r"^(text_model\.embeddings\.)?token_embedding", "text.tokens"),
-    (r"^(positional_embedding|text_model\.embeddings\.position_embedding\.weight)", "text.position"),
-    (r"^(ln_final|text_model\.final_layer_norm)", "text.norm")]
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids")
+CLIP_NAMES = [  # ours, in OpenAI's files, in Hugging Face's
+    (r"^image\.patch", "visual.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^image\.class_token", "visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^image\.position", "visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^image\.norm_pre", "visual.ln_pre", "vision_model.pre_layrnorm"),  # the typing error is in the public files
+    (r"^image\.norm_post", "visual.ln_post", "vision_model.post_layernorm"),
+    (r"^image\.blocks\.layers", "visual.transformer.resblocks", "vision_model.encoder.layers"),
+    (r"^image_proj", "visual.proj", "visual_projection.weight"),
+    (r"^text_proj", "text_projection", "text_projection.weight"),
+    (r"^text\.tokens", "token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^text\.position", "positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"^text\.norm", "ln_final", "text_model.final_layer_norm"),
+    (r"^text\.blocks\.layers", "transformer.resblocks", "text_model.encoder.layers"),
+    (r"self_attn\.in_proj_(\w+)", r"attn.in_proj_\1", r"self_attn.{q,k,v}_proj.\1"),
+    (r"self_attn\.out_proj", "attn.out_proj", "self_attn.out_proj"),
+    (r"\.norm([12])\.", r".ln_\1.", r".layer_norm\1."),
+    (r"\.linear1\.", ".mlp.c_fc.", ".mlp.fc1."), (r"\.linear2\.", ".mlp.c_proj.", ".mlp.fc2.")]
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size",  # of OpenAI's archives
+              "vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
 
 
-def build_clip(state, path, image=None, text=None):
-    """A CLIP of a state dict in OpenAI's names or Hugging Face's. Its sizes are read off the shapes; heads, activation
-    and eps of a tower are in none: image, text = (heads, act, eps), or None for OpenAI's."""
-    state = {name: value for name, value in state.items() if not name.endswith(NO_WEIGHTS)}
-    ours = renamed(state, CLIP_NAMES)
-    in_file = dict(zip(ours, state))
-    ours = joined(ours, ("q_proj.", "k_proj.", "v_proj."), "in_proj_")
-    try:
-        if "visual_projection.weight" in state:  # of an nn.Linear: the transpose of OpenAI's
-            ours |= {name: ours[name].T.contiguous() for name in ("image_proj", "text_proj")}
-        sizes = {}
-        for tower, given in (("image", image), ("text", text)):
-            mlp, width = ours[f"{tower}.blocks.layers.0.linear1.weight"].shape
-            heads, act, eps = given or (width // 64, quick_gelu, 1e-5)
-            sizes[tower] = {"width": width, "mlp": mlp, "heads": heads, "act": act, "eps": eps,
-                            "depth": len({name.split(".")[3] for name in ours if name.startswith(f"{tower}.blocks.")}),
-                            "tokens": len(ours[f"{tower}.position"])}
-        sizes["image"]["patch"] = ours["image.patch.weight"].shape[-1]
-        sizes["text"]["vocabulary"] = len(ours["text.tokens.weight"])
-        embed = ours["image_proj"].shape[1]
-    except KeyError as error:
-        raise UserError(f"{path} is no CLIP file: {error.args[0]} missing") from None
-    build = lambda: CLIP(sizes["image"], sizes["text"], embed)
-    return fill_model(build, ours, path, lambda name: in_file.get(name, name))
+def load_clip(path, heads=(16, 12)):
+    """OpenAI's CLIP ViT-L/14: their .pt file, which is a TorchScript archive, or its state dict.
 
-
-# Widths of image tower, text tower and common space, tokens a text, vocabulary. B/32 and B/16; L/14 and L/14@336px
-OPENAI_SIZES = {(768, 512, 512, 77, 49408), (1024, 768, 768, 77, 49408)}
-
-
-def load_clip(path):
-    """An OpenAI CLIP: their .pt files, which are TorchScript archives, or a plain state dict in their names.
-
-    open_clip's and LAION's files have the same names and, for ViT-B and ViT-L, the same shapes. Most of theirs were
-    trained with GELU, which no file tells: scores would be slightly wrong. So a plain state dict is taken for OpenAI's
-    and that is printed, and whatever OpenAI never made (ViT-H, ViT-g, other contexts or vocabularies) is refused.
+    heads: of image and text tower. They and the activation are in no file: LAION's of the same shapes have GELU, and
+    their scores would be slightly wrong, without a word.
     """
-    need_file(path, "clip")
-    inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    if any(name.endswith("/constants.pkl") for name in inside):
-        # TorchScript's own reader, not Python's pickle; only the numbers are taken, its forward is never called
-        clip = build_clip(torch.jit.load(path, map_location="cpu").state_dict(), path)
-    else:
-        clip = build_clip(read_checkpoint(path), path)
-        say(f"{path}: a plain state dict, taken for OpenAI's: quick GELU, heads of 64. Most of open_clip's are not so")
-    sizes = (len(clip.image_proj), *clip.text_proj.shape, len(clip.text.position), len(clip.text.tokens.weight))
-    if sizes not in OPENAI_SIZES:
-        raise UserError(f"{path} is no CLIP of OpenAI's, who made none of sizes {sizes}; those of open_clip and LAION "
-                        "have another activation or other heads, which no file tells")
-    return clip
+    return any_clip(path, "clip", [row[:2] for row in CLIP_NAMES], heads, quick_gelu)
 
 
-def read_shards(folder):
-    """The state dict of a Hugging Face folder, in one file or in shards that an index lists."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.exists() and not (folder / name).exists():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            return {name: value for shard in shards for name, value in read_checkpoint(folder / shard).items()}
-        if (folder / name).exists():
-            return read_checkpoint(folder / name)
-    return need_file(folder / "model.safetensors", "pickscore")  # which says how to get it
+def load_pickscore(path, heads=(16, 16)):
+    """PickScore, a CLIP ViT-H/14 in Hugging Face's names: its model.safetensors, or pytorch_model.bin."""
+    return any_clip(path, "pickscore", [row[::2] for row in CLIP_NAMES], heads, F.gelu)
 
 
-def load_pickscore(folder):
-    """A Hugging Face CLIP folder, as PickScore's: config.json beside model.safetensors or pytorch_model.bin."""
-    path = need_file(Path(folder) / "config.json", "pickscore_config")
-    acts = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-    try:
-        config, towers = json.loads(path.read_text()), []
-        for tower, heads in (("vision", 12), ("text", 8)):  # what a file leaves out has transformers' default
-            part = config.get(f"{tower}_config_dict") or config[f"{tower}_config"]  # there, too, the first goes first
-            towers.append((int(part.get("num_attention_heads", heads)), acts[part.get("hidden_act", "quick_gelu")],
-                           float(part.get("layer_norm_eps", 1e-5))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no CLIP configuration: {type(error).__name__} {error}") from None
-    return build_clip(read_shards(Path(folder)), folder, *towers)
+def any_clip(path, get, names, heads, act):
+    """A CLIP whose sizes are read off the shapes."""
+    def build(state):
+        shape = lambda name: state[rename(name, names)].shape
+        sizes = []
+        for tower, count in zip(("image", "text"), heads):
+            mlp, width = shape(f"{tower}.blocks.layers.0.linear1.weight")
+            blocks = rename(f"{tower}.blocks.layers.", names)
+            depth = len({name[len(blocks):].split(".")[0] for name in state if name.startswith(blocks)})
+            sizes.append({"width": width, "depth": depth, "heads": count, "mlp": mlp, "act": act, "eps": 1e-5,
+                          "tokens": shape(f"{tower}.position")[0]})
+        image, text = sizes
+        image["patch"], text["vocabulary"] = shape("image.patch.weight")[-1], shape("text.tokens.weight")[0]
+        return CLIP(image, text, shape("text_proj").numel() // text["width"])
+
+    # Hugging Face's projections are an nn.Linear's: the transpose of OpenAI's
+    turned = ("visual_projection.weight", "text_projection.weight")
+    return load_network(build, path, get, names, NO_WEIGHTS, turned)
 
 
 class Tokenizer:
     """CLIP's byte-pair encoding: Tokenizer(bpe_path)(texts) -> ids (N, 77) long.
 
-    The public code cleans text with ftfy and splits it with `regex`. Here the standard library does both, alike for
-    every character of Unicode 14. What is not done is ftfy's repair of mojibake (text once decoded by the wrong code
-    page, as "cafÃ©"), and its rule that text with a "<" is HTML, whose entities it leaves until after its other work.
+    The public code cleans text with ftfy and splits it with `regex`; here the standard library does. Prompts with names
+    of classes come out alike. What differs: curly quotes and ligatures stay, U+00B2 and its like count as letters.
     """
 
     def __init__(self, path):
-        with gzip.open(need_file(path, "bpe"), "rt", encoding="utf-8") as file:
+        with (reading(path, "merge table of CLIP", "; python data.py --get bpe fetches it"),
+              gzip.open(need_file(path, "bpe"), "rt", encoding="utf-8") as file):
             merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
-        if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
-            raise UserError(f"{path} is not CLIP's merge table: it has {len(merges)} pairs, 48894 are wanted")
+            if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
+                raise ValueError(f"{len(merges)} pairs, 48894 are wanted")
         # every byte gets a printable character: itself where it has one, else the next free one from 256 on (GPT-2)
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -683,31 +606,10 @@ class Tokenizer:
         self.rank = {pair: i for i, pair in enumerate(merges)}
 
     @staticmethod
-    def clean(text):
-        text = html.unescape(html.unescape(text))
-        text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text)  # a terminal's colours
-        # as browsers do: a control character of Latin-1 is meant as what Windows has in its place
-        text = re.sub("[\x80-\x9f]", lambda m: html.unescape(f"&#{ord(m[0])};"), text)
-        # ligatures and full-width letters are taken apart before quotes are straightened: U+0149 has one in it
-        text = re.sub("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06\uff01-\uffef\u3000]",
-                      lambda m: unicodedata.normalize("NFKC", m[0]), text.replace("\ufb05", "\u017ft"))
-        text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))
-        text = re.sub("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
-        return " ".join(unicodedata.normalize("NFC", text).split()).lower()
-
-    @staticmethod
     def split(text):
         """Words by the public pattern: special tokens, 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
-        space = lambda c: c.isspace() or c == "\u0345"  # which `regex` counts in none of the pattern's kinds
-        kinds = "".join({"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "_" if space(c) else "x") for c in text)
-        at = 0
-        while at < len(text):
-            special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)").match(text, at)
-            run = re.compile("L+|N|x+|_+").match(kinds, at)
-            end = (special or run).end()
-            if kinds[at] != "_":
-                yield text[at:end]
-            at = end
+        text = html.unescape(html.unescape(text)).lower()
+        return re.findall(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text)
 
     @functools.cache
     def pieces(self, word):
@@ -728,7 +630,7 @@ class Tokenizer:
         out = torch.zeros(len(texts), length, dtype=torch.long)
         start, end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
         for row, text in zip(out, texts):
-            ids = [self.ids[piece] for word in self.split(self.clean(text)) for piece in self.pieces(word)]
+            ids = [self.ids[piece] for word in self.split(text) for piece in self.pieces(word)]
             ids = [start, *ids[:length - 2], end]  # too long a text is cut, its end marked all the same
             row[:len(ids)] = torch.tensor(ids)
         return out
@@ -766,34 +668,30 @@ class ImageReward(nn.Module):
         return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072  # the public constants
 
 
-BLIP_NAMES = [
-    (r"^blip\.visual_encoder\.cls_token", "image.class_token"), (r"^blip\.visual_encoder\.pos_embed", "image.position"),
-    (r"^blip\.visual_encoder\.patch_embed\.proj", "image.patch"),
-    (r"^blip\.visual_encoder\.norm\.", "image.norm_post."), (r"^blip\.visual_encoder\.blocks", "image.blocks.layers"),
-    (r"\.attn\.qkv\.", ".self_attn.in_proj_"), (r"\.attn\.proj", ".self_attn.out_proj"), (r"\.mlp\.fc", ".linear"),
-    (r"^blip\.text_encoder\.embeddings\.word_embeddings", "words"),
-    (r"^blip\.text_encoder\.embeddings\.position_embeddings", "positions"),
-    (r"^blip\.text_encoder\.embeddings\.LayerNorm", "norm"), (r"^blip\.text_encoder\.encoder\.layer", "bert.layers"),
-    (r"\.attention\.output\.LayerNorm", ".norm1"), (r"\.crossattention\.output\.LayerNorm", ".norm2"),
-    (r"\.attention\.(self|output)\.", ".self_attn."), (r"\.crossattention\.(self|output)\.", ".multihead_attn."),
-    (r"attn\.dense", "attn.out_proj"), (r"multihead_attn\.([qkv])\w+\.weight", r"multihead_attn.\1_proj_weight"),
-    (r"\.intermediate\.dense", ".linear1"), (r"\.output\.dense", ".linear2"), (r"\.output\.LayerNorm", ".norm3"),
-    (r"^mlp\.layers\.", "mlp.")]
+BLIP_NAMES = [  # ours, in ImageReward.pt
+    (r"^image\.class_token", "blip.visual_encoder.cls_token"), (r"^image\.position", "blip.visual_encoder.pos_embed"),
+    (r"^image\.patch", "blip.visual_encoder.patch_embed.proj"), (r"^image\.norm_post", "blip.visual_encoder.norm"),
+    (r"^(image\..*)self_attn\.in_proj_", r"\1attn.qkv."), (r"^(image\..*)self_attn\.out_proj", r"\1attn.proj"),
+    (r"^(image\..*)linear", r"\1mlp.fc"), (r"^image\.blocks\.layers", "blip.visual_encoder.blocks"),
+    (r"^words", "blip.text_encoder.embeddings.word_embeddings"),
+    (r"^positions", "blip.text_encoder.embeddings.position_embeddings"),
+    (r"^norm", "blip.text_encoder.embeddings.LayerNorm"), (r"^bert\.layers", "blip.text_encoder.encoder.layer"),
+    (r"self_attn\.in_proj_(\w+)", r"attention.self.{query,key,value}.\1"),
+    (r"multihead_attn\.in_proj_bias", "crossattention.self.{query,key,value}.bias"),
+    (r"multihead_attn\.q_proj_weight", "crossattention.self.query.weight"),
+    (r"multihead_attn\.k_proj_weight", "crossattention.self.key.weight"),
+    (r"multihead_attn\.v_proj_weight", "crossattention.self.value.weight"),
+    (r"self_attn\.out_proj", "attention.output.dense"), (r"multihead_attn\.out_proj", "crossattention.output.dense"),
+    (r"encoder\.layer(.*)\.norm1", r"encoder.layer\1.attention.output.LayerNorm"),
+    (r"encoder\.layer(.*)\.norm2", r"encoder.layer\1.crossattention.output.LayerNorm"),
+    (r"encoder\.layer(.*)\.norm3", r"encoder.layer\1.output.LayerNorm"),
+    (r"\.linear1", ".intermediate.dense"), (r"\.linear2", ".output.dense"), (r"^mlp", "mlp.layers")]
 
 
 def load_imagereward(path):
     """ImageReward.pt, a plain state dict. Its contrastive projections have no part in the reward and are left out."""
-    state = read_checkpoint(need_file(path, "imagereward"))
     unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-    kept = {name: value for name, value in state.items() if not name.startswith(unused)}
-    state = renamed(kept, BLIP_NAMES)
-    in_file = dict(zip(state, kept))
-    for attention, kind in (("self_attn", "weight"), ("self_attn", "bias"), ("multihead_attn", "bias")):
-        parts = [f"{attention}.{part}.{kind}" for part in ("query", "key", "value")]
-        state = joined(state, parts, f"{attention}.in_proj_{kind}")
-    # (1, 197, 1024) -> (197, 1024)
-    state = {k: v.squeeze() if k in ("image.class_token", "image.position") else v for k, v in state.items()}
-    return fill_model(ImageReward, state, path, lambda name: in_file.get(name, name))
+    return load_network(lambda state: ImageReward(), path, "imagereward", BLIP_NAMES, unused)
 
 
 class WordPiece:
@@ -805,21 +703,9 @@ class WordPiece:
 
     @staticmethod
     def words(text):
-        """Lower case without accents, split at spaces, around punctuation and around every Chinese character. Of the
-        control characters tab, newline and return are spaces, the others are dropped."""
-        text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd")
-        text = unicodedata.normalize("NFD", text.lower())
-        out = []
-        for c in text:
-            category = unicodedata.category(c)
-            if category == "Mn":  # an accent, parted from its letter by NFD
-                continue
-            cjk = 0x4E00 <= ord(c) <= 0x9FFF or 0x3400 <= ord(c) <= 0x4DBF or 0xF900 <= ord(c) <= 0xFAFF \
-                or 0x20000 <= ord(c) <= 0x2CEAF or 0x2F800 <= ord(c) <= 0x2FA1F
-            # BERT counts every ASCII sign as punctuation, $ + ~ and so on too
-            alone = category[0] == "P" or cjk or c.isascii() and c.isprintable() and not c.isalnum() and c != " "
-            out.append(f" {c} " if alone else c)
-        return "".join(out).split()
+        """Lower case without accents, split at spaces, around every sign and every Chinese character."""
+        text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+        return re.findall("[\u3400-\u9fff]|[^\\W_\u3400-\u9fff]+|[^\\w\\s]|_", text)
 
     def pieces(self, word):
         """The longest known beginning, then the longest known ##continuation, ...; one gap and all is [UNK]."""

@@ -655,6 +655,38 @@ def load_mar(path, ema=True, **config_overrides):
     return model
 
 
+def load_network(build, path, get, names=(), drop=(), turned=()):
+    """A public network on the CPU, in eval mode, frozen, float32. UserError, in the file's own names, where its tensors
+    are not those of build(state), which makes the network for the file's {name: tensor}.
+
+    get: what data.py --get calls the file. names: substitutions (pattern, replacement), done in order, that make the
+    file's name of one of ours; where it is a.{q,k,v}.b, the file has three parts, which are put together. drop: how
+    names begin of which nothing is needed. turned: what the file has transposed.
+    """
+    state = {name: value for name, value in weights_in(read_checkpoint(need_file(path, get))).items()
+             if torch.is_tensor(value) and not name.startswith(tuple(drop))}
+    ours, in_file = {}, {}
+    with reading(path, f"{get} file", f"; python data.py --get {get} fetches it"), torch.device("meta"):
+        model = build(state)
+        for name, wanted in model.state_dict().items():
+            theirs = in_file[name] = rename(name, names)
+            first, middle, last = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", theirs).groups()
+            parts = [first + part + last for part in middle.split(",")]
+            if set(parts) <= set(state):
+                found = [state.pop(part) for part in parts]
+                value = torch.cat(found) if found[1:] else found[0].T if theirs in turned else found[0]
+                same = value.squeeze().shape == wanted.squeeze().shape  # dimensions of 1 are no difference
+                ours[name] = value.reshape(wanted.shape) if same else value
+    return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name))
+
+
+def rename(name, table):
+    """The name after the substitutions of `table`, [(pattern, replacement)], in order."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def fill_model(build, state, path, in_file=str):
     """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
     another shape, by the names that in_file(name in our code) gives."""
@@ -699,12 +731,21 @@ def read_safetensors(path):
         return out
 
 
+def need_file(path, get=None):
+    """The path, if it is a file; else a UserError, which says how to --get it."""
+    if not os.path.isfile(path):
+        raise UserError(f"{'that is a folder' if os.path.isdir(path) else 'no such file'}: {path}"
+                        + (f"; get it by: python data.py --get {get}" if get else ""))
+    return path
+
+
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running any code it may hold. UserError when that cannot be had."""
-    if not os.path.isfile(path):
-        raise UserError(f"{'that is a folder' if os.path.isdir(path) else 'no such file'}: {path}")
-    if str(path).endswith(".safetensors"):
+    if str(need_file(path)).endswith(".safetensors"):
         return read_safetensors(path)
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        with reading(path, "TorchScript archive"):  # OpenAI's CLIP is one; its code is compiled, and never called
+            return torch.jit.load(path, map_location="cpu").state_dict()
     try:
         # the public files carry their command line as an argparse.Namespace: plain data, allowed by name
         with torch.serialization.safe_globals([argparse.Namespace]):
