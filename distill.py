@@ -22,6 +22,7 @@ Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags
 rl.py train with: `Run`, a run's folder, and `Gradients`, data parallelism by hand.
 """
 import copy
+import itertools
 import json
 import math
 import os
@@ -38,9 +39,9 @@ from tqdm import tqdm
 from data import (DTYPES, PUBLIC, Parser, check_numbers, is_small, load_vae, lock_folder, open_data, read_class_names,
                   run_main, setup, train_indices)
 from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_classifier
-from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, compile_blocks, gaussian,
-                   image_keys, load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint,
-                   schedule_tables, take, token_orders, uniform, write_json)
+from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
+                   load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, say, schedule_tables,
+                   take, token_orders, uniform, write_json)
 from sample import image_seeds
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,10 +242,10 @@ def distil(args, teacher, data, class_names, run, watch):
     run.restore("student", **state)
     prepare(args, student, critic, frozen=[teacher])
     gradients, critic_gradients = Gradients(student), Gradients(critic)
-    sums = torch.zeros(2, device=run.device)
+    sums = torch.zeros(4, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("student", args.steps, args.batch, flops_an_image(teacher.config, passes=8, rows=12)):
-        # look at the student, before the update: so a look that a kill broke off is made when the run goes on
+    for step in run.steps("student", args.steps, args.batch):
+        # look at the student, before the update: so a look that was broken off is made when the run goes on
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
         # learning rates: the student's ends at 0, the critic's stays, since its target never comes to rest
@@ -260,7 +261,7 @@ def distil(args, teacher, data, class_names, run, watch):
         for tokens, labels, keys, visible, masked in parts:
             # 1. what is known -> a condition for each masked token: one pass a network (in all the cost of 8)
             c_p, c_null, g = teacher_conditions(args, teacher, tokens, visible, labels, masked)  # (B, P, D) each, scale
-            c_phi = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
+            c_q = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
             c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
@@ -268,28 +269,29 @@ def distil(args, teacher, data, class_names, run, watch):
             fake = x0.detach()
             # 3. the critic learns the score of what the student draws
             x_t, t, eps, _, _ = noised(fake, keys, CRITIC, masked)
-            loss_phi = critic_loss(critic.eps(x_t, t, c_phi), eps)  # (B, P)
-            (loss_phi.mean() / args.accumulate).backward()
+            loss_q = critic_loss(critic.eps(x_t, t, c_q), eps)  # (B, P)
+            (loss_q.mean() / args.accumulate).backward()
             # 4. the student: the slope of its loss at x0, through both heads held fixed, goes into its own graph
             x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
             x_t.requires_grad_()
             with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
-                eps_q, eps_p = critic.eps(x_t, t, c_phi.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
+                eps_q, eps_p = critic.eps(x_t, t, c_q.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
             slope, loss_theta = SLOPES[args.loss](fake, x_t, eps, eps_q, eps_p, alpha, sigma)
             x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
-            sums += torch.stack([loss_theta.mean(), loss_phi.detach().mean()]) / args.accumulate
+            sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         critic_norm, norm = critic_gradients.finish(args.clip), gradients.finish(args.clip)
         critic_optimizer.step()
         optimizer.step()
         update_ema(ema, student, args.ema)
+        sums[2:] += torch.stack([norm, critic_norm])
         run.check(norm + critic_norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(**run.means(sums, "loss", "critic_loss"), grad_norm=norm, critic_norm=critic_norm)
-        if run.due(args.save_every) or run.told:  # told by a signal to leave
+            run.log(sums, "loss", "critic_loss", "grad_norm", "critic_norm")
+        if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
             run.save("student", ema, class_names, **state)
     watch.look("student", ema, run.step)
 
@@ -302,8 +304,6 @@ def prepare(args, *trained, frozen=()):
     for model in frozen:
         if runs_bf16(next(model.parameters()).device):
             bf16_weights(model)
-    if args.compile:
-        compile_blocks(*trained, *frozen)
 
 
 @torch.no_grad()
@@ -327,18 +327,6 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
     return null + g * (eps - null)
 
 
-def flops_an_image(config, passes, rows):
-    """Floating-point operations of `passes` transformer passes and `rows` head calls a masked token, for one picture.
-
-    Backward counts as two of its forward. The log's mfu takes the default run's: GSIM with guidance makes 8
-    passes (teacher 2, student 3, critic 3) and 12 rows (critic 3, student 3, the two score nets 6, down to their
-    inputs). Matrices alone: attention's own products are 7 % more at 256 px."""
-    D, length, P = config.width, config.buffer_size + config.seq_len, 0.85 * config.seq_len  # P: about MAR's mean
-    transformer = 24 * D**2 * (config.encoder_depth * (length - P) + config.decoder_depth * length)
-    head = 10 * config.head_width**2 * config.head_depth * P
-    return passes * transformer + rows * head
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 0: the teacher, by MAR's own loss
 
@@ -358,8 +346,9 @@ def train_teacher(args, config, data, run):
     run.restore("teacher", **state)
     prepare(args, model)
     gradients = Gradients(model)
+    sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("teacher", args.teacher_steps, args.teacher_batch, flops_an_image(config, 3, 3 * args.draws)):
+    for step in run.steps("teacher", args.teacher_steps, args.teacher_batch):
         # warm-up, constant, and to 0 over the last share of the stage
         set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
         # dropout's generator starts anew each step: so a resumed run drops the same
@@ -367,23 +356,24 @@ def train_teacher(args, config, data, run):
 
         # real pictures, of which every update masks another share: the values there are what is learned
         pictures = real_pictures(data, model, args.teacher_batch, args.seed, step, run)
-        batch, loss = training_batch(pictures, config, args.teacher_batch, args.seed, step, run), 0.0
+        batch = training_batch(pictures, config, args.teacher_batch, args.seed, step, run)
         # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         for part in micro_batches(batch, args.accumulate, [gradients]):
-            part_loss = teacher_loss(model, *part, args.draws) / args.accumulate
-            part_loss.backward()
-            loss = loss + part_loss.detach()
+            loss = teacher_loss(model, *part, args.draws) / args.accumulate
+            loss.backward()
+            sums[0] += loss.detach()
 
         # the update; the average's decay grows from 0.1, to forget the random start
         norm = gradients.finish(args.clip)
         optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
+        sums[1] += norm
         run.check(norm)  # a loss that is not finite makes such a norm: the next log line stops the run
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(loss=run.average(loss), grad_norm=norm)
-        if run.due(args.save_every) or run.told:  # told by a signal to leave
+            run.log(sums, "loss", "grad_norm")
+        if run.due(args.save_every):
             run.save("teacher", ema, data.class_names, **state)
     return ema
 
@@ -490,7 +480,6 @@ def parse_args(argv=None):
     # memory and speed
     flag("--accumulate", type=int, default=1, help="micro-batches per update: more if memory runs out")
     flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
-    flag("--compile", action="store_true", help="torch.compile the blocks: minutes at the start; for GPUs")
     # watching
     flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
     flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
@@ -629,9 +618,7 @@ def main(argv=None):
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
                    guidance_schedule=args.guidance_schedule)
-        run.leave_if_told()  # a look is long: between its batches it asks whether to stop
     distil(args, teacher, data, class_names, run, watch)
-    run.leave_if_told()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -660,8 +647,8 @@ def set_lr(optimizer, peak, step, total, warmup, decay):
         group["lr"] = lr
 
 
+SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}  # -> exit code once the checkpoint is written
 NEVER = 1 << 60  # a step that is not reached
-SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}  # -> exit code once the checkpoint is written
 
 
 class Run:
@@ -673,23 +660,25 @@ class Run:
         for step in run.steps(stage, total, images_an_update):
             ...
             run.check(norm)                                      # no host sync
-            if run.due(args.log_every): run.log(loss=...)        # waits for the device; looks whether to stop
-            if run.due(args.save_every) or run.told: run.save(stage, ema, class_names, model=..., optimizer=...)
+            if run.due(args.log_every): run.log(sums, "loss")    # means since the last line; waits for the device
+            if run.due(args.save_every): run.save(product, ema, class_names, model=..., optimizer=...)
 
     Written files are whole at any moment, so a run killed in any line resumes bit for bit from its last checkpoint.
+    After a signal everything is due; save() ends the run.
     """
 
     def __init__(self, args, device, rank, world, stages, divided, same=()):
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
         resumed run must have as it began."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.stage, self.step, self.total, self.told = None, 0, 0, 0
-        HEARD.clear()
+        self.stage, self.step, self.total = None, 0, 0
+        self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
+        self.heard = self.told = 0  # the signal that this process heard; that all agreed to obey
         self.bad = torch.tensor(NEVER, device=device)  # the first step whose gradient was not finite
         path = self.path("resume.pt")
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and not args.resume and os.path.exists(path):
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
             # torchrun --max-restarts started us again after a rank died; with other flags it is another run's file
-            args.resume, same = True, vars(args)
+            same, args.resume = same if args.resume else vars(args), True
         if args.resume and not os.path.exists(path):
             raise UserError(f"--resume: {path} is not there; leave --resume away to start")
         if not args.resume and os.path.exists(path):
@@ -712,65 +701,89 @@ class Run:
         for name in set(changed) & set(same):
             raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
                             "that, or start another run with another --out")
-        if changed and self.rank == 0:
-            print("resumed with other flags:", ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
-                                                         for name in changed), flush=True)
+        if changed:
+            say("resumed with other flags: " + ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
+                                                         for name in changed))
 
     def path(self, name):
         return os.path.join(self.args.out, name)
 
     def start(self):
-        """Own the folder; write config.json; drop log lines of steps that are going to be done again."""
-        def is_done(line):  # without a checkpoint nothing is: the run was killed before the first
-            if self.resumed is None or line["stage"] != self.resumed["stage"]:
-                return self.resumed is not None and line["stage"] == "teacher"
-            return line["step"] <= self.resumed["step"]
-
+        """Own the folder, write config.json, cut off the log what resume.pt does not know of; listen to signals."""
         if self.rank == 0:
             lock_folder(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
-            if os.path.exists(self.path("log.jsonl")):
-                with open(self.path("log.jsonl")) as f:  # a line without its end was cut off by a kill
-                    lines = [line for line in f if line.endswith("\n") and is_done(json.loads(line))]
-                with replacing(self.path("log.jsonl")) as f:
-                    f.writelines(lines)
+            with open(self.path("log.jsonl"), "ab") as f:
+                f.truncate(min(f.tell(), self.resumed["log_bytes"] if self.resumed else 0))
         if self.world > 1:
             dist.barrier()  # nobody writes into the folder before it is there
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # a shell's wish, for what it starts in the background
+                signal.signal(number, self.hear)
+
+    def hear(self, number, frame):
+        """A signal. The first lets the update end, or ends a single process whose work is all saved; a second ends the
+        process at once."""
+        if self.heard and time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.heard:
+            self.heard, self.heard_at = number, time.time()
+            if self.world == 1:
+                self.told = number
+                if not self.unsaved:
+                    self.leave_if_told()
+            when = "this update" if self.world == 1 else "the next log line"
+            if self.rank == 0:  # not by print, which may be what the signal interrupts
+                os.write(2, f"\nstopping after {when}; once more ends now\n".encode())
+
+    def agree(self):
+        """What one rank heard all obey. A host sync."""
+        if self.world > 1:
+            heard = torch.tensor(self.heard, device=self.device)
+            dist.all_reduce(heard, op=dist.ReduceOp.MAX)
+            self.told = int(heard)
+
+    def leave_if_told(self):
+        """End after a signal, such as a cluster sends before it takes a machine."""
+        if self.told:
+            if self.world > 1:
+                dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
+            path = self.path("resume.pt")
+            goes_on = f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
+            if self.rank == 0:
+                os.write(1, f"stopped by {signal.Signals(self.told).name} at step {self.kept}; {goes_on}\n".encode())
+            raise SystemExit(SIGNALS[self.told])
 
     def restore(self, stage, **targets):
         """Load what resume.pt holds of this stage under the names of `targets` into these networks and optimisers."""
         resumed, self.stage, self.step = self.resumed, stage, 0
-        if not resumed or resumed["stage"] != stage:
-            return
-        self.step = resumed["step"]
-        try:
-            for name, target in targets.items():
-                target.load_state_dict(resumed[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.path('resume.pt')} does not fit these flags ({name}: "
-                            f"{str(error).splitlines()[0][:80]}): give those of its start, or another --out") from None
+        if resumed and resumed["stage"] == stage:
+            self.step = resumed["step"]
+            try:
+                for name, target in targets.items():
+                    target.load_state_dict(resumed[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = f"{name}: {str(error).splitlines()[0][:80]}"
+                raise UserError(f"{self.path('resume.pt')} does not fit these flags ({reason}): give those of its "
+                                "start, or another --out") from None
+        self.kept = self.step
 
     def upload(self, x):
         """x on the device. A copy from memory that is not pinned would wait for the GPU's queue."""
         return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
-    def steps(self, stage, total, images, flops=0):
-        """The steps that are left, with a bar. images: an update's, of all ranks; flops: a picture's, for the mfu."""
-        self.stage, self.total, self.images, self.flops = stage, total, images, flops
+    def steps(self, stage, total, images):
+        """The steps that are left, with a bar. images: an update's, of all ranks."""
+        self.stage, self.total, self.images = stage, total, images
         left = f"{total} updates" if self.step < total else f"all {total} updates done: nothing to do"
-        if self.rank == 0:
-            print(f"{stage}: {images} images an update on {self.world} process(es), {left}", flush=True)
-        listen()
-        self.clock, self.clock_step, self.since = time.time(), self.step, self.step
+        say(f"{stage}: {images} images an update on {self.world} process(es), {left}")
+        self.clock, self.logged = (time.time(), self.step), self.step
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=stage, unit="step",
                         disable=self.rank > 0 or None, mininterval=1)
         for step in self.bar:
-            self.step = step + 1  # updates done when the loop's body ends
+            self.step, self.unsaved = step + 1, True  # updates done when the loop's body ends
             yield step
-
-    def due(self, every):
-        """Whether something that is done every so many updates is due; at the last one too."""
-        return self.step % every == 0 or self.step == self.total
 
     def check(self, norm):
         """Remember the first step whose gradient norm (0-d) was not finite. No host sync."""
@@ -783,29 +796,22 @@ class Run:
                             f"{self.args.out} is kept; lower the learning rate (or mend the reward), or go on with "
                             "--resume and another --seed")
 
-    def average(self, tensor):
-        """Mean of a tensor over the ranks, for logs; in place, returned."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-            tensor /= self.world
-        return tensor
+    def due(self, *every):
+        """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""
+        return self.told > 0 or self.step == self.total or any(self.step % n == 0 for n in every)
 
-    def means(self, sums, *names):
-        """{name: mean} of sums (len(names),) over the steps since the last call, and over the ranks; zeroes them."""
-        means = self.average(sums) / (self.step - self.since)
-        sums.zero_()
-        self.since = self.step
-        return dict(zip(names, means))
-
-    def log(self, **values):
-        """A line of log.jsonl, with images/s. Tensors are read here: so here the loop waits for the device."""
-        self.is_told()
+    def log(self, sums, *names):
+        """A line of log.jsonl: means of sums (len(names),) over the updates since the last line and over the ranks, and
+        images/s; zeroes sums. So here the loop waits for the device, and ranks agree whether to stop."""
+        self.agree()
         self.stop_if_bad()
-        values = {name: value.tolist() for name, value in values.items()}
-        speed = self.images * (self.step - self.clock_step) / (time.time() - self.clock)
-        values["images_per_s"] = speed
-        if self.device.type == "cuda":  # the share of an H100's 989 TFLOP/s in bf16, and the most memory there was
-            values["mfu"] = speed * self.flops / (989e12 * self.world)
+        if self.world > 1:
+            dist.all_reduce(sums)
+        values = dict(zip(names, (sums / (self.world * (self.step - self.logged))).tolist()))
+        sums.zero_()
+        self.logged = self.step
+        values["images_per_s"] = self.images * (self.step - self.clock[1]) / (time.time() - self.clock[0])
+        if self.device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.note(values)
         if self.rank == 0:
@@ -817,15 +823,7 @@ class Run:
         if self.rank == 0:
             with open(self.path("log.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
-        self.clock, self.clock_step = time.time(), self.step
-
-    def is_told(self):
-        """Whether a signal has told any rank to stop: what one is told, all do. A host sync."""
-        signals = torch.tensor(max(HEARD, default=0), device=self.device)
-        if self.world > 1:
-            dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-        self.told = int(signals)
-        return self.told > 0
+        self.clock = time.time(), self.step
 
     def save(self, product, model, class_names, /, **state):
         """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
@@ -834,9 +832,11 @@ class Run:
         if self.rank == 0:
             state = {name: x.state_dict() for name, x in state.items()}
             save_checkpoint({"config": asdict(model.config), "stage": self.stage, "step": self.step,
-                             "args": vars(self.args), **state}, self.path("resume.pt"))
+                             "args": vars(self.args), "log_bytes": os.path.getsize(self.path("log.jsonl")), **state},
+                            self.path("resume.pt"))
+        self.kept, self.unsaved = self.step, False
         self.leave_if_told()
-        self.clock, self.clock_step = time.time(), self.step
+        self.clock = time.time(), self.step
 
     def write(self, product, model, class_names):
         """<product>.pt, what sample.py, fid.py and rl.py read: weights and sizes, no optimiser."""
@@ -844,37 +844,6 @@ class Run:
             save_checkpoint({"config": asdict(model.config), "stage": self.stage, "ema": model.state_dict(),
                              "step": self.step, "args": vars(self.args), "class_names": list(class_names)},
                             self.path(f"{product}.pt"))
-
-    def leave_if_told(self):
-        """End after a signal, such as a cluster sends before it takes a machine. The checkpoint is written."""
-        if self.told:
-            if self.world > 1:
-                dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
-            path = self.path("resume.pt")
-            if self.rank == 0:
-                print(f"stopped by {signal.Signals(self.told).name} at step {self.step}; "
-                      + (f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"),
-                      flush=True)
-            raise SystemExit(SIGNALS[self.told])
-
-
-HEARD = {}  # signal -> time, of those that told this process to stop
-
-
-def listen():
-    """From now on the first signal lets the loop save and leave, and a second ends the process at once."""
-    def hear(number, frame):
-        if HEARD and time.time() - min(HEARD.values()) > 1:  # torchrun passes on what the terminal has sent already
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        if number == signal.SIGHUP:  # the terminal is gone: what is printed from now on goes nowhere
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        HEARD.setdefault(number, time.time())
-
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
-            signal.signal(number, hear)
 
 
 class Gradients:
@@ -894,20 +863,16 @@ class Gradients:
 
     def __init__(self, model, bucket_bytes=25 << 20):  # 25 MB: big enough for bandwidth, small enough to overlap
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        params = [p for p in model.parameters() if p.requires_grad][::-1]  # gradients arrive from the last layer down
         if self.world > 1:
             for p in model.parameters():  # every rank starts from rank 0's weights
                 dist.broadcast(p.data, 0)
-        groups, size = [[]], 0
-        for p in params:
-            if size + 4 * p.numel() > bucket_bytes and groups[-1]:
-                groups.append([])
-                size = 0
-            groups[-1].append(p)
-            size += 4 * p.numel()
-        self.flats, self.sizes, self.waiting, self.works = [], [len(g) for g in groups], None, []
+        params = [p for p in model.parameters() if p.requires_grad][::-1]  # gradients arrive from the last layer down
+        ends = itertools.accumulate(4 * p.numel() for p in params)
+        bucket_of = {p: end // bucket_bytes for p, end in zip(params, ends)}
+        self.flats, self.sizes, self.waiting, self.works = [], [], None, []
         self.views = []  # all .grad
-        for b, group in enumerate(groups):
+        for b, (_, group) in enumerate(itertools.groupby(params, bucket_of.get)):
+            group = list(group)
             flat = torch.zeros(sum(p.numel() for p in group), device=group[0].device)
             for p, piece in zip(group, flat.split([p.numel() for p in group])):
                 p.grad = piece.view_as(p)
@@ -915,6 +880,7 @@ class Gradients:
                 if self.world > 1:
                     p.register_post_accumulate_grad_hook(lambda _, b=b: self._arrived(b))
             self.flats.append(flat)
+            self.sizes.append(len(group))
 
     def zero(self):
         torch._foreach_zero_(self.flats)
@@ -924,18 +890,20 @@ class Gradients:
         self.waiting, self.works = list(self.sizes), []
 
     def _arrived(self, b):
-        if self.waiting is None:
-            return  # an earlier micro-step
-        self.waiting[b] -= 1
-        while len(self.works) < len(self.flats) and self.waiting[len(self.works)] == 0:
+        if self.waiting is not None:  # None: an earlier micro-step
+            self.waiting[b] -= 1
+            self._send(lambda next_b: self.waiting[next_b] == 0)
+
+    def _send(self, ready):
+        """Start the all-reduce of all buckets up to the first that is not ready, in order."""
+        while len(self.works) < len(self.flats) and ready(len(self.works)):
             self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
 
     def finish(self, clip):
         """Average over ranks and clip to the global norm `clip` (0: measure only). -> the norm before clipping, a
         0-d tensor on the device."""
         if self.world > 1:
-            while len(self.works) < len(self.flats):  # buckets with unused parameters
-                self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
+            self._send(lambda next_b: True)  # what is left: buckets with unused parameters
             for work in self.works:
                 work.wait()
             torch._foreach_div_(self.flats, self.world)

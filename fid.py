@@ -996,47 +996,45 @@ class Watch:
         self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
         if run.resumed and os.path.exists(run.path("results.json")):
-            # rows of steps that are going to be done again go, as the log's lines; best.pt stays, and so its row
-            done = 0 if run.resumed["stage"] == "teacher" else run.resumed["step"]
             with open(run.path("results.json")) as f:
-                self.rows = {name: row for name, row in json.load(f).items()
-                             if name == "best" or (row["made_by"]["step"] or 0) <= done}
+                self.rows = json.load(f)
 
     def look(self, name, model, step=None, **how):
         """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.
 
-        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. {} when a
-        signal came while drawing. Cost: eval_images pictures. A row of a step goes to the log too.
+        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. Cost:
+        eval_images pictures. A row of a step goes to the log too. What came before is saved: so here a run may end.
         """
         args, seed = self.run.args, self.run.args.seed
+        self.run.unsaved = False
         how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
         draw_with = lambda labels, seed: draw_together(model, labels, self.run.rank, self.run.world, seed=seed,
-                                                       vae=self.vae, stop=self.run.is_told, **how)
+                                                       vae=self.vae, **how)
         if self.shows:
             self.grid[name] = draw_with(self.shown, seed)
         made_by = {"n": len(self.labels), "seed": seed + 1, "step": step, **how}
-        if self.judges and not self.run.told and self.rows.get(name, {}).get("made_by") != made_by:
+        if self.judges and self.rows.get(name, {}).get("made_by") != made_by:
             start = time.time()
             images = draw_with(self.labels, seed + 1)
             seconds = (time.time() - start) / len(self.labels)
-            if images is not None:
-                row = self.figures(images, self.labels) if self.run.rank == 0 else {}
-                self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
-                if step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
-                    self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value
-                                                    for key, value in row.items()}})
-        if self.run.told:
-            return {}
+            row = self.figures(images, self.labels) if self.run.rank == 0 else {}
+            self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
+        row = self.rows.get(name, {})
         self.show(step or 0)
-        return self.rows.get(name, {})
+        if self.judges and step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
+            self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value for key, value in
+                                            row.items() if key not in ("seconds_per_image", "made_by")}})
+        self.run.agree()
+        self.run.leave_if_told()
+        self.run.unsaved = step is not None  # in a loop an update follows
+        return row
 
     def show(self, step):
         """The grid drawn so far, results.json, and the table on the terminal."""
         if self.run.rank > 0:
             return
-        rows = [(name, images) for name, images in self.grid.items() if images is not None]
-        if rows:
-            save_grid(rows, self.run.path(f"grid_{step:06d}.png"))
+        if self.grid:
+            save_grid(list(self.grid.items()), self.run.path(f"grid_{step:06d}.png"))
         if self.rows:
             write_json(self.run.path("results.json"), self.rows)
             columns = [name for name in next(iter(self.rows.values())) if name != "made_by"]

@@ -796,7 +796,7 @@ def write_json(path, content):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Faster, same numbers
+# bf16: faster where a machine multiplies it faster
 
 
 BF16 = None  # whether transformers multiply in bf16; None: on GPUs. A command's --dtype decides (data.setup)
@@ -826,20 +826,3 @@ def bf16_weights(model):
         if isinstance(module, nn.Linear) and not name.startswith("head_net."):
             module.weight.data, module.bias.data = module.weight.data.bfloat16(), module.bias.data.bfloat16()
     return model
-
-
-def compile_blocks(*models):
-    """Compile each block in place (names of weights stay): one small graph of each kind, for any number of tokens. It
-    joins what lies between the matrix products; of the head's time on a GPU that is most. UserError where a machine
-    cannot compile: one block runs at once, else the first update would say so."""
-    for model in models:
-        for block in [*model.encoder_blocks, *model.decoder_blocks, *model.head_net.res_blocks]:
-            block.compile(dynamic=True)
-    try:
-        x = torch.zeros(2, 3, models[0].config.head_width, device=next(models[0].parameters()).device)
-        models[0].head_net.res_blocks[0](x, x)
-    except (RuntimeError, OSError) as error:  # of torch: no compiler, one that fails, no Triton, no room for its files
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"--compile: PyTorch cannot compile here ({reason}): leave --compile out, or install a C++ "
-                        "compiler") from None
-

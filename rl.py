@@ -98,7 +98,6 @@ def parse_args(argv=None):
     flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
     flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it likewise")
     flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
-    flag("--compile", action="store_true", help="torch.compile the blocks: minutes at the start; for GPUs")
     # watching
     flag("--eval_every", type=int, default=200, help="updates between grids and figures")
     flag("--eval_images", type=int, default=2048, help="images a row of figures")
@@ -333,10 +332,9 @@ def train(args, reference, score, run, watch, class_names):
     state = dict(model=student, ema=ema, optimizer=optimizer)
     run.restore("rl", **state)
     row = watch.look("before", reference)  # which all later ones are compared with
-    if run.rank == 0 and not run.told and not {"fd", "fid"} & row.keys():
+    if run.rank == 0 and not {"fd", "fid"} & row.keys():
         print("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt",
               flush=True)
-    run.leave_if_told()
     prepare(args, student, frozen=[reference])
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
@@ -344,7 +342,7 @@ def train(args, reference, score, run, watch, class_names):
     sums = torch.zeros(5, device=run.device)  # for the log: over the updates since its last line
 
     for step in run.steps("rl", args.steps, args.batch):
-        # look at the student, before the update: so a look that a kill broke off is made when the run goes on
+        # look at the student, before the update: so a look that was broken off is made when the run goes on
         if step > 0 and step % args.eval_every == 0:
             evaluate(args, run, watch, ema, step, class_names)
 
@@ -384,11 +382,10 @@ def train(args, reference, score, run, watch, class_names):
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(**run.means(sums, "reward", "reward_std", "kl", "agreement", "grad_norm"))
-        if run.due(args.save_every) or run.told:  # told by a signal to leave
+            run.log(sums, "reward", "reward_std", "kl", "agreement", "grad_norm")
+        if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
             run.save("student", ema, class_names, **state)
     evaluate(args, run, watch, ema, run.step, class_names)
-    run.leave_if_told()
 
 
 def evaluate(args, run, watch, ema, step, class_names):

@@ -85,12 +85,11 @@ def image_seeds(seed, start, count):
 
 
 @torch.no_grad()
-def draw(model, labels, seed=0, start=0, vae=None, batch=64, stop=None, **how):
+def draw(model, labels, seed=0, start=0, vae=None, batch=64, **how):
     """Pictures of the classes `labels` (N,), ints in any form -> uint8 (N, 3, H, W) on the CPU.
 
     Picture i depends on (model, seed, start + i, labels[i]) alone: not on `batch`, nor on who else is drawn with it.
-    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate. stop():
-    asked after every batch; once it is true, None is returned.
+    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate.
     """
     check_vae(model, vae)
     labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
@@ -99,18 +98,16 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, stop=None, **how):
         drawn = decode(model, model.generate(part, seeds=image_seeds(seed, start, len(part)), **how), vae)
         pictures.append(drawn.cpu())  # bytes leave the device: a quarter of the floats
         start += len(part)
-        if stop is not None and stop():
-            return None
     return torch.cat(pictures)
 
 
 def draw_together(model, labels, rank, world, start=0, **draw_kwargs):
-    """`draw` divided among the ranks: uint8 (N, 3, H, W) on every one. stop() must answer alike on all of them."""
+    """`draw` divided among the ranks: uint8 (N, 3, H, W) on every one."""
     labels = torch.as_tensor(labels)
     share = -(-len(labels) // world)  # equal shares: the last label is drawn again to fill them
     padded = torch.cat([labels, labels[-1:].expand(share * world - len(labels))])
     images = draw(model, padded[rank * share:(rank + 1) * share], start=start + rank * share, **draw_kwargs)
-    if world == 1 or images is None:
+    if world == 1:
         return images
     device = next(model.parameters()).device  # nccl sends nothing that lies on the CPU
     parts = [torch.empty_like(images, device=device) for _ in range(world)]

@@ -62,7 +62,7 @@ import sample
 from data import PUBLIC, SHAPES, open_data, run_main, setup, train_indices
 from distill import Gradients, diffusion_loss
 from fid import load_or_train_classifier
-from model import (CHAIN, MAR, ORDERS, SIZES, START, MARConfig, UserError, alpha_sigma, bf16_weights, compile_blocks,
+from model import (CHAIN, MAR, ORDERS, SIZES, START, MARConfig, UserError, alpha_sigma, bf16_weights,
                    cosine_schedule, gaussian, image_keys, load_mar, mask_counts, read_checkpoint,
                    reveal_plan, save_checkpoint, token_orders, write_json)
 from sample import GAP, draw, save_grid, title_of, to_uint8, unmasking
@@ -196,7 +196,6 @@ def usual_signals():
     """A program that ran in this process may have taken them over."""
     for number in distill.SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    distill.HEARD.clear()
 
 
 @contextlib.contextmanager
@@ -848,7 +847,8 @@ def test_a_checkpoint_may_lack_all_but_settings_and_weights():
 def test_safetensors_are_read_or_refused_in_one_line():
     """Of every tensor that does not lie in the file, and of every dtype that is not read, the name."""
     def file(dtype="F32", shape=(2,), offsets=(0, 8), body=bytes(8)):
-        header = json.dumps({"__metadata__": {}, "w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+        tensor = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        header = json.dumps({"__metadata__": {}, "w": tensor}).encode()
         return len(header).to_bytes(8, "little") + header + body
 
     with scratch() as folder:
@@ -965,40 +965,6 @@ def test_distillation_brings_the_student_to_the_data():
 def test_masked_share_follows_the_public_distribution():
     counts = np.array([distill.masked_count(SIZES["base"], 0, step) for step in range(4000)])
     assert counts.min() >= 180 and counts.max() <= 256 and abs(counts.mean() / 256 - 0.867) < 0.006, counts.mean() / 256
-
-
-def test_compiled_blocks_compute_the_same():
-    """--compile: the same gradients and pictures, whatever the number of visible tokens."""
-    if not shutil.which("g++"):
-        raise Skip("torch.compile needs a C++ compiler on a CPU")
-    plain, compiled = tiny_mar().requires_grad_(True), tiny_mar().requires_grad_(True)
-    compile_blocks(compiled)
-    labels, order = torch.tensor([0, 1, -1]), token_orders(image_keys(range(3)), 16)
-    for V in (5, 9):
-        for model in (plain, compiled):
-            model.zero_grad()
-            c = model.transformer(torch.ones(3, 16, 12), order[:, :V], labels, order[:, V:])  # (3, 16 - V, 32)
-            model.one_step(torch.ones(*c.shape[:2], 12), c).square().sum().backward()
-        for p, q in zip(plain.parameters(), compiled.parameters()):
-            close(q.grad, p.grad, 1e-4)
-    close(compiled.generate(labels[:2], 4), plain.generate(labels[:2], 4), 1e-4)
-    assert list(compiled.state_dict()) == list(plain.state_dict()), "checkpoints must not show it"
-
-
-def test_flops_of_an_image_are_those_that_are_counted():
-    """The log's mfu: passes and head calls by the formula, beside what PyTorch counts of the public sizes."""
-    for size in ("base", "huge"):
-        config = SIZES[size]
-        P = round(0.85 * config.seq_len)
-        with torch.device("meta"):
-            model, label = MAR(config), torch.zeros(1, dtype=torch.long)
-            order = torch.zeros(1, config.seq_len, dtype=torch.long)
-            with FlopCounterMode(display=False) as transformer:
-                c = model.transformer(torch.empty(1, config.seq_len, 16), order[:, P:], label, order[:, :P])
-            with FlopCounterMode(display=False) as head:
-                model.head(torch.empty(1, P, 16), order[:, :P], c)
-        counted = 2 * transformer.get_total_flops() + 3 * head.get_total_flops()
-        assert 0.85 < distill.flops_an_image(config, passes=2, rows=3) / counted < 1.05, size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1412,7 +1378,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_well():
     with scratch() as folder:
         command = Command(lambda: tiny_distill(folder, "--teacher_steps", 100000, "--save_every", 100000,
                                                "--log_every", 1, said=sys.stdout))
-        while not (folder / "log.jsonl").exists():
+        while not (folder / "log.jsonl").exists() or not (folder / "log.jsonl").stat().st_size:
             assert command.is_alive(), "ended before its first step"
             time.sleep(0.05)
         command.terminate()  # SIGTERM
@@ -1429,14 +1395,59 @@ def test_sigterm_writes_a_checkpoint_and_ends_well():
 def test_a_second_signal_ends_at_once():
     """torchrun passes on what the terminal has sent already: within a second it is the same signal."""
     def work():
-        distill.listen()
+        args = distill.parse_args(["--data", "shapes", "--out", str(folder)])
+        run = distill.Run(args, torch.device("cpu"), 0, 1, ["teacher"], [])
+        run.start()
+        run.unsaved = True
         for now in (0, 0.6, 1.2):  # the last is 1.2 s after the first, if 0.6 s after the one before
             print(now, flush=True)
             with mock.patch.object(distill.time, "time", lambda: now):
                 signal.raise_signal(signal.SIGINT)
 
-    result = Command(work).ended()
+    with scratch() as folder:
+        result = Command(work).ended()
     assert result.returncode == -signal.SIGINT and result.stdout.split() == ["0", "0.6", "1.2"], result
+    assert "stopping after this update; once more ends now" in result.stderr
+
+
+def test_a_signal_is_heard_at_once():
+    """In an update: it is the last. While nothing is unsaved, in a first look or a classifier's training: now."""
+    with scratch() as folder:
+        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+        given = ("--teacher", folder / "teacher.pt", "--teacher_steps", 0)
+        rare = ("--save_every", 99, "--log_every", 99, "--eval_every", 99)
+        for name, where, flags, saved in (
+                ("stage_0", (distill, "update_ema", 3), (), ("teacher", 3)),
+                ("stage_1", (distill, "update_ema", 9), (), ("student", 3)),
+                ("teachers_row", (fid, "draw_together", 1), given, None),
+                ("its_one_step", (fid, "save_grid", 2), given, None),
+                ("classifier", (fid, "feature_statistics", 1), given, None),
+                ("students_row", (fid, "draw_together", 5), (*given, "--eval_every", 4), ("student", 4)),
+                ("last_row", (fid, "draw_together", 6), given, ("student", 6))):
+            out = folder / name
+            code = signalled_at(*where, lambda: tiny_distill(out, *rare, *flags), signal.SIGINT)
+            file = read_checkpoint(out / "resume.pt") if (out / "resume.pt").exists() else {}
+            assert code == 130 and (file.get("stage"), file.get("step")) == (saved or (None, None)), (name, code)
+            tiny_distill(out, *rare, *flags, *["--resume"] * bool(saved))  # and nothing is in its way
+            assert len(json.loads((out / "results.json").read_text())) == 3, name
+
+
+def test_a_signal_to_one_of_two_ranks_ends_both_at_the_next_log_line():
+    def work():
+        real = distill.update_ema
+
+        def told(ema, student, decay):
+            real(ema, student, decay)
+            told.calls += 1
+            if (told.calls, os.environ["RANK"]) == (2, "1"):
+                signal.raise_signal(signal.SIGTERM)
+        told.calls = 0
+        with mock.patch.object(distill, "update_ema", told):
+            blind_distill(folder / "out", "--steps", 0, "--teacher_steps", 9, "--log_every", 4, "--save_every", 99)
+
+    with scratch() as folder:
+        on_ranks(2, work)  # exit code 0 of both
+        assert read_checkpoint(folder / "out" / "resume.pt")["step"] == 4
 
 
 def test_a_learning_rate_that_blows_up_stops_before_the_next_log_line():
@@ -1538,7 +1549,7 @@ def kill_at_random_moments(folder, program, kills):
         return code, code == -signal.SIGKILL and bool(writing(out, born))
 
     def outcome(out):
-        state = {**read_checkpoint(f"{out}/resume.pt"), "args": None}
+        state = {**read_checkpoint(f"{out}/resume.pt"), "args": None, "log_bytes": 0}
         log = [{key: value for key, value in json.loads(line).items()
                 if key != "images_per_s"}  # what a clock measured
                for line in open(f"{out}/log.jsonl")]
@@ -2494,19 +2505,6 @@ def test_pictures_that_are_not_finite_are_never_written():
         refused(lambda: draw(model, [0] * 20, vae=vae, ar_steps=2), "20 of 20")  # finite latents, a broken VAE
 
 
-def test_drawing_stops_when_asked():
-    model, asked = tiny_mar(), []
-
-    def stop():
-        asked.append(1)
-        return len(asked) == 3
-
-    assert draw(model, range(4), batch=1, ar_steps=2, stop=stop) is None and len(asked) == 3
-    never = draw(model, range(4), batch=1, ar_steps=2, stop=lambda: False)
-    assert torch.equal(never, draw(model, range(4), batch=1, ar_steps=2))
-    assert sample.draw_together(model, torch.arange(4), 0, 1, ar_steps=2, stop=lambda: True) is None
-
-
 def test_a_stopped_npz_leaves_no_half_file():
     for how, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with scratch() as folder:
@@ -3392,7 +3390,8 @@ def assert_alike(whole, other):
     for name in ("resume.pt", "student.pt", "best.pt"):
         assert (whole / name).exists() == (other / name).exists(), name
         if (whole / name).exists():
-            a, b = (leaves({**read_checkpoint(folder / name), "args": None}) for folder in (whole, other))
+            a, b = (leaves({**read_checkpoint(folder / name), "args": None, "log_bytes": 0})
+                    for folder in (whole, other))
             assert all(x == y if not torch.is_tensor(x) else torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
     timeless = lambda row: {k: v for k, v in row.items() if k not in ("seconds_per_image", "images_per_s")}
     logs = [[timeless(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -3404,26 +3403,27 @@ def assert_alike(whole, other):
 
 
 def test_rl_resumes_bit_exactly():
-    """Killed in one of three steps, or while saving; also where a row tells of a step that resume.pt does not know."""
+    """Killed in one of three steps, while a checkpoint or best.pt is saved, or a row is written."""
     flags = ("--steps", 6, "--eval_every", 3, "--max_fd_rise", 9, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
     with scratch() as folder:
         write_student(folder)
         run_rl(folder, *flags, "--out", folder / "whole")
-        for file, name, count, step in ((rl, "update_ema", 3, 2), (rl, "update_ema", 4, 2), (rl, "update_ema", 5, 4),
-                                        (distill, "save_checkpoint", 4, 2)):
+        for file, name, count, step in ((rl, "update_ema", 3, 2), (rl, "update_ema", 4, 3), (rl, "update_ema", 5, 4),
+                                        (distill, "save_checkpoint", 4, 2), (distill, "save_checkpoint", 5, 3),
+                                        (fid, "write_json", 2, 3)):
             out = folder / f"{name}_{count}"
             killed_at(file, name, count, lambda: run_rl(folder, *flags, "--out", out))
             assert read_checkpoint(out / "resume.pt")["step"] == step, (name, count)
             row = json.loads((out / "results.json").read_text()).get("after")
-            assert row is None if (name, count) == ("update_ema", 3) else row["made_by"]["step"] == 3, row
+            assert (row is not None) == ((name, count) in (("update_ema", 4), ("update_ema", 5),
+                                                           ("save_checkpoint", 5))), (name, count, row)
             run_rl(folder, *flags, "--out", out, "--resume")
             assert_alike(folder / "whole", out)
 
 
 def test_rl_goes_on_with_an_evaluation_that_a_signal_broke_off():
-    """SIGTERM while the row of step 3, at the end, is being drawn: --resume makes it, and log, table and best.pt are
-    those of a run left alone. While the row of step 2, in the middle, is drawn: the next step is saved, that row is
-    left out, and the weights and the last row are those of a run left alone."""
+    """SIGTERM while the row of step 2, in the middle, or of step 3, at the end, is drawn: the run ends there, --resume
+    makes the row, and weights, log, table and best.pt are those of a run left alone."""
     flags = ("--steps", 3, "--max_fd_rise", 9, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
     with scratch() as folder:
         write_student(folder)
@@ -3431,15 +3431,11 @@ def test_rl_goes_on_with_an_evaluation_that_a_signal_broke_off():
         for count, step in ((4, 2), (6, 3)):  # each row takes two drawings, grid and table; the first is "before"
             out = folder / str(step)
             assert signalled_at(fid, "draw_together", count, lambda: run_rl(folder, *flags, "--out", out)) == 0
-            assert read_checkpoint(out / "resume.pt")["step"] == 3
+            assert read_checkpoint(out / "resume.pt")["step"] == step
             row = json.loads((out / "results.json").read_text()).get("after")
             assert row is None if step == 2 else row["made_by"]["step"] == 2, row
             run_rl(folder, *flags, "--out", out, "--resume")
-            if step == 3:
-                assert_alike(folder / "whole", out)
-            rows = [json.loads((run / "results.json").read_text())["after"] for run in (folder / "whole", out)]
-            assert all(rows[0][key] == rows[1][key] for key in rows[0] if key != "seconds_per_image")
-            assert apart(*(weights(run, "resume.pt", "model") for run in (folder / "whole", out))) == 0
+            assert_alike(folder / "whole", out)
 
 
 def test_rl_makes_a_row_again_where_it_was_made_otherwise():
@@ -3650,21 +3646,19 @@ def test_pathwise_refuses_a_reward_without_gradient():
 
 
 def test_rl_sigterm_saves_and_ends():
-    """A signal in the first update: that step is saved, whatever --save_every says. In the first drawing there is
-    nothing to save, and none is promised."""
+    """A signal in the first update: that step is saved, whatever --save_every says. In the first drawing, the row of
+    the start, there is nothing to save, and none is promised."""
     with scratch() as folder:
         write_student(folder)
-        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
+        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
             flags = ("--save_every", "4", "--out", folder / str(code))
-            with mock.patch.object(os, "dup2"):  # the terminal is gone, says SIGHUP; ours is not
-                assert signalled_at(rl, "update_ema", 1, lambda: run_rl(folder, *flags), number) == code
+            assert signalled_at(rl, "update_ema", 1, lambda: run_rl(folder, *flags), number) == code
             assert read_checkpoint(folder / str(code) / "resume.pt")["step"] == 1
             run_rl(folder, *flags, "--resume")
             assert read_checkpoint(folder / str(code) / "resume.pt")["step"] == 4
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            code = signalled_at(fid, "draw_together", 1, lambda: rl.main(rl_flags(folder, "--steps", "1")))
-        assert code == 0 and "SIGTERM" in said.getvalue() and "--resume" not in said.getvalue(), said.getvalue()
+        with mock.patch.object(os, "write") as said:
+            assert signalled_at(fid, "draw_together", 1, lambda: run_rl(folder, "--steps", "1")) == 0
+        assert b"SIGTERM at step 0; nothing was to be saved" in said.call_args[0][1]
         run_rl(folder, "--steps", 1)  # nothing is in its way
 
 
