@@ -3920,6 +3920,7 @@ def judged(test, said):
     """Run a test and end this process, a fork with a group of its own, with the verdict as exit code. The file `said`
     then holds what a reader wants: a result, a reason to skip, or all that was printed and the traceback."""
     os.setpgid(0, 0)
+    usual_signals()
     for stream in (1, 2):
         os.dup2(said.fileno(), stream)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
@@ -3939,6 +3940,8 @@ def judged(test, said):
 def run_tests(names, jobs):
     """Run these tests, `jobs` at a time, and print their verdicts in order: -> how many passed, failed, were skipped.
     A test that ends by itself, or by a signal, has failed; what it leaves running is killed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # by way of `finally`
     todo, running, done, counts = sorted(names, key=lambda name: name not in LONG), {}, {}, [0, 0, 0]
     try:
         while todo or running:
