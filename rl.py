@@ -400,6 +400,7 @@ def parse_args(argv=None):
     flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     flag("--ref", default=None, help="students of latents: .npz with mu, sigma of Inception features, to watch FID by")
+    flag("--class_names", default=None, help="names for the prompts (default the checkpoint's, or ImageNet's)")
     flag("--prompt", default=TEMPLATE, help="text that CLIP, PickScore, ImageReward compare a picture with")
     # the reward
     flag("--reward", nargs="+", default=["pickscore"], metavar="NAME[:WEIGHT]",
@@ -480,8 +481,8 @@ def open_student(args, device):
     args.ar_steps = args.ar_steps or file["args"]["ar_steps"]
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names, wanted = file["class_names"], {**parse_rewards(args.reward), **parse_rewards(args.watch)}
-    if {"clip", "pickscore", "imagereward"} & wanted.keys():
-        names = read_class_names(None, names)  # words, which those of folders need not be
+    if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
+        names = read_class_names(args.class_names, names)  # words, which those of folders need not be
     return student, names
 
 
@@ -493,7 +494,7 @@ def main(argv=None):
     config, data, vae = start.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
     run = Run(args, device, rank, world, ["rl"], divided=["batch"],
-              same=["reward", "watch", "prompt", "ref"])
+              same=["reward", "watch", "prompt", "class_names", "ref"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
     if config.pixels and args.data:
