@@ -227,7 +227,8 @@ def build_rewards(args, config, data, names, device, rank):
     images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
     for name, f in functions.items():
         for some in (images[:1], images):
-            r = f(some.clone().requires_grad_(), torch.zeros(len(some), dtype=torch.long, device=device))
+            some = some.clone().requires_grad_(args.estimator == "pathwise" and name in weights)
+            r = f(some, torch.zeros(len(some), dtype=torch.long, device=device))
             if not torch.isfinite(r).all():
                 raise UserError(f"reward {name} is not finite: {r.tolist()} for pictures of grey levels")
         if args.estimator == "pathwise" and name in weights and not r.requires_grad:

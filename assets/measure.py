@@ -5,6 +5,7 @@ minutes or gigabytes, or want what is not here (a GPU, the public code).
     python assets/measure.py rl_memory
 """
 import argparse
+import copy
 import importlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from test_all import (FIXTURES, HERE, SHARED, Skip, close, fake_distillation, fa
                       on_fake_gpu, replayed, scratch, vae_file, write_student)  # first: it says how torch multiplies
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +33,7 @@ import data
 import model as model_file
 import rl
 from data import PUBLIC, SHAPES, open_data, run_main, setup
-from fid import load_or_train_classifier
+from fid import load_classifier
 from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar, save_checkpoint,
                    token_orders)
 from sample import image_seeds
@@ -310,7 +312,7 @@ def rl_memory():
     for K in (8, 64):
         for kind in ("ours", "graph"):
             script = PEAK + f"""
-import model, rl
+import copy, model, rl
 from model import *
 torch.manual_seed(0)
 model, labels, seeds = MAR(SIZES['cifar10']).eval(), torch.arange(4), [(0, i) for i in range(4)]
@@ -326,7 +328,8 @@ if {kind!r} == 'graph':
     tokens.mean().backward()
 else:
     x = model.generate(labels, {K}, seeds=seeds)
-    rl.backward_chain(model, x, torch.ones_like(x) / x.numel(), labels, keys, {K})
+    start = copy.deepcopy(model).requires_grad_(False)
+    rl.backward_chain(model, start, x, torch.ones_like(x) / x.numel(), 0.1, 0.1, labels, keys, {K})
 print('MiB', 1024 * peak(), 1024 * (peak() - before))
 """
             result = fresh("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
@@ -336,35 +339,36 @@ print('MiB', 1024 * peak(), 1024 * (peak() - before))
     return "\n".join(figures)
 
 
-def agreement():
-    """Cosine of REINFORCE's v with the gradient by autograd, by dimensions and pairs: pixels, enlarged pixels, and
-    latents of the fixtures' randomly filled VAE. Reward: class log-probability of the shapes classifier."""
-    with scratch() as folder:
-        net = load_or_train_classifier(open_data("shapes"), str(folder), 0)
-        vae = data.load_vae(vae_file())
-        labels, keys = torch.arange(16) % 8, image_keys([(3, i) for i in range(16)])
-        x16 = torch.from_numpy(data.draw_shapes(np.arange(16)).numpy()).float() / 127.5 - 1
-        x16 = x16 + 0.1 * torch.randn(x16.shape, generator=torch.Generator().manual_seed(0))  # less sure than real ones
-        x64 = torch.nn.functional.interpolate(x16, scale_factor=4)
-        with torch.no_grad():
-            latents = vae.moments(x64)[:, :16].float()  # (16, 16, 4, 4)
+def gradient_cosine(batches=5, settings=((8, 0.1, 128), (8, 0.2, 128), (8, 0.05, 128), (4, 0.1, 128), (12, 0.1, 128),
+                                         (16, 0.1, 128), (0, 0.1, 128), (8, 0.1, 32), (8, 0.2, 32), (4, 0.1, 32))):
+    """Cosine of the gradient that REINFORCE gives the student's weights with the pathwise one, on the same pictures:
+    the student in assets/, its classifier's log p as reward, 16 pictures a batch. In brackets, of v itself."""
+    student, net = load_mar(HERE / "assets/cifar10_student.pt").requires_grad_(True), load_classifier(HERE / "assets/cifar10_classifier.pt")
+    start, K = copy.deepcopy(student).requires_grad_(False), 8
 
-        def score(pictures, labels):
-            images = torch.nn.functional.adaptive_avg_pool2d(((pictures + 1) / 2).clamp(0, 1), 16)
-            return torch.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
+    def score(x, labels):
+        return F.log_softmax(net(((x + 1) / 2).clamp(0, 1))[1], dim=1).gather(1, labels[:, None])[:, 0]
 
-        print("what           dims pairs cosine formula by-halves")
-        for what, z, f in (("pixels, 16 px", x16, score), ("pixels, 32 px", x64[:, :, ::2, ::2], score),
-                           ("pixels, 64 px", x64, score),
-                           ("latents, 64 px", latents, lambda z, labels: score(vae.decode(z), labels))):
-            n = 4 if z is latents else 16  # a decoding takes half a second
-            for pairs in (8, 64) if z is latents else (8, 64, 256):
-                args, d = argparse.Namespace(pairs=pairs, noise_std=0.1, chunk=n), z[0].numel()
-                v, _, q = rl.reinforce_direction(f, z[:n], labels[:n], keys[:n], args)
-                g = rl.pathwise_direction(f, z[:n], labels[:n], None, args)[0]
-                cosine = torch.nn.functional.cosine_similarity(v.flatten(1), g.flatten(1)).mean().item()
-                print(f"{what:15}{d:5}{pairs:6}{cosine:7.3f}{(pairs / (pairs + d + 1)) ** 0.5:8.3f}"
-                      f"{max(0, 2 * q / (1 + q)) ** 0.5:8.3f}", flush=True)
+    def pushed_back(v):
+        student.zero_grad()
+        rl.backward_chain(student, start, x, v, 0, 1, labels, keys, K)
+        return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    cosine = lambda a, b: F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+    found = {setting: [] for setting in settings}
+    for batch in range(batches):
+        labels, seeds = torch.arange(16) % 10, torch.tensor([(77 + batch, i) for i in range(16)])
+        keys, x = image_keys(seeds), student.generate(labels, K, seeds=seeds)
+        exact = rl.pathwise_direction(score, x, labels, keys, argparse.Namespace(chunk=16))[0]
+        gradient = pushed_back(exact)
+        for count, s, N in settings:
+            args = argparse.Namespace(frequencies=count, noise_std=s, calls=N, chunk=2048)
+            v = rl.reinforce_direction(score, x, labels, keys, args)[0]
+            found[count, s, N].append((cosine(pushed_back(v), gradient), cosine(v, exact)))
+    for (count, s, N), rows in found.items():
+        g, v = np.array(rows).T
+        print(f"frequencies {count or 'all':4} s {s:4} calls {N:4}: {g.mean():.3f} +- {g.std(ddof=1) / len(g)**0.5:.3f} "
+              f"({v.mean():.3f})   each batch {np.round(g, 2).tolist()}", flush=True)
 
 
 STUB_VAE = """
@@ -494,7 +498,7 @@ def judges():
 
                 with mock.patch.object(rl, f"{estimator}_direction", timed):
                     rl.main(["--data", "shapes", "--ckpt", str(folder / "student.pt"), "--folder", str(folder),
-                             "--reward", kind, "--watch", "--steps", "1", "--batch", "4", "--pairs", "1",
+                             "--reward", kind, "--watch", "--steps", "1", "--batch", "4", "--calls", "2",
                              "--chunk", "4", "--eval_images", "2", "--ar_steps", "2", "--estimator", estimator,
                              "--out", str(folder / f"{kind}_{estimator}")])
                 log = json.loads((folder / f"{kind}_{estimator}/log.jsonl").open().readline())
@@ -540,7 +544,7 @@ def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=1
 
 
 MEASUREMENTS = {measurement.__name__: measurement for measurement in (
-    agreement, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu, rl_memory,
+    gradient_cosine, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu, rl_memory,
     shortcuts, speed, where_a_pictures_time_goes)}
 
 
