@@ -24,9 +24,11 @@ import shlex
 import shutil
 import socket
 import sys
+import threading
 import traceback
 import urllib.request
-from collections import Counter, OrderedDict
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import model
-from model import UserError, fill_model, read_checkpoint, replacing, say, write_json
+from model import UserError, fill_model, printable, read_checkpoint, reading, say, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
 
@@ -108,13 +110,10 @@ def draw_shapes(index, img_size=16):
 
 PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
 SPLITS = {"train": ["train"], "test": ["test", "val", "validation"]}  # names of the folder, the first that is there
+SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .mpo .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
 
-# What Pillow decodes. Of these formats it only knows the header, or it starts another program (Ghostscript for EPS).
-# MPO, a camera's pair of pictures, is read as the JPEG that it begins with.
-Image.init()
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
-            if kind in {*Image.OPEN, "MPO"} - NOT_DECODED}
+# Above 90 megapixels a picture is refused by name: decoded, each thread's would take half a gigabyte and more
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def command(*words):
@@ -126,29 +125,33 @@ def split_folder(path, split):
     for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
-    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it, with <class>/*.jpg; of MAR's "
-                    f"latents, <class>/*.npz, {command('--data', path)} makes a cache")
+    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it, with <class>/*.jpg"
+                    f"{deeper(path)}; of MAR's latents, <class>/*.npz, {command('--data', path)} makes a cache")
 
 
-def walk(folder, suffixes, passed, above=()):
-    """The files with a known suffix in `folder` and below, in the order of names; links are followed. `passed` counts
-    what is passed over, by reason. above: real paths of the folders it lies in."""
-    real = os.path.realpath(folder)
-    if real in above:
-        passed["links back up"] += 1
-        return
+def deeper(path):
+    """Advice where classes, one of them perhaps called train, seem to lie in the place of the splits."""
+    names = sorted(folder.name for folder in Path(path).glob("[!.]*/"))
+    if is_split(*names):
+        return ""
+    return f"; if {', '.join(names[:4])} are classes, they belong a folder deeper, DATA/train/{names[0]}/*.jpg"
+
+
+def is_split(*names):
+    return set(names) <= {name for folders in SPLITS.values() for name in folders}
+
+
+def walk(folder, above=()):
+    """All files in `folder` and below, in the order of names, but for hidden ones: beside x.jpg macOS keeps a ._x.jpg
+    that is no picture. Links are followed, but not back up. above: real paths of the folders it lies in."""
+    above = (*above, os.path.realpath(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if entry.name.startswith("."):  # .DS_Store; beside x.jpg macOS keeps a ._x.jpg that is no picture
-            passed["hidden"] += 1
-        elif entry.is_symlink() and not os.path.exists(entry.path):
-            passed["links to nothing"] += 1
-        elif entry.is_dir():
-            yield from walk(entry.path, suffixes, passed, (*above, real))
-        elif entry.is_file() and suffix in suffixes:
+        if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry.path):
+            continue
+        if entry.is_file():
             yield entry.path
-        else:
-            passed[suffix or "without a suffix"] += 1
+        elif entry.is_dir() and os.path.realpath(entry.path) not in above:
+            yield from walk(entry.path, above)
 
 
 def find_images(folder, suffixes=SUFFIXES):
@@ -158,16 +161,21 @@ def find_images(folder, suffixes=SUFFIXES):
     folder are of the class "", unless some lie in one. Sorted by class, then by name: the same on every machine and
     rank, and for ImageNet's wnids the usual label order. One line says what was passed over.
     """
-    passed, found, root = Counter(), {}, str(Path(folder))
-    for file in walk(root, suffixes, passed):
-        first, _, below = file[len(root) + 1:].partition("/")
-        found.setdefault(first if below else "", []).append(file)
-    if len(found) > 1 and "" in found:
-        passed["in no class folder"] = len(found.pop(""))
+    found, passed, start = {}, [], len(os.path.join(folder, ""))
+    for file in walk(folder):
+        name, _, below = file[start:].partition(os.sep)
+        if file.lower().endswith(suffixes):
+            found.setdefault(name if below else "", []).append(file)
+        else:
+            passed.append(file)
+    if len(found) > 1:
+        passed += found.pop("", [])
     if passed:
-        say(f"passed over in {folder}: {', '.join(f'{count:,} {reason}' for reason, count in passed.most_common(9))}")
+        say(f"{folder}: {len(passed):,} files are no images, or in no class folder, and passed over: {passed[0]}, ...")
     if not found:
         raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
+    if is_split(*found):
+        raise UserError(f"{folder}: {', '.join(found)} are no classes: give the folder of one, {folder}/{[*found][0]}")
     for name in sorted(os.listdir(folder)) if "" not in found else []:
         if name not in found and name[0] != "." and os.path.isdir(os.path.join(folder, name)):
             raise UserError(f"{folder}/{name}: no images in it, and each folder there is a class: remove it")
@@ -175,49 +183,40 @@ def find_images(folder, suffixes=SUFFIXES):
     return list(found), [file for files in found.values() for file in files], labels
 
 
-def list_images(folder, suffixes=SUFFIXES):
+def list_images(folder):
     """find_images for training: there must be classes."""
-    class_names, files, labels = find_images(folder, suffixes)
+    class_names, files, labels = find_images(folder)
     if class_names == [""]:
-        raise UserError(f"{folder}: its images lie in no class folder; they belong in {folder}/<class>/*.jpg")
+        raise UserError(f"{folder}: its images lie in no class folder; they belong in {folder}/<class>/*.jpg"
+                        f"{deeper(Path(folder).parent)}")
     return class_names, files, labels
 
 
-def own_size(path, split, pixels=False):
+def native_size(path, split, pixels=False):
     """px at which a folder is used unless told otherwise: its first image's if below 64 or if they are to be used as
     `pixels`, else 256, the public MAR's."""
     folder = split_folder(path, split)
-    for file in walk(str(folder), SUFFIXES, Counter()):  # stops at the first: to list all of ImageNet takes long
-        with contextlib.suppress(UserError), decoding(file), Image.open(file) as image:  # a broken one is passed by
-            return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256
+    for file in walk(folder):  # stops at the first: to list all of ImageNet takes long
+        if file.lower().endswith(SUFFIXES):
+            with contextlib.suppress(UserError), reading(file, "image"), Image.open(file) as image:
+                return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256
     raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
 
 
 def is_small(path):
     """Whether a folder's images are trained on as pixels: then CIFAR-10's defaults suit it, else ImageNet's."""
     with contextlib.suppress(UserError):  # a latent cache has no images; of other faults open_data speaks
-        return own_size(path, "train") < PIXEL_LIMIT
+        return native_size(path, "train") < PIXEL_LIMIT
     return False
-
-
-@contextlib.contextmanager
-def decoding(path):
-    """The many errors of a bad file become one that names it. An error of the disk stays what it is: a file that cannot
-    be reached now is not broken."""
-    try:
-        yield
-    except Exception as error:  # Pillow and numpy raise a dozen kinds
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: broken image ({reason}): mend it or remove it") from None
 
 
 def to_rgb(image):
     """Any Pillow image -> 8-bit RGB. Transparency is laid over white: what hides under alpha 0 is often garbage."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # which Pillow's own conversion would clip at 255
+        say_once("16-bit pictures are divided by 257, where torchvision's loader clips them at 255")
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
+        say_once("transparent pictures are laid over white, where torchvision's loader shows what is hidden")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -241,43 +240,30 @@ def read_image(path, size, upright=False):
     As it is stored, as ADM and MAR train: what a camera notes of its being turned (EXIF) is not heeded. upright: turned
     as a viewer shows it, for a picture that someone gives to edit.
     """
-    with decoding(path), Image.open(path) as image:
+    with reading(path, "image", ": mend it or remove it"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image) if upright else image
         return np.array(adm_crop(to_rgb(image), size)).transpose(2, 0, 1)  # (3, size, size)
-
-
-def read_moments(path, side=None):
-    """What MAR's main_cache.py wrote of an image and of its mirror image -> float16 (2, 32, side, side)."""
-    with decoding(path), np.load(path) as arrays:
-        moments = np.stack([arrays["moments"], arrays["moments_flip"]]).astype(np.float16)
-        side = side or moments.shape[-1]
-        if moments.shape != (2, 32, side, side) or not np.isfinite(moments).all():
-            raise ValueError(f"moments of {moments.shape}, wanted are (2, 32, {side}, {side}), all of them finite")
-        return moments
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The latent cache
 
 # A folder with moments.npy  float16 (N, 2, 32, h, w), a row a picture: [0] of it, [1] of its mirror image
-#               keys.npy     uint64 (N,), whose row it is, noted once the row is on the disk; until then 0
-#               labels.npy   int64, its class when the cache was last finished, or GONE
-#               cache.json   settings; in a finished cache also class names, and the keys of broken pictures
-# A row that has a key is never given to another picture: who has the cache open reads on undisturbed, and a picture
-# that went and came back, or a second folder of the same name, costs nothing.
+#               done.npy     uint8 (N,): 1 once the row is on the disk, 2 for a picture that cannot be decoded
+#               cache.json   what it is made of: settings, {class: how many}, a digest of names, sizes and times
+# Rows are in the order of find_images, so a cache is of one list of pictures.
 
-GONE = -1
+LACKING, DONE, BROKEN = 0, 1, 2
 
 
-def picture_keys(folder, files):
-    """uint64 (N,): hashes of all that a row depends on: a picture's name below `folder`, its size, the time of its last
-    change. Half a minute for ImageNet on a local disk; on a network disk minutes."""
-    keys, start = [], len(str(Path(folder))) + 1
+def made_of(folder, pictures, settings):
+    """cache.json of the pictures in `folder`. Half a minute for ImageNet on a local disk; on a network disk minutes."""
+    class_names, files, labels = pictures
+    digest, start = hashlib.sha256(), len(os.path.join(folder, ""))
     for file in files:
         stat = os.stat(file)
-        content = b"%s %d %d" % (os.fsencode(file[start:]), stat.st_size, stat.st_mtime_ns)  # a name may be no UTF-8
-        keys.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") or 1)
-    return np.array(keys, np.uint64)
+        digest.update(b"%s %d %d\n" % (os.fsencode(file[start:]), stat.st_size, stat.st_mtime_ns))  # no UTF-8, maybe
+    return {**settings, "classes": dict(zip(class_names, np.bincount(labels).tolist())), "digest": digest.hexdigest()}
 
 
 def default_cache(path, img_size):
@@ -288,125 +274,86 @@ def default_cache(path, img_size):
 def read_meta(folder):
     """What cache.json says; {} where none is."""
     path = Path(folder) / "cache.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    with reading(path, "cache.json", f": delete {folder}"):
+        return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def open_array(path, mmap_mode=None, count=0):
-    """np.load of a part of a cache; UserError where it is damaged, or has less than `count` rows."""
-    try:
-        array = np.load(path, mmap_mode)
-        if len(array) < count:
-            raise ValueError(f"{count - len(array)} rows are gone")
-        return array
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: the cache is damaged, or an old one ({error}); delete {path.parent} and build it "
-                        f"again (--data {path.parent.parent} uses an old one as it is)") from None
-
-
-def lengthen(path, count, row):
-    """An .npy file of `count` rows, made, or made longer: what it holds stays. Sparse: only written rows take space."""
-    with open(path, "ab") as file:
-        file.truncate(128 + count * row.itemsize)  # numpy's header takes 128 bytes, with room for a larger count
-    with open(path, "r+b") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": row.base.str, "fortran_order": False,
-                                                    "shape": (count, *row.shape)})
-
-
-def write_rows(path, rows, values):
-    """Rows of an .npy file, on the disk on return. Through a memory map a full disk would kill us (SIGBUS)."""
-    start = open_array(path, "r").offset
-    with open(path, "r+b") as file:
-        for row, value in zip(rows, values, strict=True):
-            file.seek(start + row * value.nbytes)
-            file.write(value.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def prepare_cache(out, settings, keys):
-    """Make room for the pictures that the cache in folder `out` lacks, whatever an earlier run left there."""
+def start_cache(out, meta, shape):
+    """Make the files of a cache with rows of `shape`, unless a killed build has left them."""
     lock_folder(out)  # two builders would write over each other's rows
-    meta, held = read_meta(out), np.empty(0, np.uint64)
-    if meta:
-        held = open_array(out / "keys.npy")
-        open_array(out / "moments.npy", "r", len(held))
-        if any(meta.get(name) != value for name, value in settings.items()):
-            raise UserError(f"{out} was made otherwise ({meta['img_size']} px, VAE {meta.get('vae_sha256')}), not "
-                            f"{settings}: delete it, or give another --out")
-    lacking = int((~np.isin(keys, held)).sum())
-    row = np.dtype((np.float16, (2, 32, settings["img_size"] // 16, settings["img_size"] // 16)))
-    need, free = lacking * row.itemsize / 1e9, shutil.disk_usage(out).free / 1e9
-    say(f"{out}: lacks {lacking:,} of {len(keys):,} pictures, {need:.2f} GB; if stopped, the same command goes on")
+    found, count = read_meta(out), sum(meta["classes"].values())
+    if found and found != meta:
+        raise UserError(f"{out} is of other pictures, or made otherwise ({found.get('img_size')} px, VAE "
+                        f"{found.get('vae_sha256')}): delete it, or give another --out")
+    need, free = count * 2 * math.prod(shape), shutil.disk_usage(out).free
+    say(f"{out}: {count:,} pictures, {need / 1e9:.2f} GB; if stopped, the same command goes on")
+    if found:
+        return
     if need > free:
-        raise UserError(f"{out}: {need:.2f} GB are needed, {free:.2f} are free: make room, or give another --out")
-    count = len(held) + max(0, lacking - int((held == 0).sum()))
-    lengthen(out / "moments.npy", count, row)
-    lengthen(out / "keys.npy", count, np.dtype(np.uint64))
-    if not meta:
-        write_json(out / "cache.json", settings)
+        raise UserError(f"{out}: only {free / 1e9:.2f} GB are free: make room, or give another --out")
+    for name, dtype, row in (("done", np.uint8, ()), ("moments", np.float16, shape)):
+        path = out / f"{name}.npy"
+        np.lib.format.open_memmap(path, "w+", dtype, (count, *row))
+        if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill us, through the memory map (SIGBUS)
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    write_json(out / "cache.json", meta)
 
 
-def build_cache(args, settings, folder, pictures, read, encode):
-    """Read what the cache of a folder lacks; every rank its share. What a stopped run did is kept.
+def build_cache(args, folder, pictures, settings, read, encode):
+    """Fill the rows that lack, each rank its share of them. A picture that cannot be decoded is named and left out.
 
-    args: data, split, out, batch, skip_broken. pictures: of list_images. read: file -> array. encode: (n, ...) of those
-    -> float16 (n, 2, 32, h, w).
+    args: data, split, out, batch. pictures: of find_images. read: file -> array. encode: n of them -> (n, 2, 32, h, w).
     """
-    out = Path(args.out or default_cache(args.data, settings["img_size"])) / args.split
-    rank, world = rank_and_world()
+    out, files = Path(args.out or default_cache(args.data, settings["img_size"])) / args.split, pictures[1]
+    (rank, world), side = rank_and_world(), settings["img_size"] // 16
     barrier = dist.barrier if world > 1 else lambda: None
-    class_names, files, labels = pictures
-    keys = picture_keys(folder, files)
     if rank == 0:
-        prepare_cache(out, settings, keys)
+        start_cache(out, made_of(folder, pictures, settings), (2, 32, side, side))
     barrier()
-    held = open_array(out / "keys.npy")
+    with reading(out, "latent cache", ": delete it"):
+        moments, done = (np.load(out / f"{name}.npy", "r+") for name in ("moments", "done"))
+    lacking = np.array_split(np.flatnonzero(done == LACKING), world)[rank]  # neighbours: a disk likes that better
     barrier()  # every rank knows what is lacking before one changes it
-    lacking = np.flatnonzero(~np.isin(keys, held))  # (n,) of the pictures
-    rows = np.flatnonzero(held == 0)[:len(lacking)]  # (n,) of the cache
-    mine = np.array_split(np.arange(len(lacking)), world)[rank]  # neighbours in the file: a disk likes that better
 
-    def read_one(i):
+    def read_row(row):
         try:
-            return read(files[lacking[i]])
+            return read(files[row])
         except UserError as error:
-            if not args.skip_broken:
-                raise UserError(f"{error}; {command(*sys.argv[1:], '--skip_broken')} leaves it out") from None
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            tqdm.write(printable(f"left out: {error}"), file=sys.stderr)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(mine), disable=rank > 0 or None, unit="img") as bar:
-        for start in range(0, len(mine), args.batch):
-            some = mine[start:start + args.batch]
-            arrays = list(pool.map(read_one, some))
-            good = some[[array is not None for array in arrays]]
-            if len(good):
-                moments = encode(np.stack([array for array in arrays if array is not None]))
-                write_rows(out / "moments.npy", rows[good], moments)
-                write_rows(out / "keys.npy", rows[good], keys[lacking[good]])  # only now: a row with a key is whole
-            bar.update(len(some))
+    with ThreadPoolExecutor() as pool, tqdm(total=len(lacking), disable=rank > 0 or None, unit="img") as bar:
+        for start in range(0, len(lacking), args.batch):
+            rows = lacking[start:start + args.batch]
+            arrays = list(pool.map(read_row, rows))
+            whole = np.array([array is not None for array in arrays])
+            if whole.any():
+                moments[rows[whole]] = encode(np.stack([array for array in arrays if array is not None]))
+                moments.flush()
+            done[rows] = np.where(whole, DONE, BROKEN)  # only now: a row that is done is whole
+            bar.update(len(rows))
+    done.flush()
     barrier()
-    if rank == 0:
-        held, label = open_array(out / "keys.npy"), dict(zip(keys.tolist(), labels.tolist()))
-        write_json(out / "cache.json", settings)  # else a kill here could leave labels of other class names
-        with replacing(out / "labels.npy", "wb") as file:
-            np.save(file, np.array([label.get(key, GONE) for key in held.tolist()]))
-        broken = keys[~np.isin(keys, held)].tolist()
-        write_json(out / "cache.json", {**settings, "class_names": class_names, "broken": broken})
-        say(f"{out.parent} is finished: --data takes it, or the folder that it was made of")
+    say(f"{out.parent} is finished, {(done == BROKEN).sum():,} pictures left out: --data takes it, or {args.data}")
 
 
 def open_cache(folder, name, img_size=None):
-    """A latent cache, as it was when last finished -> Data."""
+    """A finished latent cache -> Data."""
     meta = read_meta(folder)
-    if "class_names" not in meta:
+    with reading(folder, "latent cache", ": delete it and build it again"):
+        size, classes = meta["img_size"], meta["classes"]
+        labels = np.repeat(np.arange(len(classes)), [*classes.values()])
+        done = np.load(folder / "done.npy")
+        moments = np.asarray(np.load(folder / "moments.npy", "r"))  # plain arrays are indexed faster
+        if not len(labels) == len(done) == len(moments):
+            raise ValueError(f"{len(labels)} pictures, {len(moments)} rows")
+    if (done == LACKING).any():
         raise UserError(f"{folder}: this cache is not finished: the command that began it goes on with it")
-    if img_size not in (None, meta["img_size"]):
-        raise UserError(f"{folder}: this cache is of {meta['img_size']} px, not {img_size}")
-    labels = open_array(folder / "labels.npy")
-    moments = np.asarray(open_array(folder / "moments.npy", "r", len(labels)))  # plain arrays are indexed faster
-    rows = np.flatnonzero(labels >= 0)
+    if img_size not in (None, size):
+        raise UserError(f"{folder}: this cache is of {size} px, not {img_size}")
+    rows = np.flatnonzero(done == DONE)
     read = lambda indices, flips: torch.from_numpy(moments[rows[indices], flips])  # a copy of these rows alone
-    return Data(name, meta["class_names"], meta["img_size"], labels[rows], read, pixels=False)
+    return Data(name, [*classes], size, labels[rows], read, pixels=False)
 
 
 def open_latents(name, split, img_size):
@@ -417,15 +364,10 @@ def open_latents(name, split, img_size):
     if not meta:
         raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {build}; or use them "
                         "as pixels (distill.py --pixels; fid.py --classifier FILE)")
-    latents, labels = open_cache(folder, name), open_array(folder / "labels.npy")
-    held = open_array(folder / "keys.npy")[:len(labels)][labels != GONE]
-    keys = picture_keys(source, list_images(source)[1])
-    new = (~np.isin(keys, np.append(held, np.array(meta.get("broken", []), np.uint64)))).sum()
-    gone = (~np.isin(held, keys)).sum()
-    if new or gone:  # a picture that changed is both
-        raise UserError(f"{name}: since its latents were computed {new:,} pictures came or changed, {gone:,} went or "
-                        f"changed: {build} follows; --data {folder.parent} uses what it holds")
-    return latents
+    if made_of(source, list_images(source), {})["digest"] != meta.get("digest"):
+        raise UserError(f"{name}: its pictures are no longer those of {folder}: delete that, then {build}; or use it "
+                        f"as it is, by --data {folder.parent}")
+    return open_cache(folder, name, img_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -479,10 +421,12 @@ class Data:
 def open_data(name, split="train", img_size=None, pixels=False):
     """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache.
 
-    split: "train" or "test". img_size: px, None for the data's own (16 for shapes, own_size for a folder). Images below
-    64 px, or of any size with `pixels`, are decoded into memory; for others data.py must have computed the latents.
+    split: "train" or "test". img_size: px; None: 16 for shapes, native_size for a folder. Images below 64 px, or of any
+    size with `pixels`, are decoded into memory; for others data.py must have computed the latents.
     """
     name = str(name)
+    if beside(name):
+        say(f"--data {name} is data that this program knows{beside(name)}")
     if name == "shapes":
         first, count = (0, 50_000) if split == "train" else (2**32, 10_000)
         read = lambda indices: draw_shapes(first + indices, img_size or 16)
@@ -490,11 +434,18 @@ def open_data(name, split="train", img_size=None, pixels=False):
     if name == "cifar10":
         return open_cifar10(split, img_size)
     if not Path(name).is_dir():
-        raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
+        raise UserError(f"{name}: {'is a file' if Path(name).exists() else 'no such folder'}; --data takes shapes, "
+                        "cifar10 or a folder with train/<class>/*.jpg")
     if read_meta(Path(name) / split):
         return open_cache(Path(name) / split, name, img_size)
-    img_size = img_size or own_size(name, split, pixels)
+    img_size = img_size or native_size(name, split, pixels)
     return (open_images if pixels or img_size < PIXEL_LIMIT else open_latents)(name, split, img_size)
+
+
+def beside(name):
+    """A hint where a folder is called as data that are built in."""
+    known = name in ("shapes", "cifar10") and Path(name, "train").is_dir()
+    return f"; the folder of that name here is --data ./{name}" if known else ""
 
 
 def open_images(name, split, img_size):
@@ -528,7 +479,8 @@ def open_cifar10(split, img_size=None, root="data"):
         records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(10_000, 3073) for name in names])
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: missing or not whole ({error}): run python data.py --get cifar10 (the Python "
-                        "version, cifar-10-batches-py, is not read: it is a pickle, which can run code)") from None
+                        "version, cifar-10-batches-py, is not read: it is a pickle, which can run code)"
+                        f"{beside('cifar10')}") from None
     images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3073) -> (N, 3, 32, 32)
     return Data("cifar10", CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
 
@@ -816,15 +768,15 @@ def check_numbers(args, one="", share=""):
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
 
 
-def printable(text):
-    """What a terminal would obey instead of showing it becomes an escape: names of classes and files are foreign."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+SAID, SPEAKING = set(), threading.Lock()
 
 
-def say(text):
-    """Print on rank 0."""
-    if rank_and_world()[0] == 0:
-        print(printable(text), flush=True)
+def say_once(text):
+    """The same from many threads and for many pictures: once."""
+    with SPEAKING:
+        if text not in SAID:
+            say(text)
+        SAID.add(text)
 
 
 def run_main(main):
@@ -959,7 +911,7 @@ def join_processes(backend, rank, world):
 
 def build_latents(args):
     """--data PATH --vae FILE: both flips of every image as VAE moments."""
-    folder, size = split_folder(args.data, args.split), args.img_size or own_size(args.data, args.split)
+    folder, size = split_folder(args.data, args.split), args.img_size or native_size(args.data, args.split)
     if size < PIXEL_LIMIT:
         raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
     if not args.vae or size % 16:
@@ -969,48 +921,54 @@ def build_latents(args):
 
     def encode(images):
         # both flips: the VAE is not exactly symmetric, so mirrored latents are not the latents of the mirror image
-        x = torch.from_numpy(images).to(device).float() / 127.5 - 1  # (n, 3, S, S); bytes travel
+        x = torch.from_numpy(images).to(device).float() / 127.5 - 1  # (n, 3, H, W); bytes travel
         moments = vae.moments(torch.cat([x, x.flip(-1)]))  # (2n, 32, h, w)
         return moments.unflatten(0, (2, -1)).transpose(0, 1).half().cpu().numpy()  # (n, 2, 32, h, w): [i, flip]
 
     settings = {"img_size": size, "vae_sha256": file_hash(args.vae)[:16]}
-    build_cache(args, settings, folder, list_images(folder), lambda file: read_image(file, size), encode)
+    build_cache(args, folder, list_images(folder), settings, lambda file: read_image(file, size), encode)
 
 
 def take_moments(args):
-    """--data NPZ_FOLDER: the latents of MAR's main_cache.py become a cache like any other."""
+    """--data NPZ_FOLDER: what MAR's main_cache.py wrote becomes a cache like any other."""
+    def read(path, side=None):
+        with reading(path, "file of main_cache.py"), np.load(path) as arrays:
+            moments = np.stack([arrays["moments"], arrays["moments_flip"]]).astype(np.float16)
+            side = side or moments.shape[-1]  # of the first, it is that of all
+            if moments.shape != (2, 32, side, side) or not np.isfinite(moments).all():
+                raise ValueError(f"moments of {moments.shape}, wanted are (2, 32, {side}, {side}), all finite")
+            return moments
+
     setup("cpu")
-    pictures = list_images(args.data, {".npz"})
-    for file in pictures[1]:
-        with contextlib.suppress(UserError):  # the first that is whole says the size
-            side = read_moments(file).shape[-1]
-            break
-    else:
-        raise UserError(f"{args.data}: none of its .npz files holds moments and moments_flip of an image")
-    build_cache(args, {"img_size": 16 * side}, args.data, pictures, lambda file: read_moments(file, side),
-                encode=lambda moments: moments)
+    pictures = find_images(args.data, (".npz",))
+    side = read(pictures[1][0]).shape[-1]
+    build_cache(args, args.data, pictures, {"img_size": 16 * side}, lambda file: read(file, side), np.asarray)
 
 
-def main():
-    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
-    parser = Parser("Build the latent cache of an image folder, or download public files.")
+def parse_args(argv=None):
+    p = Parser("Build the latent cache of an image folder, or download public files.")
+    flag = p.add_argument
     # the cache
-    parser.add_argument("--data", help="image folder with train/<class>/*, or MAR's latents, <class>/*.npz")
-    parser.add_argument("--split", choices=list(SPLITS), default="train", help="test reads test, val or validation")
-    parser.add_argument("--vae", help="KL-16 VAE file (--get kl16)")
-    parser.add_argument("--img_size", type=int, help="px a side; default 256")
-    parser.add_argument("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")
-    parser.add_argument("--skip_broken", action="store_true", help="name and leave out images that cannot be decoded")
-    parser.add_argument("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    flag("--data", help="image folder with train/<class>/*, or MAR's latents, <class>/*.npz")
+    flag("--split", choices=list(SPLITS), default="train", help="test reads test, val or validation")
+    flag("--vae", help="KL-16 VAE file (--get kl16)")
+    flag("--img_size", type=int, help="px a side; default 256")
+    flag("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")
+    flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
+    flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
     # downloads
-    parser.add_argument("--get", nargs="+", default=[], choices=list(PUBLIC), metavar="NAME",
-                        help=f"download: {', '.join(PUBLIC)}")
-    parser.add_argument("--folder", default=".", help="where --get puts its files; other scripts look in the default")
-    args = parser.parse_args()
+    flag("--get", nargs="+", default=[], choices=list(PUBLIC), metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
+    flag("--folder", default=".", help="where --get puts its files; other scripts look in the default")
+    args = p.parse_args(argv)
     check_numbers(args, one="img_size batch")
     if not args.get and not args.data:
         raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
+    return args
+
+
+def main(argv=None):
+    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
+    args = parse_args(argv)
     get(args.get, args.folder)
     if args.data:
         if not Path(args.data).is_dir():

@@ -40,7 +40,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, decoding, file_hash, find_images, load_vae, open_data,
+from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, file_hash, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, say, setup, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
                    rename, replacing, runs_bf16, save_checkpoint, write_json)
@@ -792,7 +792,7 @@ def npz_source(path, arrays):
 def read_judged(path):
     """One image that is judged as it is -> uint8 (3, H, W). What is not 8-bit RGB is refused: how grey, alpha or 16
     bits should become RGB is not this file's to guess."""
-    with decoding(path), Image.open(path) as image:
+    with reading(path, "image", ": mend it or remove it"), Image.open(path) as image:
         pixels = np.asarray(image)
     if image.mode != "RGB":
         raise UserError(f"{path} is {image.mode}, judged images must be 8-bit RGB: convert them, or do so by --size")

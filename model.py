@@ -570,10 +570,15 @@ def reading(path, what, advice=""):
         raise UserError(f"{path} is no whole {what} ({type(error).__name__}: {reason}){advice}") from None
 
 
+def printable(text):
+    """What a terminal would obey instead of showing it becomes an escape: names of classes and files are foreign."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def say(text):
-    """Print a line on rank 0; a name that is not UTF-8 is no obstacle."""
+    """Print on rank 0."""
     if not int(os.environ.get("RANK") or 0):
-        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
+        print(printable(text), flush=True)
 
 
 def weights_in(file, ema=True):

@@ -31,6 +31,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -38,6 +39,8 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -1783,8 +1786,7 @@ def make_folder(root, size=(8, 8), classes=("ant", "bee"), each=3, split="train"
 
 def data_main(*argv):
     """data.py's main in this process."""
-    with mock.patch.object(sys, "argv", ["data.py", *map(str, argv)]):
-        data.main()
+    data.main([*map(str, argv)])
 
 
 @once
@@ -1858,7 +1860,7 @@ def test_image_folder_is_held_in_memory():
 
 
 def test_every_kind_of_image_becomes_rgb():
-    with scratch() as tmp:
+    with scratch() as tmp, mock.patch.object(data, "SAID", set()), contextlib.redirect_stdout(io.StringIO()) as said:
         grey16 = np.full((4, 4), 257 * 100, np.uint16)
         clear = np.zeros((4, 4, 4), np.uint8)  # black, but wholly transparent
         palette = Image.new("P", (4, 4), 1)
@@ -1866,11 +1868,16 @@ def test_every_kind_of_image_becomes_rgb():
         cases = {"grey": (Image.new("L", (4, 4), 7), (7, 7, 7)), "grey16": (Image.fromarray(grey16), (100, 100, 100)),
                  "clear": (Image.fromarray(clear), (255, 255, 255)), "palette": (palette, (10, 20, 30)),
                  "bits": (Image.new("1", (4, 4), 1), (255, 255, 255)),
+                 "grey_clear": (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
                  "rgb": (Image.new("RGB", (4, 4), (1, 2, 3)), (1, 2, 3))}
         for name, (image, colour) in cases.items():
             image.save(tmp / f"{name}.png")
             pixels = data.read_image(tmp / f"{name}.png", 4)
             assert pixels.shape == (3, 4, 4) and tuple(pixels[:, 0, 0]) == colour, (name, pixels[:, 0, 0])
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: data.read_image(tmp / "clear.png", 4), range(64)))
+    lines = said.getvalue().splitlines()  # other loaders show other pixels, so it is said, once
+    assert len(lines) == 2 and "16-bit" in lines[0] and "transparent" in lines[1] and "torchvision" in lines[1], lines
 
 
 def test_adm_crop():
@@ -1882,7 +1889,7 @@ def test_adm_crop():
         assert data.adm_crop(Image.new("RGB", size), 16).size == (16, 16)
 
 
-def test_every_picture_that_pillow_knows_is_read_as_it_is_stored():
+def test_a_picture_is_read_as_it_is_stored():
     with scratch() as tmp:
         exif = Image.Exif()
         exif[0x0112] = 6  # stored lying: a viewer turns it to the right
@@ -1891,98 +1898,58 @@ def test_every_picture_that_pillow_knows_is_read_as_it_is_stored():
         image.save(tmp / "phone.png", exif=exif)
         lying, upright = (data.read_image(tmp / "phone.png", 16, upright) for upright in (False, True))
         assert (lying[0, :, :4] == 255).all() and (upright[0, :4] == 255).all() and upright[0].mean() == 255 / 4
-        assert {".jpg", ".jfif", ".avif", ".pgm", ".jpe", ".mpo", ".webp"} <= data.SUFFIXES
-        assert not {".h5", ".mpg", ".pdf", ".eps"} & data.SUFFIXES, "Pillow knows them, but decodes no picture"
-
-
-def averages(images):
-    """In place of the VAE: the mean of each channel, (n, 3, 16, 16) -> (n, 2, 32, 1, 1)."""
-    return np.tile(images.mean((2, 3)).astype(np.float16)[:, None, :, None, None], (1, 2, 11, 1, 1))[:, :, :32]
-
-
-def build_bugs(folder, out, stop=99):
-    """Make or grow the latent cache of an image folder of 16 px in out/train, killed at the `stop`-th change of a file.
-    -> how many pictures were encoded, None if it was killed."""
-    changes, encoded = [], []
-
-    def killed(real):
-        def change(*args, **kwargs):
-            changes.append(real)
-            if len(changes) > stop:
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-        return change
-
-    def encode(images):
-        encoded.append(len(images))
-        return averages(images)
-
-    args = argparse.Namespace(data=folder, out=out, split="train", batch=3, skip_broken=False)
-    names = ("lengthen", "write_rows", "replacing", "write_json")
-    with mock.patch.multiple(data, **{name: killed(getattr(data, name)) for name in names}):
-        try:
-            data.build_cache(args, {"img_size": 16}, folder / "train", data.list_images(folder / "train"),
-                             lambda file: data.read_image(file, 16), encode)
-            return sum(encoded)
-        except KeyboardInterrupt:
-            return None
-
-
-def test_a_cache_that_is_killed_while_it_is_made_or_grows_goes_on():
-    with scratch() as tmp:
-        for stop in range(11):
-            folder, out = make_folder(tmp / f"bugs{stop}", size=(16, 16)), tmp / f"cache{stop}"
-            assert (build_bugs(folder, out, stop) is None) == (stop < 10)
-            if 2 < stop < 10:
-                refused(lambda: data.open_data(out), "not finished")
-            assert build_bugs(folder, out) == (6 if stop < 5 else 3 if stop < 7 else 0), "nothing is done again"
-            before, everything = data.open_data(out), np.arange(8)
-            rows = lambda some, count: some.read(everything[:count], everything[:count] * 0)[:, :3].flatten(1).tolist()
-            old = rows(before, 6)
-            (folder / "train/ant/1.png").unlink()
-            (folder / "train/aunt").mkdir()  # a class, second of three
-            for i in range(3):
-                Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"train/aunt/{i}.png")
-            assert (build_bugs(folder, out, stop) is None) == (stop < 7)
-            if stop < 5:  # until the end it is what it was
-                assert data.open_data(out).labels.tolist() == [0, 0, 0, 1, 1, 1]
-            elif stop < 7:
-                refused(lambda: data.open_data(out), "not finished")
-            assert build_bugs(folder, out) == (3 if stop < 4 else 0)
-            built = data.open_data(out)
-            assert rows(before, 6) == old, "who had it open reads on undisturbed"
-            assert sorted(built.labels) == [0, 0, 1, 1, 1, 2, 2, 2] and built.class_names == ["ant", "aunt", "bee"]
-            _, files, labels = data.list_images(folder / "train")
-            wanted = [averages(data.read_image(file, 16)[None])[0, 0, :3].ravel().tolist() for file in files]
-            assert sorted(zip(rows(built, 8), built.labels.tolist())) == sorted(zip(wanted, labels.tolist()))
+        assert {".jpg", ".jfif", ".pgm", ".jpe", ".webp"} <= set(data.SUFFIXES) <= set(Image.registered_extensions())
 
 
 def test_bad_image_folders_are_refused():
+    def spoil(name, content=None):
+        def change(folder):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
+        return change
+
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "png")
+    png = png.getvalue()
+    size = lambda width, height: png[:16] + struct.pack(">II", width, height) + png[24:29] + struct.pack(
+        ">I", zlib.crc32(png[12:16] + struct.pack(">II", width, height) + png[24:29])) + png[33:]
+    table = [  # what is done to a folder with train/ant/*, train/bee/*; what is opened in it; words of the one line
+        (spoil("x", b""), "x", "is a file"), (spoil("y"), "nowhere", "no such folder"),
+        (spoil("empty"), "empty", "'train'"), (spoil("empty/train/ant"), "empty", "no images"),
+        (spoil("train/wasp"), "", "train/wasp", "no images", "remove it"),
+        (spoil("train/ant/0.png", b""), "", "train/ant/0.png", "no whole image", "mend it or remove it"),
+        (lambda x: os.truncate(x / "train/ant/0.png", 150), "", "train/ant/0.png", "no whole image"),
+        (spoil("train/bee/1.png", b"<svg>"), "", "train/bee/1.png", "no whole image"),
+        # 170 and 300 megapixels: named, and not decoded
+        (spoil("train/bee/1.png", size(13000, 13000)), "", "train/bee/1.png", "169000000 pixels"),
+        (spoil("train/bee/1.png", size(20000, 15000)), "", "train/bee/1.png", "300000000 pixels"),
+        # classes in the place of the splits; one may be called train
+        (spoil("bus/1.png", png), "train", "no folder 'train'", "if ant, bee are classes", "DATA/train/ant/*.jpg"),
+        (spoil("v/bus/1.png", png), "v", "no folder 'train'", "if bus are classes", "DATA/train/bus/*.jpg"),
+        (lambda x: [spoil(f"v/{name}/1.png", png)(x) for name in ("car", "train", "bus")], "v", "no class folder",
+         "if bus, car, train are classes", "DATA/train/bus/*.jpg"),
+        (lambda x: [spoil(f"v/{name}/1.png", png)(x) for name in ("ant", "test")], "v", "no folder 'train'",
+         "if ant, test are classes")]
+    for change, place, *words in table:
+        with scratch() as tmp:
+            folder = make_folder(tmp / "bugs")
+            change(folder)
+            said = refused(lambda: data.open_data(folder / place), *words)
+            assert not ("are classes" in said and "if " not in " ".join(words)), said
     with scratch() as tmp:
-        refused(lambda: data.open_data(tmp / "nowhere"), "nowhere", "no such folder")
-        (tmp / "empty").mkdir()
-        refused(lambda: data.open_data(tmp / "empty"), "'train'")
-        refused(lambda: data.open_data(tmp / "empty", "test"), "'test' or 'val' or 'validation'")
-        (tmp / "empty/train/ant").mkdir(parents=True)
-        refused(lambda: data.open_data(tmp / "empty"), "no images")
         folder = make_folder(tmp / "bugs")
         (folder / "train/.checkpoints").mkdir()  # hidden: no class
-        (folder / "train/wasp").mkdir()
-        refused(lambda: data.open_data(folder), "train/wasp", "no images")
-        (folder / "train/wasp").rmdir()
-        refused(lambda: data.open_data(folder, split="test"), "test")
+        assert data.open_data(folder).class_names == ["ant", "bee"]
+        refused(lambda: data.open_data(folder, split="test"), "'test' or 'val' or 'validation'")
         refused(lambda: data.open_data(folder, img_size=256), "python data.py", "--img_size 256")
-        (folder / "train/ant/0.png").write_bytes(b"")  # the very first, whose size stands for all
-        refused(lambda: data.open_data(folder), "0.png", "broken", "mend it or remove it")
-        (folder / "train/ant/0.png").unlink()
-        kept = data.open_data(folder)
-        assert len(kept) == 5 and kept.labels.tolist() == [0, 0, 1, 1, 1] and kept.img_size == 8
-        with mock.patch.object(Image, "open", side_effect=OSError(errno.EIO, "Input/output error")):
-            try:
-                data.read_image(folder / "train/ant/1.png", 8)
-                raise AssertionError("accepted")
-            except OSError as error:  # a disk that fails now does not make a picture broken
-                assert error.errno == errno.EIO
+        refused(lambda: data.find_images(folder), "train are no classes", str(folder / "train"))
+        for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
+            with mock.patch.object(Image, "open", side_effect=error):
+                try:  # a disk that fails now does not make a picture broken
+                    data.read_image(folder / "train/ant/1.png", 8)
+                    raise AssertionError("accepted")
+                except (OSError, MemoryError) as found:
+                    assert found is error
 
 
 def test_folders_are_read_as_people_keep_them():
@@ -1997,27 +1964,34 @@ def test_folders_are_read_as_people_keep_them():
             shutil.copy(picture, train / "ant" / name)
         os.makedirs(os.fsencode(train) + b"/caf\xe9/part")  # Latin-1, of an old archive
         shutil.copy(picture, os.fsencode(train) + b"/caf\xe9/part/\xe9t\xe9.png")
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            classes, files, labels = data.find_images(train)
-        assert classes == ["ant", "bee", "caf\udce9"] and labels.tolist() == [0, 0, 0, 1, 1, 2]
-        assert [Path(file).name for file in files[:5]] == ["b.jfif", "d.avif", "a.PNG", "0.png", "1.png"]
-        assert said.getvalue().count("\n") == 1 and "passed over" in said.getvalue(), said.getvalue()
-        for words in ("2 hidden", "1 .txt", "1 without a suffix", "1 links back up", "1 links to nothing",
-                      "1 in no class folder"):
-            assert words in said.getvalue(), said.getvalue()
+        for root in (train, f"{train}/", os.path.relpath(train)):
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                classes, files, labels = data.find_images(root)
+            assert classes == ["ant", "bee", "caf\udce9"] and labels.tolist() == [0, 0, 0, 1, 1, 2]
+            assert [Path(file).name for file in files[:5]] == ["b.jfif", "d.avif", "a.PNG", "0.png", "1.png"]
+            assert said.getvalue().count("\n") == 1 and "3 files are no images, or in no" in said.getvalue()
         some = data.open_data(tmp / "set")
         assert (len(some), some.class_names) == (6, classes)
         (tmp / "set/validation").symlink_to(pool / "train")
         assert data.open_data(tmp / "set", "test").class_names == ["ant", "bee", "wasp"]
         assert data.find_images(pool / "train/bee")[0] == [""], "pictures alone are of one class without a name"
-        (tmp / "flat").mkdir()
-        (tmp / "flat/train").symlink_to(pool / "train/bee")
-        refused(lambda: data.open_data(tmp / "flat"), "no class folder")
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), mock.patch.dict(os.environ, RANK="1"):
+        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.dict(os.environ, RANK="1"):
             data.find_images(train)
         assert said.getvalue() == "", "rank 0 speaks for all"
+
+
+def test_a_folder_called_as_built_in_data_is_named():
+    with scratch() as tmp, contextlib.chdir(tmp):
+        for name, words in (("shapes", ["disc", "ring"]), ("cifar10", ["ant", "bee"])):
+            make_folder(tmp / name)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                if name == "shapes":
+                    assert data.open_data(name).class_names[:2] == words
+                else:
+                    refused(lambda: data.open_data(name), "--get cifar10", "--data ./cifar10")
+            assert said.getvalue().count("\n") == 1 and f"--data ./{name}" in said.getvalue()
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                assert data.open_data(f"./{name}").class_names == ["ant", "bee"] and not said.getvalue()
 
 
 def test_images_of_64_px_are_pixels_when_told_so():
@@ -2030,19 +2004,74 @@ def test_images_of_64_px_are_pixels_when_told_so():
         assert not data.is_small(folder) and data.is_small(make_folder(tmp / "small"))
 
 
+def averages(images):
+    """In place of the VAE: the mean of each channel, (n, 3, 16, 16) -> (n, 2, 32, 1, 1)."""
+    return np.tile(images.mean((2, 3)).astype(np.float16)[:, None, :, None, None], (1, 2, 11, 1, 1))[:, :, :32]
+
+
+def build_bugs(folder, out, stop=99):
+    """Make the latent cache of an image folder of 16 px in out/train, killed before the `stop`-th call that changes
+    something. -> how many pictures were encoded, None if it was killed."""
+    calls, encoded = [], []
+
+    def killed(real):
+        def change(*args, **kwargs):
+            calls.append(real)
+            if len(calls) > stop:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+        return change
+
+    def encode(images):
+        encoded.append(len(images))
+        return averages(images)
+
+    args = argparse.Namespace(data=folder, out=out, split="train", batch=3)
+    flush = mock.patch.object(np.memmap, "flush", killed(np.memmap.flush))
+    with (mock.patch.object(np.lib.format, "open_memmap", killed(np.lib.format.open_memmap)), flush,
+          mock.patch.object(data, "write_json", killed(data.write_json)), contextlib.redirect_stdout(io.StringIO()),
+          contextlib.redirect_stderr(io.StringIO())):
+        try:
+            data.build_cache(args, folder / "train", data.list_images(folder / "train"), {"img_size": 16},
+                             lambda file: data.read_image(file, 16), killed(encode))
+            return sum(encoded)
+        except KeyboardInterrupt:
+            return None
+
+
+def test_a_cache_that_is_killed_while_it_is_made_goes_on():
+    with scratch() as tmp:
+        folder = make_folder(tmp / "bugs", size=(16, 16), each=4)
+        (folder / "train/bee/2.png").write_bytes(b"not a picture")
+        whole = np.stack([averages(data.read_image(file, 16)[None])[0] for i, file in
+                          enumerate(data.list_images(folder / "train")[1]) if i != 6])
+        # done.npy, moments.npy, cache.json made; both opened; 3 times encoded, flushed; done.npy flushed
+        for stop, again in enumerate([7] * 7 + [4, 4, 1, 1, 0, None]):
+            out = tmp / f"{stop}"
+            assert (build_bugs(folder, out, stop) is None) == (again is not None), stop
+            if 2 < stop < 11:
+                refused(lambda: data.open_data(out), "not finished")
+            assert build_bugs(folder, out) == (again or 0), "what is done is not done again"
+            built = data.open_data(out)
+            assert (built.class_names, built.labels.tolist(), built.img_size) == (["ant", "bee"], [0] * 4 + [1] * 3, 16)
+            for flip in (0, 1):
+                assert (built.read(np.arange(7), np.full(7, flip)).numpy() == whole[:, flip]).all()
+
+
 def test_a_damaged_cache_is_not_believed():
-    """A file that a stopped build left, and something has cut or removed since: zeros would pass for pictures."""
+    """Something has cut, removed or exchanged a file: zeros would pass for pictures."""
     with scratch() as tmp:
         folder = make_folder(tmp / "bugs", size=(16, 16))
-        for name, content in (("moments.npy", None), ("moments.npy", b""), ("labels.npy", b""), ("labels.npy", b"cut"),
-                              ("moments.npy", b"short")):
+        for name, content in itertools.product(("moments.npy", "done.npy", "cache.json"), (None, b"", b"cut", b"[1]")):
             build_bugs(folder, tmp / "cache")
             here = tmp / "cache/train"
             (here / name).unlink() if content is None else (here / name).write_bytes(content)
-            refused(lambda: data.open_data(tmp / "cache"), "damaged")
-            if name == "moments.npy":
-                refused(lambda: build_bugs(folder, tmp / "cache"), "damaged")
+            refused(lambda: data.open_data(tmp / "cache"), name if content is None and name != "cache.json" else "",
+                    "" if content is None else "delete")
             shutil.rmtree(here)
+        build_bugs(folder, tmp / "cache")
+        np.save(tmp / "cache/train/done.npy", np.ones(5, np.uint8))
+        refused(lambda: data.open_data(tmp / "cache"), "6 pictures", "delete it and build it again")
 
 
 def test_cifar10_binary_files():
@@ -2099,12 +2128,11 @@ def test_latent_batches():
         moments[:, 0, :16], moments[:, 1, :16], moments[:, :, 16:] = 3, 5, np.log(4)
         (tmp / "train").mkdir()
         np.save(tmp / "train/moments.npy", moments)
-        np.save(tmp / "train/labels.npy", np.array([1, 0, data.GONE, 1]))
-        meta = {"kind": "moments", "img_size": 128, "class_names": ["a", "b"], "complete": True}
-        (tmp / "train/cache.json").write_text(json.dumps(meta))
+        np.save(tmp / "train/done.npy", np.array([data.BROKEN, data.DONE, data.DONE, data.DONE], np.uint8))
+        (tmp / "train/cache.json").write_text(json.dumps({"img_size": 128, "classes": {"a": 2, "b": 2}}))
         latents = data.open_data(tmp)
-        assert (len(latents), latents.pixels) == (3, False)
-        draw = lambda seed: latents.batch([0, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
+        assert (len(latents), latents.pixels, latents.labels.tolist()) == (3, False, [0, 1, 1])
+        draw = lambda seed: latents.batch([1, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
         x, labels = draw(0)
         assert x.shape == (2, 16, 8, 8) and x.dtype == torch.float32 and labels.tolist() == [1, 1]
         assert torch.equal(x, draw(0)[0]) and not torch.equal(x, draw(1)[0]), "the generator decides"
@@ -2127,7 +2155,7 @@ def test_latent_cache_by_command():
             assert np.abs(row - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
         assert len(data.open_data(tmp / "lat")) == 6 and data.open_data(tmp / "lat").img_size == 64
         command[command.index("64")] = "128"
-        refused(lambda: data_main(*command[1:]), "64 px", "{'img_size': 128")
+        refused(lambda: data_main(*command[1:]), "made otherwise", "64 px", "delete it")
         refused(lambda: data.open_data(tmp / "lat", img_size=128), "64 px, not 128")
 
 
@@ -2137,46 +2165,45 @@ class StubVAE(torch.nn.Module):
         return torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
 
 
-def test_latents_are_computed_again_only_for_pictures_that_changed():
+def test_latents_of_other_pictures_are_not_believed():
+    """A picture that changes, comes or goes is noticed; the cache by its own path is what it was."""
+    changes = {"changed": lambda bugs: Image.new("RGB", (64, 64), "red").save(bugs / "ant/1.png"),
+               "came": lambda bugs: shutil.copy(bugs / "bee/0.png", bugs / "ant/9.png"),
+               "went": lambda bugs: (bugs / "ant/0.png").unlink(),
+               "renamed": lambda bugs: (bugs / "ant/0.png").rename(bugs / "ant/00.png"),
+               "touched": lambda bugs: os.utime(bugs / "ant/0.png", ns=(0, 0)),
+               "moved": lambda bugs: (bugs / "ant/0.png").rename(bugs / "bee/9.png"),
+               "class": lambda bugs: (bugs / "ant").rename(bugs / "cat")}
     with scratch() as tmp, mock.patch.object(data, "default_cache", lambda path, size: tmp / f"lat {size}"):
-        folder = make_folder(tmp / "bugs", size=(64, 64))
+        folder, cache = make_folder(tmp / "bugs", size=(64, 64)), tmp / "lat 64"
         (tmp / "vae").write_bytes(b"x")
         build = ["--data", str(folder), "--vae", str(tmp / "vae"), "--img_size", "64", "--device", "cpu"]
         with mock.patch.object(data, "load_vae", lambda path: StubVAE()):
-            (folder / "train/bee/2.png").write_bytes(b"")
-            said = refused(lambda: data_main(*build), "bee/2.png", "broken", "mend it or remove it")
-            data_main(*shlex.split(said.split("python data.py ")[1].split(" leaves it out")[0]))
-            assert len(data.open_data(folder, img_size=64)) == 5
-            (folder / "train/bee/2.png").unlink()
+            refused(lambda: data.open_data(folder, img_size=64), f"python data.py --data {folder}", "--img_size 64")
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                (folder / "train/bee/2.png").write_bytes(b"")
+                data_main(*build)
+            assert "bee/2.png" in said.getvalue() and "left out" in said.getvalue(), "named, and hours are not lost"
             whole = data.open_data(folder, img_size=64)
-            assert len(whole) == 5
-            Image.new("RGB", (64, 64), "red").save(folder / "train/ant/1.png")  # one changes, one goes, one comes
-            (folder / "train/ant/0.png").unlink()
-            shutil.copy(folder / "train/bee/0.png", folder / "train/ant/9.png")
-            refused(lambda: data.open_data(folder, img_size=64), "2 pictures came or changed", "2 went or changed",
-                    f"python data.py --data {folder} --split train --img_size 64 --vae")
-            assert len(data.open_data(tmp / "lat 64")) == 5, "by its own path it is what it was"
-            with mock.patch.object(data, "read_image", side_effect=data.read_image) as reads:
-                data_main(*build)
-                assert reads.call_count == 2, "hours of encoding are not lost"
-                after = data.open_data(folder, img_size=64)
-                (folder / "train/ant/9.png").rename(tmp / "away")
-                refused(lambda: data.open_data(folder, img_size=64), "0 pictures came or changed, 1 went")
-                data_main(*build)
-                assert len(data.open_data(folder, img_size=64)) == 4 and reads.call_count == 2
-            other = make_folder(tmp / "other/bugs", size=(64, 64))  # of the same name: of the same default cache
-            data_main(build[0], other, *build[2:])
-            refused(lambda: data.open_data(folder, img_size=64), "4 pictures came or changed, 6 went")
-            with mock.patch.object(data, "read_image", side_effect=AssertionError):
-                data_main(*build)  # neither has lost its rows
-            assert len(data.open_data(folder, img_size=64)) == 4
+            assert whole.labels.tolist() == [0, 0, 0, 1, 1]
+            for name, change in changes.items():
+                shutil.copytree(folder, tmp / name)
+                change(tmp / name / "train")
+                refused(lambda: data.open_data(tmp / name, img_size=64), "no longer those of", "delete", str(cache))
+                refused(lambda: data_main("--data", tmp / name, *build[2:]), "other pictures", "delete it")
+            assert len(data.open_data(cache)) == 5, "by its own path it is what it was"
             (tmp / "vae").write_bytes(b"y")
-            refused(lambda: data_main(*build), "made otherwise", "vae_sha256")
-        rows = lambda some, label: some.read(of := np.flatnonzero(some.labels == label), of * 0)
-        assert torch.equal(rows(after, 1), rows(whole, 1)) and sorted(after.labels) == [0, 0, 0, 1, 1]
-        ants = rows(after, 0)[:, :3, 0, 0]
-        assert (ants == torch.tensor([1, -1, -1])).all(1).sum() == 1
-        assert (ants == rows(after, 1)[0, :3, 0, 0]).all(1).sum() == 1, "the copy of a bee"
+            refused(lambda: data_main(*build), "made otherwise", "VAE")
+            shutil.rmtree(cache)
+            data_main("--data", tmp / "came", *build[2:])
+            assert data.open_data(tmp / "came", img_size=64).labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_cache_wants_room_before_it_is_made():
+    with scratch() as tmp, mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=700)):
+        folder = make_folder(tmp / "bugs", size=(16, 16))  # 6 rows of 2 x 32 float16 are 768 bytes
+        refused(lambda: build_bugs(folder, tmp / "out"), "0.00 GB are free", "make room")
+        assert os.listdir(tmp / "out/train") == [".lock"]
 
 
 def test_the_latents_of_mars_main_cache_become_a_cache():
@@ -2189,17 +2216,15 @@ def test_the_latents_of_mars_main_cache_become_a_cache():
                 np.savez(tmp / f"npz/{name}/{i}.JPEG.npz", moments=pair[0], moments_flip=pair[1])
                 want.append(pair.astype(np.float16))
         refused(lambda: data.open_data(tmp / "npz"), f"python data.py --data {tmp / 'npz'}")
-        (tmp / "npz/n01440764/cut.npz").write_bytes(b"PK")
-        shutil.copytree(tmp / "npz/n01440764", tmp / "bad/n01440764", ignore=lambda *_: ["0.JPEG.npz", "1.JPEG.npz"])
-        refused(lambda: data_main("--data", tmp / "bad"), "none of its .npz")
-        command = ["--data", str(tmp / "npz"), "--out", str(tmp / "lat"), "--device", "cpu"]
-        refused(lambda: data_main(*command), "cut.npz", "--skip_broken")
-        np.savez(tmp / "npz/n01440764/cut.npz", moments=pair[0] * np.nan, moments_flip=pair[1])
-        refused(lambda: data_main(*command), "cut.npz", "finite")
-        np.savez(tmp / "npz/n01440764/cut.npz", moments=np.zeros((32, 8, 8)), moments_flip=np.zeros((32, 8, 8)))
-        refused(lambda: data_main(*command), "cut.npz", "(2, 32, 8, 8)")
-        (tmp / "npz/n01440764/0.cut.npz").write_bytes(b"PK")  # the very first
-        data_main(*command, "--skip_broken")
+        (tmp / "bad/n01440764").mkdir(parents=True)
+        (tmp / "bad/n01440764/cut.npz").write_bytes(b"PK")
+        refused(lambda: data_main("--data", tmp / "bad"), "cut.npz is no whole file of main_cache.py")
+        for i, spoilt in enumerate((pair * np.nan, np.zeros((2, 32, 8, 8)), np.zeros((2, 16, 4, 4)))):
+            np.savez(tmp / f"npz/n01440764/{i}.z.npz", moments=spoilt[0], moments_flip=spoilt[1])
+        (tmp / "npz/n01443537/cut.npz").write_bytes(b"PK")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            data_main("--data", tmp / "npz", "--out", tmp / "lat", "--device", "cpu")
+        assert said.getvalue().count("left out") == 4 and "finite" in said.getvalue(), said.getvalue()
         latents = data.open_data(tmp / "lat")
         assert (latents.img_size, latents.pixels, latents.labels.tolist()) == (64, False, [0, 0, 1, 1])
         for flip in (0, 1):
@@ -2343,8 +2368,9 @@ def test_commands_start_where_posix_modules_docstrings_and_letters_are_missing()
                 data.LOCKS.clear()
                 refused(lambda: data.lock_folder(folder), "in use", f"process {os.getpid()} on")
     assert [args[1:] for args in asked] == [(2, 1)]
-    done = fresh("-OO", "-c", "import sys; sys.modules['fcntl'] = None; sys.argv[1:] = ['--help']; import data, sample; "
-                 "data.run_main(lambda: [print('caf\u00e9'), sample.main()])", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    code = ("import sys; sys.modules['fcntl'] = None; sys.argv[1:] = ['--help']; import data, sample; "
+            "data.run_main(lambda: [print('caf\u00e9'), sample.main()])")
+    done = fresh("-OO", "-c", code, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0 and done.stdout.startswith("caf\\xe9\nusage: "), done
 
 

@@ -193,8 +193,8 @@ def random_latents(folder, images=16):
     (folder / "train").mkdir(parents=True)
     moments = np.random.default_rng(0).standard_normal((images, 2, 32, 16, 16)).astype(np.float16)
     np.save(folder / "train/moments.npy", moments)
-    np.save(folder / "train/labels.npy", np.arange(images))
-    meta = {"kind": "moments", "img_size": 256, "class_names": [str(i) for i in range(1000)], "complete": True}
+    np.save(folder / "train/done.npy", np.full(images, data.DONE, np.uint8))
+    meta = {"img_size": 256, "classes": {f"{i}": int(i < images) for i in range(1000)}}
     (folder / "train/cache.json").write_text(json.dumps(meta))
     return folder
 
