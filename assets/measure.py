@@ -20,8 +20,8 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_all import (FIXTURES, HERE, SHARED, Skip, close, fake_distillation, fake_rl, flops_of, fresh, need_shared,
-                      on_fake_gpu, replayed, scratch, vae_file, write_student)  # first: it says how torch multiplies
+from test_all import (HERE, SHARED, Skip, about, close, fake_distillation, fake_rl, flops_of, fresh, need_shared,
+                      on_fake_gpu, replayed, scratch, write_student)  # first: it says how torch multiplies
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -343,7 +343,8 @@ def gradient_cosine(batches=5, settings=((8, 0.1, 128), (8, 0.2, 128), (8, 0.05,
                                          (16, 0.1, 128), (0, 0.1, 128), (8, 0.1, 32), (8, 0.2, 32), (4, 0.1, 32))):
     """Cosine of the gradient that REINFORCE gives the student's weights with the pathwise one, on the same pictures:
     the student in assets/, its classifier's log p as reward, 16 pictures a batch. In brackets, of v itself."""
-    student, net = load_mar(HERE / "assets/cifar10_student.pt").requires_grad_(True), load_classifier(HERE / "assets/cifar10_classifier.pt")
+    student = load_mar(HERE / "assets/cifar10_student.pt").requires_grad_(True)
+    net = load_classifier(HERE / "assets/cifar10_classifier.pt")
     start, K = copy.deepcopy(student).requires_grad_(False), 8
 
     def score(x, labels):
@@ -367,8 +368,8 @@ def gradient_cosine(batches=5, settings=((8, 0.1, 128), (8, 0.2, 128), (8, 0.05,
             found[count, s, N].append((cosine(pushed_back(v), gradient), cosine(v, exact)))
     for (count, s, N), rows in found.items():
         g, v = np.array(rows).T
-        print(f"frequencies {count or 'all':4} s {s:4} calls {N:4}: {g.mean():.3f} +- {g.std(ddof=1) / len(g)**0.5:.3f} "
-              f"({v.mean():.3f})   each batch {np.round(g, 2).tolist()}", flush=True)
+        print(f"frequencies {count or 'all':4} s {s:4} calls {N:4}: {g.mean():.3f} +- "
+              f"{g.std(ddof=1) / len(g)**0.5:.3f} ({v.mean():.3f})   each batch {np.round(g, 2).tolist()}", flush=True)
 
 
 STUB_VAE = """
@@ -434,20 +435,19 @@ def latent_cache():
 
 def true_size(kind):
     """{name: shape} of the public weights of CLIP ViT-L/14, PickScore (ViT-H/14) or ImageReward: the names are those
-    of the fixtures' smaller networks, widths and depths the public ones."""
-    need_shared()
+    of the references' smaller networks, widths and depths the public ones."""
     names = {"clip": "clip_vit_b32", "pickscore": "pickscore_tiny", "imagereward": "imagereward"}[kind]
-    shapes = json.loads((FIXTURES / f"{names}.json").read_text())["shapes"]
+    shapes = about(names)["shapes"]
     if kind == "imagereward":
-        return shapes  # the fixture is at full size
-    # of the vision and of the text tower: width in the fixture, true width, true depth; then the joint width
+        return shapes  # they are at full size
+    # of the vision and of the text tower: width in the reference, true width, true depth; then the joint width
     (v0, v, v_depth), (t0, t, t_depth), joint = {
         "clip": ((768, 1024, 24), (512, 768, 12), 768), "pickscore": ((80, 1280, 32), (64, 1024, 24), 1024)}[kind]
     out = {}
     for name, shape in shapes.items():
         old, new = (v0, v) if name.startswith(("vis", "visual")) else (t0, t)
         out[name] = [{old: new, 3 * old: 3 * new, 4 * old: 4 * new}.get(n, n) for n in shape]
-        if "mlp.fc1" in name:  # PickScore's fixture has its own ratios
+        if "mlp.fc1" in name:  # PickScore's reference has its own ratios
             out[name] = [4 * new, new][:len(shape)]
         if "mlp.fc2" in name and len(shape) == 2:
             out[name] = [new, 4 * new]
@@ -473,6 +473,7 @@ def judges():
     with scratch() as folder:
         for name in ("clip", "pickscore", "imagereward", "bpe"):
             (folder / PUBLIC[name][1]).parent.mkdir(parents=True, exist_ok=True)
+        need_shared()
         shutil.copy(SHARED / "data/bpe_simple_vocab_16e6.txt.gz", folder / PUBLIC["bpe"][1])
         (folder / PUBLIC["imagereward_vocab"][1]).write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SHAPES]))
         write_student(folder, num_classes=8)
