@@ -105,6 +105,23 @@ def draw_shapes(index, img_size=16):
     return (ground + cover * (colour - ground)).round().byte()  # (N, 3, S, S)
 
 
+SHAPE_MODES = [f"{colour} on {ground}" for colour in ("red", "green", "blue", "yellow") for ground in ("dark", "purple")]
+
+
+def shape_modes(images):
+    """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long.
+
+    Ground is what the rim has, which is ground all round; colour, what the pixels have that differ most from it.
+    """
+    x = images.float()
+    rim = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2).median(2).values  # (N, 3)
+    ground = torch.cdist(rim, GROUNDS).argmin(1)
+    far = (x - GROUNDS[ground][:, :, None, None]).norm(dim=1).flatten(1)  # (N, H * W)
+    inside = far >= 0.7 * far.max(1, keepdim=True).values
+    mean = (x.flatten(2) * inside[:, None]).sum(2) / inside.sum(1, keepdim=True)  # (N, 3)
+    return torch.cdist(mean, COLOURS).argmin(1) * len(GROUNDS) + ground
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Image folders
 

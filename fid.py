@@ -40,8 +40,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (DTYPES, PUBLIC, SPLITS, Parser, check_numbers, file_hash, find_images, load_vae, open_data,
-                  read_class_names, read_image, run_main, say, setup, train_indices)
+from data import (DTYPES, PUBLIC, SHAPE_MODES, SPLITS, Parser, check_numbers, file_hash, find_images,
+                  load_vae, open_data, read_class_names, read_image, run_main, say, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
                    rename, replacing, runs_bf16, save_checkpoint, write_json)
 from sample import check_output, check_vae, draw, draw_together, drawing_flags, save_grid, ways_to_draw
@@ -282,6 +282,12 @@ def load_inception(path):
 # A small classifier of the data set: the judge of the small runs. Inception was trained on 299 px photographs and says
 # little about 16 px shapes; a network that has learnt the data's own classes gives features that matter there, and
 # tells besides whether a picture shows the class that was asked for. Its distance is called FD, never FID.
+#
+# A class's features see nothing that a class leaves open, such as colours: pictures that are all yellow can have the
+# best FD and accuracy of all. So two figures look at no class. `fd_thumb` is the Frechet distance of 4 x 4 thumbnails.
+# `modes` is how many modes of the data are drawn: with q and p the shares of generated and real pictures that fall into
+# each of M cells, M exp(-KL(q || p)), which is M where q = p and half of it where half of the cells are lost. For
+# shapes the cells are the 8 pairs of colour and ground; else the 64 signs of a thumbnail's 6 main components.
 
 
 class Classifier(nn.Module):
@@ -320,7 +326,7 @@ def train_classifier(data, seed, device, batch=128):
     """Train a Classifier on a data set of pixels -> it, in eval mode.
 
     Its `.accuracy` is that on images it has not seen: the test split, or every 20th training image where there is none.
-    Its `.reference` is (mu, sigma) of its features of up to 10,000 training images, for `judge`.
+    Its `.reference` are the statistics of up to 10,000 training images that `figures` compares with.
     """
     indices = np.arange(len(data))
     if len(data) < 2:
@@ -353,8 +359,10 @@ def train_classifier(data, seed, device, batch=128):
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
-    net.scale.fill_(float((net.last.in_features / np.trace(feature_statistics(net, data, 5000)[1])) ** 0.5))
-    net.reference = feature_statistics(net, data)
+    spread = mean_and_covariance(classify(net, read_in_parts(data, evenly(data, 5000)))[0])[1]
+    net.scale.fill_(float((net.last.in_features / np.trace(spread)) ** 0.5))
+    net.made_from = {"data": data.name}
+    net.reference = statistics_of(net, data)
     logits = classify(net, read_in_parts(test, held))[1]
     net.accuracy = float((logits.argmax(1) == torch.as_tensor(test.labels[held])).float().mean())
     return net
@@ -375,7 +383,7 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
         os.makedirs(folder, exist_ok=True)  # complains now, not after the training
         net = train_classifier(data, seed, device).cpu()
         save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.state_dict(),
-                         "reference": tuple(map(torch.from_numpy, net.reference))}, path)
+                         "reference": net.reference}, path)
         print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
     net = load_classifier(path, device)
     if net.made_from != made_from:
@@ -386,13 +394,13 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
 def load_classifier(path, device="cpu"):
     """The Classifier in a file. It judges without data: the file holds the data's statistics too."""
     saved = read_checkpoint(path)
-    if not {"made_from", "reference"} <= set(saved):
+    if "made_from" not in saved or not isinstance(saved.get("reference"), dict):
         raise UserError(f"{path} is no classifier's file, or one of an earlier version: delete it, and it is made anew "
                         "from --data")
     made_from = saved["made_from"]
     net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
     net.made_from, net.accuracy = made_from, saved["accuracy"]
-    net.reference = tuple(x.double().numpy() for x in saved["reference"])
+    net.reference = saved["reference"]
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -410,6 +418,11 @@ def read_in_parts(data, indices):
     return map(data.images, np.array_split(indices, -(-len(indices) // 500)))
 
 
+def evenly(data, n=10000):
+    """Indices of `n` images spread evenly over a data set."""
+    return np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64)
+
+
 @torch.no_grad()
 def classify(classifier, batches):
     """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU. None is NaN, which
@@ -418,17 +431,63 @@ def classify(classifier, batches):
     return as_features(torch.cat(features)), as_features(torch.cat(logits))
 
 
-def feature_statistics(classifier, data, n=10000):
-    """(mu (F,), sigma (F, F)) float64 of the classifier's features of `n` images spread evenly over a data set."""
-    picked = np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64)
-    return mean_and_covariance(classify(classifier, read_in_parts(data, picked))[0])
+def thumbnails(images):
+    """uint8 (N, 3, H, W) -> (N, 48): the means of 4 x 4 parts, in [-1, 1]."""
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 4).flatten(1)
+
+
+def signs(reference, thumbs):
+    """Thumbnails (N, 48) -> the cell of each, (N,) long in 0..63: on which side of the mean it lies in 6 directions."""
+    bits = (thumbs.double() - reference["thumb_mu"]) @ reference["directions"] > 0  # (N, 6)
+    return bits.long() @ 2 ** torch.arange(bits.shape[1])
+
+
+def statistics_of(classifier, data):
+    """What real pictures are like, as a dict of float64 tensors: mean and covariance of the classifier's features, of
+    thumbnails, and the shares of the census's cells with, but for shapes, the directions (48, 6) that define them."""
+    features, thumbs, reference = [], [], {}
+    for images in read_in_parts(data, evenly(data)):
+        features.append(classify(classifier, [images])[0])
+        thumbs.append(thumbnails(images))
+    thumbs = torch.cat(thumbs)
+    reference["mu"], reference["sigma"] = map(torch.from_numpy, mean_and_covariance(torch.cat(features)))
+    reference["thumb_mu"], reference["thumb_sigma"] = map(torch.from_numpy, mean_and_covariance(thumbs))
+    if classifier.made_from["data"] == "shapes":
+        return {**reference, "shares": torch.full((len(SHAPE_MODES),), 1 / len(SHAPE_MODES), dtype=torch.float64)}
+    reference["directions"] = torch.linalg.eigh(reference["thumb_sigma"])[1][:, -6:].contiguous()
+    counts = torch.bincount(signs(reference, thumbs), minlength=64).double() + 0.5  # none is 0: its logarithm is taken
+    return {**reference, "shares": counts / counts.sum()}
+
+
+def examine(classifier, images):
+    """uint8 images (N, 3, H, W) -> {"features" (N, F), "logits" (N, classes), "thumbs" (N, 48), "cell" (N,)}."""
+    features, logits = classify(classifier, images.split(500))
+    thumbs, reference = thumbnails(images), classifier.reference
+    return {"features": features, "logits": logits, "thumbs": thumbs,
+            "cell": signs(reference, thumbs) if "directions" in reference else shape_modes(images)}
+
+
+def figures_of(classifier, seen):
+    """{"fd", "fd_thumb", "modes"} of what `examine` saw of all images; of shapes the "census" too: {mode: share}."""
+    real = {name: value.numpy() for name, value in classifier.reference.items()}
+    row = {"fd": frechet_distance(*mean_and_covariance(seen["features"]), real["mu"], real["sigma"])}
+    # like the classifier's features, thumbnails count as if scaled to a mean variance of 1
+    row["fd_thumb"] = frechet_distance(*mean_and_covariance(seen["thumbs"]), real["thumb_mu"], real["thumb_sigma"])
+    row["fd_thumb"] *= float(len(real["thumb_mu"]) / np.trace(real["thumb_sigma"]))
+    p = real["shares"]
+    q = np.bincount(seen["cell"], minlength=len(p)) / len(seen["cell"])
+    row["modes"] = float(len(p) * np.exp(-np.sum(q[q > 0] * np.log(q[q > 0] / p[q > 0]))))
+    if len(p) == len(SHAPE_MODES):
+        row["census"] = dict(zip(SHAPE_MODES, q.round(4).tolist()))
+    return row
 
 
 def judge(classifier, images, labels):
-    """{"fd", "accuracy"} of uint8 images (N, 3, H, W) that were asked to show labels (N,)."""
-    features, logits = classify(classifier, images.split(500))
-    accuracy = float((logits.argmax(1) == torch.as_tensor(labels).cpu()).float().mean())
-    return {"fd": frechet_distance(*mean_and_covariance(features), *classifier.reference), "accuracy": accuracy}
+    """`figures_of` uint8 images (N, 3, H, W) that were asked to show labels (N,), and their "accuracy"."""
+    seen = examine(classifier, images)
+    accuracy = float((seen["logits"].argmax(1) == torch.as_tensor(labels).cpu()).float().mean())
+    row = figures_of(classifier, seen)
+    return {"fd": row.pop("fd"), "accuracy": accuracy, **row}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -953,13 +1012,14 @@ def make_judges(args, sources, device, rank, world):
 
 
 def judge_by_class(net, own, images, labels, names):
-    """The classifier's features and, where the labels' class `names` are among its `own`, whether it sees them."""
-    features, logits = classify(net, [images])
+    """What `examine` sees and, where the labels' class `names` are among its `own`, whether it sees them."""
+    seen = examine(net, images)
+    logits = seen.pop("logits")
     if labels is None or names and not set(names) <= set(own):
-        return {"features": features}  # a folder's classes are others, or are no classes
+        return seen  # a folder's classes are others, or are no classes
     if names:  # numbered by another list, a folder's own
         labels = torch.tensor([own.index(name) for name in names])[labels]
-    return {"features": features, "accuracy": logits.argmax(1) == labels}
+    return {**seen, "accuracy": logits.argmax(1) == labels}
 
 
 def make_scorer(kind, sources, args, device):
@@ -1037,7 +1097,7 @@ class Watch:
             save_grid(list(self.grid.items()), self.run.path(f"grid_{step:06d}.png"))
         if self.rows:
             write_json(self.run.path("results.json"), self.rows)
-            columns = [name for name in next(iter(self.rows.values())) if name != "made_by"]
+            columns = [name for name in next(iter(self.rows.values())) if name not in ("made_by", "census")]
             tqdm.write(" " * 12 + "".join(f"{name[-11:]:>12}" for name in columns))
             for name, row in self.rows.items():
                 tqdm.write(f"{name:12}" + "".join(f"{row[column]:12.4g}" for column in columns))
@@ -1101,7 +1161,7 @@ def make_row(source, answers, networks, reference, args):
             with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
                 np.savez(file, n=source.count, made_from=source.name, mu=mu.astype(np.float32), sigma=sigma)
     if "features" in answers:
-        row["fd"] = frechet_distance(*mean_and_covariance(answers["features"]), *networks["classifier"].reference)
+        row.update(figures_of(networks["classifier"], answers))
     for name in ("accuracy", "clip", "pickscore", "imagereward"):
         if name in answers:
             row[name] = float(answers[name].astype(np.float64).mean())
@@ -1128,6 +1188,9 @@ def conventions(row, networks, reference, args):
         "pickscore": cosine,
         "imagereward": f"normalised as published, prompt {args.prompt!r}",
         "fd": f"by {args.classifier or f'the classifier of {args.data}'} to 10,000 training images at most; not FID",
+        "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
+        "modes": f"how many of the {len(networks['classifier'].reference['shares']) if own else 0} the pictures fill, "
+                 "as exp(entropy) counts them",
         "accuracy": f"by the same, whose own on test images is {own:.4f}"}
     return [f"{name}: {text}" for name, text in lines.items() if name in {**row, **networks}]
 
@@ -1135,7 +1198,7 @@ def conventions(row, networks, reference, args):
 def print_table(rows):
     """Figures by row, under what they mean; the columns are those that some row has."""
     say("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
-    others = ("name", "is_std", "kid_std", "made_by", "conventions")
+    others = ("name", "is_std", "kid_std", "made_by", "conventions", "census")
     columns = list(dict.fromkeys(k for row in rows for k in row if k not in others))
     say("".join(f"{c:>12}" for c in columns) + "  of")
     for row in rows:

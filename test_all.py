@@ -1123,7 +1123,9 @@ def untrained_classifier(data, seed, device="cpu"):
     """In the place of fid.train_classifier: random weights, where it does not matter what has been learned."""
     torch.manual_seed(seed)
     net = fid.Classifier(data.num_classes, data.img_size).eval().requires_grad_(False)
-    net.accuracy, net.reference = 0.5, fid.feature_statistics(net, data, 500)
+    net.accuracy, net.made_from = 0.5, {"data": data.name}
+    with mock.patch.object(fid, "evenly", lambda data: np.arange(0, len(data), max(1, len(data) // 500))):
+        net.reference = fid.statistics_of(net, data)
     return net
 
 
@@ -3104,11 +3106,52 @@ def test_classifier_keeps_the_statistics_of_its_data():
     with scratch() as folder:
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
         net = fid.load_or_train_classifier(data, folder)
-    for ours, theirs in zip(net.reference, fid.feature_statistics(net, data)):
-        close(ours, theirs, 1e-6)
+    for name, theirs in fid.statistics_of(net, data).items():
+        close(net.reference[name], theirs, 1e-6)
     images, labels = data.images(np.arange(500)), data.labels[:500]
     row = fid.judge(net, images, labels)
     assert net.accuracy > 0.9 and row["accuracy"] > 0.9 and row["fd"] < fid.judge(net, images.flip(1), labels)["fd"] / 4
+
+
+def test_colours_of_shapes_are_counted():
+    """Pictures of one colour have the classes' shapes right, and are one mode of eight. The census is exact."""
+    shapes, index = open_data("shapes"), np.arange(1000)
+    images, labels = shapes.images(index), shapes.labels[index]
+    truth = [int(4 * a) * 2 + int(2 * b) for a, b in zip(*(data.index_uniform(index, k) for k in (3, 4)))]
+    assert data.shape_modes(images).tolist() == truth
+    with scratch() as folder:
+        (folder / "classifier_0.pt").write_bytes(shapes_classifier())
+        net = fid.load_classifier(folder / "classifier_0.pt")
+    row = fid.judge(net, images, labels)
+    assert 7.9 < row["modes"] <= 8 and abs(sum(row["census"].values()) - 1) < 1e-3
+    for kept, modes in (([7], 1), ([0, 1, 6, 7], 4)):
+        some = torch.from_numpy(np.isin(truth, kept))
+        collapsed = fid.judge(net, images[some], labels[some.numpy()])
+        assert collapsed["modes"] < modes + 1e-6 and collapsed["fd_thumb"] > 10 * row["fd_thumb"], (kept, collapsed)
+        assert collapsed["accuracy"] > 0.9  # which sees nothing of it
+
+
+def test_a_lost_half_of_the_data_is_seen():
+    """Real CIFAR-10 pictures of which the warm half and of these the bright half is kept. By the class's features they
+    are nearer to the data than what a weak network draws; thumbnails and modes tell which of the two has lost most."""
+    need_shared()
+    with tarfile.open(SHARED / "data/cifar10-jpeg.tar.xz") as archive:
+        files = [member for member in archive if "/test/" in f"/{member.name}" and member.isfile()]
+        read = lambda member: np.asarray(Image.open(archive.extractfile(member)).convert("RGB"))
+        images = torch.from_numpy(np.stack([read(member) for member in files[::4]])).permute(0, 3, 1, 2)
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]  # (N, 3, 32, 32)
+    mean = images.float().mean((2, 3))  # (N, 3)
+    warm, bright = mean[:, 0] - mean[:, 2], mean.mean(1)
+    some = (warm > warm.median()) & (bright > bright.median())
+    net, labels = fid.load_classifier(HERE / "assets/cifar10_classifier.pt"), torch.zeros(len(images), dtype=torch.long)
+    n = 300
+    student = load_mar(HERE / "assets/cifar10_student.pt")
+    drawn = draw(student, torch.arange(n) % 10, ar_steps=8)
+    real, half, weak = (fid.judge(net, x, labels[:n]) for x in (images[:n], images[some][:n], drawn))
+    assert half["modes"] < 0.7 * real["modes"] and half["modes"] < 0.8 * weak["modes"], (real, half, weak)
+    assert half["fd_thumb"] > 5 * weak["fd_thumb"] > real["fd_thumb"], (real, half, weak)
+    return "; ".join(f"{what} FD {row['fd']:.1f}, of thumbnails {row['fd_thumb']:.1f}, {row['modes']:.0f} modes of 64"
+                     for what, row in (("real", real), ("the warm, bright quarter", half), ("student", weak)))
 
 
 class Quick(torch.nn.Module):
