@@ -340,9 +340,8 @@ def train_teacher(args, config, data, run):
     model = MAR(config).to(run.device).train()  # with dropout, for sizes that have some
     # the average of the weights is the teacher: the last ones still follow their last batches
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # MAR's betas and weight decay
-    optimizer = make_optimizer(model, args.teacher_lr, (0.9, 0.95), weight_decay=0.02)
-    state = dict(model=model, ema=ema, optimizer=optimizer)
+    optimizers = teacher_optimizers(model, args)
+    state = dict(model=model, ema=ema, **optimizers)
     run.restore("teacher", **state)
     prepare(args, model)
     gradients = Gradients(model)
@@ -350,7 +349,8 @@ def train_teacher(args, config, data, run):
 
     for step in run.steps("teacher", args.teacher_steps, args.teacher_batch):
         # warm-up, constant, and to 0 over the last share of the stage
-        set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
+        for optimizer in optimizers.values():
+            set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
         # dropout's generator starts anew each step: so a resumed run drops the same
         torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
@@ -365,7 +365,8 @@ def train_teacher(args, config, data, run):
 
         # the update; the average's decay grows from 0.1, to forget the random start
         norm = gradients.finish(args.clip)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
         sums[1] += norm
         run.check(norm)  # a loss that is not finite makes such a norm: the next log line stops the run
@@ -425,7 +426,8 @@ def discretised_log_likelihood(x, mean, log_scale):
 # What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(
-        size="shapes", teacher=None, teacher_steps=3000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.995, draws=2,
+        size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1500, teacher_batch=64, teacher_lr=1e-3,
+        teacher_ema=0.995, draws=2,
         steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
         ar_steps=8, eval_every=200, eval_images=1024, save_every=200),
     "cifar10": dict(
@@ -433,8 +435,8 @@ DEFAULTS = {
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
-        size="cifar10_cpu", teacher=None, teacher_steps=17000, teacher_batch=64, teacher_lr=1e-3, teacher_ema=0.999,
-        draws=2, steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
+        size="cifar10_cpu", teacher=None, teacher_optimizer="muon", teacher_steps=8500, teacher_batch=64,
+        teacher_lr=1e-3, teacher_ema=0.999, draws=2, steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
         ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
 }
 
@@ -455,6 +457,7 @@ def parse_args(argv=None):
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
+    flag("--teacher_optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for small data; MAR used adamw")
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
     flag("--teacher_ema", type=float, default=0.9999, help="averaging of the teacher's weights a step")
     flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
@@ -625,13 +628,59 @@ def main(argv=None):
 # What training needs, here and in rl.py: optimiser, averages, the run's folder, data parallelism
 
 
-def make_optimizer(model, lr, betas, weight_decay=0.0):
-    """AdamW in one fused call; decay on the transformer's matrices only, as MAR: vectors and the head are exempt."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
+    """AdamW in one fused call; decay on the transformer's matrices only, as MAR: vectors and the head are exempt.
+    without: names of parameters that another optimiser has."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in without]
     decayed = [p for name, p in named if p.ndim > 1 and not name.startswith("head_net.")]
     others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+def teacher_optimizers(model, args):
+    """{name: optimiser} of stage 0: AdamW with MAR's betas and weight decay; or, with --teacher_optimizer muon, Muon
+    for the matrices of all blocks, which on small data needs half the updates, and AdamW for what is left."""
+    blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
+    if args.teacher_optimizer == "adamw":
+        return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02)}
+    return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02, without=blocks),
+            "muon": Muon(blocks.values(), args.teacher_lr)}
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose direction is made orthogonal: all singular values of a matrix's update are about 1 (Jordan
+    et al. 2024). Times .2 sqrt(longer side) it is as long as AdamW's and takes its learning rate (Liu et al. 2025).
+
+    Matrices of one shape go through one batched product. On a CPU that is .1 s an update at the size shapes.
+    """
+
+    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.02):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        for _, same in itertools.groupby(sorted(group["params"], key=lambda p: p.shape), key=lambda p: p.shape):
+            matrices = list(same)
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
+            torch._foreach_lerp_(momenta, [p.grad for p in matrices], 1 - group["momentum"])
+            ahead = torch._foreach_lerp([p.grad for p in matrices], momenta, group["momentum"])
+            update = orthogonal(torch.stack(ahead))  # (n, rows, columns)
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, list(update), alpha=-0.2 * max(update.shape[1:])**0.5 * group["lr"])
+
+
+def orthogonal(x):
+    """Matrices x (n, rows, columns) with their singular values moved to about 1: Newton-Schulz steps, X <- a X + b (X
+    X^T) X + c (X X^T)^2 X, whose polynomial takes (0, 1] to .7 .. 1.2 in five (Jordan's a, b, c). In bf16 where
+    transformers are: it need not be exact."""
+    tall, out = x.shape[1] > x.shape[2], x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    out = (out.mT if tall else out).to(torch.bfloat16 if runs_bf16(x.device) else x.dtype)
+    for _ in range(5):
+        gram = out @ out.mT
+        out = torch.baddbmm(out, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), out, beta=3.4445)
+    return (out.mT if tall else out).to(x.dtype)
 
 
 @torch.no_grad()

@@ -1042,6 +1042,31 @@ def test_checkpoint_write_is_all_or_nothing():
 # distill.py: the loss
 
 
+def test_muon_moves_each_matrix_along_an_orthogonal_one():
+    """Singular values of an update are about 1 whatever the gradient's; a step is the textbook's, with an SVD in the
+    place of Newton-Schulz; and what is not a matrix of a block is AdamW's."""
+    torch.manual_seed(0)
+    for shape in ((3, 24, 24), (2, 16, 48), (2, 48, 16)):
+        values = torch.linalg.svdvals(distill.orthogonal(torch.randn(shape) * 1e-3))
+        assert (values[:, :-2] > 0.6).all() and (values < 1.3).all(), values
+    model = tiny_mar().requires_grad_(True)
+    args = argparse.Namespace(teacher_optimizer="muon", teacher_lr=0.01)
+    optimizers = distill.teacher_optimizers(model, args)
+    (group,) = optimizers["muon"].param_groups
+    by_adam = [p for group in optimizers["optimizer"].param_groups for p in group["params"]]
+    assert {*map(id, group["params"])} ^ {*map(id, by_adam)} == {*map(id, model.parameters())}
+    p, momentum = model.encoder_blocks[1].mlp.fc1.weight, 0.0  # 128 x 32
+    for _ in range(3):
+        for q in group["params"]:
+            q.grad = torch.randn_like(q)
+        momentum, before = 0.95 * momentum + 0.05 * p.grad, p.detach().clone()
+        optimizers["muon"].step()
+        U, _, V = torch.linalg.svd(0.05 * p.grad + 0.95 * momentum, full_matrices=False)
+        textbook = before * (1 - 0.01 * 0.02) - 0.01 * 0.2 * 128**0.5 * U @ V
+        assert F.cosine_similarity((p - before).flatten(), (textbook - before).flatten(), dim=0) > 0.98
+        assert abs((p - before).norm() / (textbook - before).norm() - 1) < 0.2
+
+
 def test_average_of_weights_and_levels_of_the_losses():
     """update_ema keeps `decay` of the old. Time steps are uniform over a range with both its ends, and the student's
     are T_MIN..T_MAX, the critic's and the teacher's all 1,000."""
