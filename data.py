@@ -775,11 +775,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def check_numbers(args, one="", share=""):
-    """Refuse numbers that cannot be meant: negative ones and NaN; of flags named in `one` 0; in `share` 1 and more."""
+def check_numbers(args, one="", two="", share=""):
+    """Refuse numbers that cannot be meant: negative ones and NaN; of flags named in `one` 0, in `two` 0 and 1; in
+    `share` 1 and more."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
-            low = int(name in one.split())
+            low = 2 if name in two.split() else int(name in one.split())
             high = 1 if name in share.split() else 2**31 if isinstance(number, int) else math.inf
             if isinstance(number, (int, float)) and not low <= number < high:  # false for NaN too
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")

@@ -14,8 +14,7 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
 2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
    change nothing; betas (0, .99), as in SiD, because the critic's target moves;
-3. t_init, learning rates and update ratio (1 : 1; 2 and 5 updates of the critic a student's were worse at equal time),
-   which the paper does not state, are ours (assets/measurements.md);
+3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
 
 Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
@@ -27,6 +26,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict, replace
 from statistics import NormalDist
@@ -36,8 +36,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (DTYPES, PUBLIC, Parser, check_numbers, is_small, load_vae, lock_folder, open_data, read_class_names,
-                  run_main, setup, train_indices)
+from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
+                  read_class_names, run_main, setup, train_indices)
 from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, say, schedule_tables,
@@ -61,31 +61,32 @@ def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
     The distance of the two distributions is an integral over t of d(s_q - s_p), s_q the student's score (with
     d = |.|^2, their KL). Its gradient has two parts (the paper's L1 and L2): d itself, differentiated through x_t (L2),
     and one through s_q's own dependence on the student's weights. That derivative we do not have; integration by parts
-    turns it into one through x_t (L1).
+    turns it into one through x_t (L1). Nothing here is detached: s_q and d' are differentiated too.
     """
     s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
     L2, d_prime = distance(s_q - s_p)
     L1 = -(d_prime * (s_q + eps / sigma)).sum(-1)  # grad log p(x_t | x0) = -eps / sigma
-    return (sigma**2 / alpha)[..., 0] * (L1 + L2)  # the weight states the loss in x0's units
+    # L1 + L2 is of order 1 / sigma, changes over a distance of sigma in x_t, and d x_t / d x0 = alpha: a slope at x0 of
+    # order alpha / sigma^2. This weight makes it of order 1 at every t
+    return (sigma**2 / alpha)[..., 0] * (L1 + L2)
 
 
-def gsim_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
+def gsim_slope(x_t, eps, eps_q, eps_p, alpha, sigma):
     """d loss / d x0 (..., C) for heads held fixed, and the loss (...). x_t has a graph to eps_q and eps_p.
 
     The loss reaches the student only through x_t = alpha x0 + sigma eps, eps a constant. So it is differentiated down
-    to x_t here, and the caller pushes the result into the student's graph. The heads' weights get no gradient. (x0:
-    vsd_slope's.)
+    to x_t here, and the caller pushes the result into the student's graph. The heads' weights get no gradient.
     """
     loss = gsim_loss(eps, eps_q, eps_p, alpha, sigma)
     return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
 
 
-def vsd_slope(x0, x_t, eps, eps_q, eps_p, alpha, sigma):
+def vsd_slope(x_t, eps, eps_q, eps_p, alpha, sigma):
     """Variational score distillation (Diff-Instruct, DMD), the baseline: the difference of scores itself, in x0's units
     and normalised for each token by the teacher's distance. No network is differentiated. Shapes as in gsim_slope."""
-    x0_p = (x_t - sigma * eps_p) / alpha
-    difference = sigma / alpha * (eps_p - eps_q)
-    slope = difference / ((x0 - x0_p).abs().mean(-1, keepdim=True) + 1e-3)
+    difference = sigma / alpha * (eps_p - eps_q)  # x0 by the critic minus x0 by the teacher
+    distance = sigma / alpha * (eps_p - eps)  # the x0 that is in x_t minus x0 by the teacher
+    slope = difference / (distance.abs().mean(-1, keepdim=True) + 1e-3)
     return slope.detach(), difference.square().sum(-1).sqrt().detach()
 
 
@@ -104,6 +105,7 @@ def critic_loss(eps_q, eps):
 # made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
 # has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
+DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
 
@@ -138,8 +140,9 @@ class OwnPictures(torch.nn.Module):
     """The student's own pictures, which serve as contexts like real ones: the last POOL drawings of a batch each.
 
     GSIM never reads the value of a masked token, so all that data give is what is known; and these contexts, unlike
-    real ones, have what guidance did to them, as those that the student meets when it draws. Every rank holds the whole
-    pool, as buffers, so that resume.pt has it too.
+    real ones, have what guidance did to them, as those that the student meets when it draws. Nothing drifts with them:
+    the loss is at rest where q = p in whatever context; which contexts come only weighs which conditionals are fitted.
+    Every rank holds the whole pool, as buffers, so that resume.pt has it too.
     """
 
     POOL, EVERY, AR_STEPS = 16, 8, 8  # AR_STEPS transformer passes every EVERY updates: 1 an update beside GSIM's 8
@@ -163,21 +166,21 @@ class OwnPictures(torch.nn.Module):
             if run.world > 1:
                 dist.all_gather(parts, mine.contiguous())
 
-    def pictures(self, model, seed, time, run):
-        """As real_pictures, the `time`th time: any of the pool. Every few times `model` draws some first."""
-        if time % self.EVERY == 0:
-            self.draw(model, seed, time // self.EVERY, run)
-        filled = min(time // self.EVERY + 1, self.POOL) * self.batch
-        picks = np.random.default_rng([seed, time, 1]).integers(filled, size=self.batch)
+    def pictures(self, model, seed, turn, run):
+        """As real_pictures, in turn 0, 1, ...: any of the pool. Every few turns `model` draws some first."""
+        if turn % self.EVERY == 0:
+            self.draw(model, seed, turn // self.EVERY, run)
+        filled = min(turn // self.EVERY + 1, self.POOL) * self.batch
+        picks = np.random.default_rng([seed, turn, 1]).integers(filled, size=self.batch)
         picks = run.upload(torch.as_tensor(np.array_split(picks, run.world)[run.rank]))
         return self.tokens[picks], self.labels[picks]
 
 
 def contexts(args, data, pool, ema, step, run):
     """-> tokens (B, L, C), labels (B,): real pictures, or as often as --own says the student's own."""
-    time = int(args.own * step)  # so many updates have had the student's own
-    if int(args.own * (step + 1)) > time:
-        return pool.pictures(ema, args.seed + 2, time, run)
+    turn = int(args.own * step)  # so many of the updates before took own pictures
+    if int(args.own * (step + 1)) > turn:
+        return pool.pictures(ema, args.seed + 2, turn, run)
     return real_pictures(data, ema, args.batch, args.seed + 1, step, run)
 
 
@@ -201,7 +204,7 @@ def micro_batches(batch, parts, gradients):
     """A batch in `parts`. `gradients` are zeroed first, and told before the last part that its backward sends."""
     for g in gradients:
         g.zero()
-    for i, part in enumerate(zip(*(z.chunk(parts) for z in batch))):
+    for i, part in enumerate(zip(*(a.chunk(parts) for a in batch))):
         if i == parts - 1:
             for g in gradients:
                 g.begin()
@@ -213,14 +216,14 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 
     x0 (B, P, C), keys (B,), positions (B, P) of the tokens -> x_t (B, P, C), t (B, P), eps (B, P, C), alpha and sigma
     (B, P, 1)."""
-    t = random_steps(keys, purpose, positions, low, high)  # (B, P)
+    t = random_times(keys, purpose, positions, low, high)  # (B, P)
     eps = gaussian(keys, purpose + 64, positions, x0.shape[-1])
     alpha, sigma = alpha_sigma(t)
     return alpha * x0 + sigma * eps, t, eps, alpha, sigma
 
 
-def random_steps(keys, purpose, positions, low, high):
-    """Integer time steps, uniform in low..high, one per token: -> (B, P) long."""
+def random_times(keys, purpose, positions, low, high):
+    """Integer t, uniform in low..high, one per token: -> (B, P) long."""
     span = high - low + 1
     return low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
 
@@ -249,7 +252,7 @@ def distil(args, teacher, data, class_names, run, watch):
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
         # learning rates: the student's ends at 0, the critic's stays, since its target never comes to rest
-        set_lr(optimizer, args.lr, step, args.steps, args.warmup, args.decay)
+        set_lr(optimizer, args.lr, step, args.steps, args.warmup, DECAY)
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
 
         # pictures of which a part is known: a batch is a single AR step of them, never whole pictures
@@ -260,7 +263,7 @@ def distil(args, teacher, data, class_names, run, watch):
         parts = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
         for tokens, labels, keys, visible, masked in parts:
             # 1. what is known -> a condition for each masked token: one pass a network (in all the cost of 8)
-            c_p, c_null, g = teacher_conditions(args, teacher, tokens, visible, labels, masked)  # (B, P, D) each, scale
+            c_p, c_null = teacher_conditions(teacher, tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
             c_q = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
@@ -275,13 +278,14 @@ def distil(args, teacher, data, class_names, run, watch):
             x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
             x_t.requires_grad_()
             with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
-                eps_q, eps_p = critic.eps(x_t, t, c_q.detach()), guided_eps(teacher, x_t, t, c_p, c_null, g)
-            slope, loss_theta = SLOPES[args.loss](fake, x_t, eps, eps_q, eps_p, alpha, sigma)
+                eps_q, eps_p = critic.eps(x_t, t, c_q.detach()), guided_eps(teacher, x_t, t, c_p, c_null,
+                                                                             args.guidance)
+            slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
             x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
             sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
-        critic_norm, norm = critic_gradients.finish(args.clip), gradients.finish(args.clip)
+        critic_norm, norm = critic_gradients.finish(CLIP), gradients.finish(CLIP)
         critic_optimizer.step()
         optimizer.step()
         update_ema(ema, student, args.ema)
@@ -307,16 +311,13 @@ def prepare(args, *trained, frozen=()):
 
 
 @torch.no_grad()
-def teacher_conditions(args, teacher, tokens, visible, labels, masked):
-    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; c_null is None for a scale
-    of 1. Third: the scale g, constant, or grown with the share revealed as sampling grows it."""
-    share = 1.0 if args.guidance_schedule == "constant" else 1 - masked.shape[1] / teacher.config.seq_len
-    g = 1 + (args.guidance - 1) * share
-    if g == 1:
-        return teacher.transformer(tokens, visible, labels, masked), None, g
-    tokens, visible, masked = (torch.cat([z, z]) for z in (tokens, visible, masked))
+def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
+    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; None for a scale of 1."""
+    if guidance == 1:
+        return teacher.transformer(tokens, visible, labels, masked), None
+    tokens, visible, masked = (torch.cat([a, a]) for a in (tokens, visible, masked))
     labels = torch.cat([labels, torch.full_like(labels, -1)])
-    return *teacher.transformer(tokens, visible, labels, masked).chunk(2), g
+    return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -350,7 +351,7 @@ def train_teacher(args, config, data, run):
     for step in run.steps("teacher", args.teacher_steps, args.teacher_batch):
         # warm-up, constant, and to 0 over the last share of the stage
         for optimizer in optimizers.values():
-            set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, args.decay)
+            set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, DECAY)
         # dropout's generator starts anew each step: so a resumed run drops the same
         torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
@@ -364,7 +365,7 @@ def train_teacher(args, config, data, run):
             sums[0] += loss.detach()
 
         # the update; the average's decay grows from 0.1, to forget the random start
-        norm = gradients.finish(args.clip)
+        norm = gradients.finish(CLIP)
         for optimizer in optimizers.values():
             optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
@@ -453,34 +454,29 @@ def parse_args(argv=None):
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
-    flag("--teacher", default=None, help="teacher checkpoint; its size is read off the file (default the public MAR-B)")
+    flag("--teacher", default=None, help="teacher checkpoint, which has its size (left out without --data: the public "
+         "MAR-B)")
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
     flag("--teacher_optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for small data; MAR used adamw")
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
-    flag("--teacher_ema", type=float, default=0.9999, help="averaging of the teacher's weights a step")
-    flag("--draws", type=int, default=4, help="(t, noise) draws a token in stage 0; cheap where the head is small")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
-    flag("--guidance_schedule", default="constant", choices=["constant", "linear"],
-         help="linear: the scale grows with the share revealed, as MAR samples")
-    flag("--t_init", type=int, default=None, help="time step the student starts from (default: the size's, 755 for "
+    flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's, 755 for "
          "ImageNet); higher: noisier start, larger eps errors")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
     flag("--own", type=float, default=None, help="share of the updates whose contexts are the student's own pictures "
-         "(default 0 with --data, 1 without)")
+         "(left out: 0 with --data, 1 without)")
     # optimisers
     flag("--lr", type=float, default=1e-5, help="student's learning rate")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
     flag("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
-    flag("--decay", type=float, default=0.4, help="last share of a stage, in which the learning rate falls to 0")
-    flag("--clip", type=float, default=1.0, help="gradient norm limit, each network; 0 = none")
     flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
-    # memory and speed
+    # memory
     flag("--accumulate", type=int, default=1, help="micro-batches per update: more if memory runs out")
     flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
     # watching
@@ -494,11 +490,11 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
-    known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
-    p.set_defaults(**recipe(known))
-    args = p.parse_args(argv)
-    check_numbers(args, one="teacher_batch draws t_init batch accumulate ar_steps teacher_head_steps eval_every "
-                            "eval_images save_every log_every", share="teacher_ema ema")
+    # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
+    # cheap where the head is small. guidance_schedule tells sample.py how to draw with the teacher
+    p.set_defaults(teacher_ema=0.9999, draws=4, guidance_schedule="constant")
+    args = read_flags(p, argv, recipe, share="ema", one="teacher_batch t_init batch accumulate ar_steps "
+                                                        "teacher_head_steps eval_every save_every log_every")
     args.own = float(not args.data) if args.own is None else args.own
     if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
         raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
@@ -506,12 +502,22 @@ def parse_args(argv=None):
     return args
 
 
+def read_flags(p, argv, recipe, one, share):
+    """The flags, read twice: first for what decides the defaults, then with those that `recipe` makes of it (so --help
+    shows them). one, share: as for check_numbers."""
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    p.set_defaults(**recipe(known))
+    args = p.parse_args(argv)
+    check_numbers(args, one=one, two="eval_images", share=share)  # two: a covariance needs as many
+    return args
+
+
 def name_of(args):
-    """out/<this>: the data's name, or the teacher's: imagenet, cifar10 of assets/cifar10_teacher.pt."""
+    """out/<this>: the data's name, imagenet for a public teacher, else the name of the teacher's folder."""
     if args.data or args.teacher in [path for _, path, *_ in PUBLIC.values()]:
         return os.path.basename(os.path.normpath(args.data or "imagenet"))
-    folder, name = os.path.split(os.path.abspath(args.teacher))
-    return os.path.splitext(name)[0].removesuffix("teacher").removesuffix("_") or os.path.basename(folder)
+    return os.path.basename(os.path.dirname(os.path.abspath(args.teacher)))
 
 
 def recipe(known):
@@ -523,28 +529,33 @@ def recipe(known):
         found.update(teacher=teacher, teacher_steps=0)
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
         found.update(teacher=None)
-    if not known.data and "ar_steps" in file.get("args", {}):
-        found["ar_steps"] = file["args"]["ar_steps"]
+    if not known.data and "ar_steps" in made_with(file):
+        found["ar_steps"] = made_with(file)["ar_steps"]
     return found
 
 
+def made_with(file):
+    """The flags of the run that wrote a checkpoint's dict; {} of public files."""
+    return file["args"] if isinstance(file.get("args"), dict) else {}
+
+
 def defaults_of(defaults, file, data, size=None, pixels=False):
-    """The entry of `defaults` for a checkpoint's dict, by its width, or for a size's name; else for --data."""
-    width = file.get("config", {}).get("width") or size and SIZES[size].width
-    by_size = [name for name in defaults if SIZES[name].width == width]
+    """The entry of `defaults` for a checkpoint's dict, by the name of its size (its width, where it says none); without
+    a file for a size's name; else for --data."""
+    if file:
+        width, size = file.get("config", {}).get("width"), made_with(file).get("size")
+        size = next((name for name in (size, *SIZES) if name in SIZES and SIZES[name].width == width), None)
     by_data = "cifar10" if data and data not in defaults and (pixels or is_small(data)) else data
-    return defaults.get((by_size or [by_data])[0], {})
+    return defaults.get(size, defaults.get(by_data, {}))
 
 
 def check_fit(args, config, data):
     """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
-    for what, theirs, ours in (("pictures of side", config.img_size, data.img_size),
-                               ("classes", config.num_classes, data.num_classes)) if data else ():
+    pairs = ("pictures of side", config.img_size, data.img_size), ("classes", config.num_classes, data.num_classes), (
+        "", *("pixels" if x.pixels else "latents" for x in (config, data))) if data else ()
+    for what, theirs, ours in pairs:
         if theirs != ours:
-            raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another")
-    if data and config.pixels != data.pixels:
-        raise UserError(f"the teacher works on {'pixels' if config.pixels else 'latents'}, --data {args.data} holds "
-                        "the other: build the latent cache with data.py, or choose another teacher")
+            raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another teacher")
     if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
         raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of "
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
@@ -555,49 +566,65 @@ def check_fit(args, config, data):
         raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
 
 
+def check_names(network, data):
+    """Class i of a network must be class i of the data, where both name theirs. (Names that are the numbers 0, 1, ...
+    are none: distil gives them where a public teacher names nothing.)"""
+    theirs, ours = network.class_names, list(data.class_names)
+    if theirs in (None, [*map(str, range(len(ours)))]):
+        say(f"{network.source} names no classes: its class 0 is taken for {ours[0]}, the last for {ours[-1]}")
+    elif theirs != ours:
+        i = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
+        raise UserError(f"class {i} of {network.source} is {theirs[i]}, of --data {data.name} it is {ours[i]}: name "
+                        "its folders alike, or choose another")
+
+
 def open_teacher(args):
-    """--teacher -> the frozen network and its class names, or None and None where one is to be trained."""
-    if args.teacher_steps and not args.data:
-        raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
+    """--teacher -> the frozen network, or None where one is to be trained."""
     if args.teacher and args.teacher_steps:
         raise UserError("--teacher and --teacher_steps: give a checkpoint or train one here, not both")
     if not args.teacher and not args.teacher_steps:
         raise UserError("no teacher: give --teacher FILE (python data.py --get mar_base fetches the public one), or "
                         "--teacher_steps N to train one")
     if not args.teacher:
-        return None, None
-    file = read_checkpoint(args.teacher)
-    stage = file.get("stage", "teacher")
-    if stage != "teacher":
-        raise UserError(f"--teacher {args.teacher} is of stage {stage}, its head knows one time step only: give the "
-                        "teacher.pt it was distilled from")
+        return None
+    if not os.path.isfile(args.teacher):
+        raise UserError(f"no such file: {args.teacher}; --teacher FILE names a teacher, python data.py --get mar_base "
+                        "fetches the public one")
     teacher = load_mar(args.teacher)
-    count = teacher.config.num_classes  # the public files name no classes
-    return teacher, file.get("class_names") or (read_class_names() if count == 1000 else [*map(str, range(count))])
+    if teacher.stage != "teacher":
+        raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}, its head knows one time step only: "
+                        "give the teacher.pt it was distilled from")
+    return teacher
 
 
 def main(argv=None):
     """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
-    teacher, class_names = open_teacher(args)
+    if args.teacher_steps and not args.data:
+        raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
     device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
-    class_names = data.class_names if data else class_names
+    teacher = open_teacher(args)
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, config, data)
+    if data and teacher:
+        check_names(teacher, data)
+    class_names = data.class_names if data else teacher.class_names or (
+        read_class_names() if config.num_classes == 1000 else [*map(str, range(config.num_classes))])
     vae = load_vae(args.vae).to(device) if args.vae else None
     divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
     # same: the pool of own pictures is that of this share and batch
-    run = Run(args, device, rank, world, ["teacher", "student"], divided, same=["own"] + ["batch"] * (args.own > 0))
+    run = Run(args, device, rank, world, ["teacher", "student"], divided, same=["own"] + ["batch"] * (args.own > 0),
+              stands_on=args.teacher)
     run.start()
 
     # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
     # --vae, and not judged: that is fid.py's job
     beside = None if data else classifier_beside(args.teacher)
-    if not data and config.pixels and rank == 0:
-        print(f"no data: contexts are the student's own pictures, {'judged by' if beside else 'not judged: no'} "
-              f"{beside or 'classifier_0.pt lies beside the teacher'}", flush=True)
+    if not data and config.pixels:
+        say(f"no data: contexts are the student's own pictures, {'judged by' if beside else 'not judged: no'} "
+            f"{beside or 'classifier_0.pt lies beside the teacher'}")
     if beside and rank == 0 and not os.path.exists(run.path("classifier_0.pt")):
         with replacing(run.path("classifier_0.pt"), "wb") as f:  # so that rl.py and fid.py find it beside the student
             f.write(beside.read_bytes())
@@ -620,7 +647,7 @@ def main(argv=None):
     # the chain that is to be matched, and one step of the same network: the student at iteration 0
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
-                   guidance_schedule=args.guidance_schedule)
+                   guidance_schedule="constant")
     distil(args, teacher, data, class_names, run, watch)
 
 
@@ -716,9 +743,9 @@ class Run:
     After a signal everything is due; save() ends the run.
     """
 
-    def __init__(self, args, device, rank, world, stages, divided, same=()):
+    def __init__(self, args, device, rank, world, stages, divided, same=(), stands_on=None):
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
-        resumed run must have as it began."""
+        resumed run must have as it began; stands_on: the checkpoint it starts from, which must stay that file."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
         self.stage, self.step, self.total = None, 0, 0
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
@@ -736,9 +763,13 @@ class Run:
             if vars(args)[name] % (world * args.accumulate):
                 raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
                                 f"{world} x {args.accumulate}")
+        self.sha256 = file_hash(stands_on) if stands_on else None
         self.resumed = read_checkpoint(path) if args.resume else None
         if self.resumed:
             self.check_resumed(path, stages, same)
+            if self.resumed.get("sha256") != self.sha256:
+                raise UserError(f"--resume: the run in {args.out} did not start from this {stands_on} (by its SHA-256):"
+                                " give the file it had, or start another run with another --out")
 
     def check_resumed(self, path, stages, same):
         """Refuse another program's checkpoint and flags that cannot change; say which did."""
@@ -763,7 +794,7 @@ class Run:
             lock_folder(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
             with open(self.path("log.jsonl"), "ab") as f:
-                f.truncate(min(f.tell(), self.resumed["log_bytes"] if self.resumed else 0))
+                f.truncate(min(f.tell(), self.resumed.get("log_bytes", 0) if self.resumed else 0))
         if self.world > 1:
             dist.barrier()  # nobody writes into the folder before it is there
         for number in SIGNALS:
@@ -881,8 +912,8 @@ class Run:
         if self.rank == 0:
             state = {name: x.state_dict() for name, x in state.items()}
             save_checkpoint({"config": asdict(model.config), "stage": self.stage, "step": self.step,
-                             "args": vars(self.args), "log_bytes": os.path.getsize(self.path("log.jsonl")), **state},
-                            self.path("resume.pt"))
+                             "args": vars(self.args), "sha256": self.sha256,
+                             "log_bytes": os.path.getsize(self.path("log.jsonl")), **state}, self.path("resume.pt"))
         self.kept, self.unsaved = self.step, False
         self.leave_if_told()
         self.clock = time.time(), self.step

@@ -405,12 +405,9 @@ def load_classifier(path, device="cpu"):
 
 
 def classifier_beside(checkpoint, seed=0):
-    """The file of the data's classifier that lies beside a checkpoint: x_classifier.pt beside x_teacher.pt and
-    x_student.pt, as in assets/, or classifier_<seed>.pt in its folder; None where there is none."""
-    path = Path(checkpoint)
-    named = [path.with_name(re.sub("teacher|student", "classifier", path.name))] * (seed == 0)
-    return next((file for file in [*named, path.with_name(f"classifier_{seed}.pt")] if file.exists() and file != path),
-                None)
+    """The file of the data's classifier that lies beside a checkpoint: classifier_<seed>.pt, or None."""
+    path = Path(checkpoint).with_name(f"classifier_{seed}.pt")
+    return path if path.exists() else None
 
 
 def read_in_parts(data, indices):

@@ -27,6 +27,7 @@ import copy
 import io
 import math
 import os
+import re
 import traceback
 
 import torch
@@ -34,9 +35,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (DTYPES, LATENT_SCALE, PUBLIC, Parser, check_numbers, load_vae, open_data, read_class_names,
-                  run_main, setup)
-from distill import Gradients, Run, defaults_of, episodes, prepare, set_lr, update_ema
+from data import DTYPES, LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
+from distill import Gradients, Run, check_names, defaults_of, episodes, prepare, read_flags, set_lr, update_ema
 from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan,
@@ -440,11 +440,8 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
-    known, _ = p.parse_known_args(argv)  # a first reading: it sets the defaults of the second
-    p.set_defaults(**recipe(known))
-    args = p.parse_args(argv)
-    check_numbers(args, one="ar_steps batch accumulate chunk eval_every eval_images save_every log_every",
-                  share="ema")
+    args = read_flags(p, argv, recipe, share="ema",
+                      one="ar_steps batch accumulate chunk eval_every save_every log_every")
     if args.calls < 2:
         raise UserError(f"--calls {args.calls}: a direction is found by comparing rewards, two at least")
     if args.noise_std == 0:
@@ -452,10 +449,8 @@ def parse_args(argv=None):
     if args.kl is None:
         names = list(parse_rewards(args.reward))
         args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE
-    folder, name = os.path.split(args.ckpt)
-    if name.endswith("_student.pt"):  # assets/cifar10_student.pt -> out/cifar10/rl
-        folder = os.path.join("out", name.removesuffix("_student.pt"))
-    args.out = args.out or os.path.join(folder, "rl")
+    # what is shipped is not written into: assets/cifar10 -> out/cifar10/rl
+    args.out = args.out or os.path.join(re.sub(r"^assets\b", "out", os.path.dirname(args.ckpt)), "rl")
     return args
 
 
@@ -473,15 +468,15 @@ def open_student(args, device):
     """--ckpt -> (the frozen student, class names); flags that were left out take the student's values."""
     if not os.path.isfile(args.ckpt):
         raise UserError(f"no student at {args.ckpt}: make one by distill.py first, or give --ckpt")
-    file = read_checkpoint(args.ckpt)
-    if file.get("stage") not in ("student", "rl"):  # the public files have no stage: they are teachers
+    student = load_mar(args.ckpt).to(device)
+    if student.stage == "teacher":
         raise UserError(f"{args.ckpt} is a teacher's checkpoint, and an episode of 100 steps a token is out of reach: "
                         "distill it first (distill.py) and give its student.pt")
-    student = load_mar(args.ckpt).to(device)
     args.pixels = student.config.pixels
-    args.ar_steps = args.ar_steps or file["args"]["ar_steps"]
+    args.ar_steps = args.ar_steps or min(student.made.get("ar_steps", 64), student.config.seq_len)
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
-    names, wanted = file["class_names"], {**parse_rewards(args.reward), **parse_rewards(args.watch)}
+    names = student.class_names or [*map(str, range(student.config.num_classes))]
+    wanted = {**parse_rewards(args.reward), **parse_rewards(args.watch)}
     if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
         names = read_class_names(args.class_names, names)  # words, which those of folders need not be
     return student, names
@@ -495,7 +490,7 @@ def main(argv=None):
     config, data, vae = start.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
     run = Run(args, device, rank, world, ["rl"], divided=["batch"],
-              same=["reward", "watch", "prompt", "class_names", "ref"])
+              same=["reward", "watch", "prompt", "class_names", "ref"], stands_on=args.ckpt)
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
     if config.pixels and args.data:
@@ -503,6 +498,7 @@ def main(argv=None):
         if data.num_classes != config.num_classes:
             raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
                             "give --data as distill.py had it")
+        check_names(start, data)
     if not config.pixels:
         vae = load_vae(need_file(args.vae, "kl16")).to(device)
     if rank > 0:

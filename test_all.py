@@ -326,7 +326,7 @@ def slope_at(name, x0, t, eps, eps_q, eps_p):
     """distill.gsim_slope or vsd_slope at x0 for the noise predictions of functions eps_q and eps_p of x_t."""
     alpha, sigma = (z.to(x0.dtype) for z in alpha_sigma(t))
     x_t = (alpha * x0 + sigma * eps).requires_grad_()
-    return getattr(distill, name)(x0, x_t, eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
+    return getattr(distill, name)(x_t, eps, eps_q(x_t), eps_p(x_t), alpha, sigma)
 
 
 def test_gsim_slope_is_the_derivative_of_the_loss_down_to_x0():
@@ -1073,7 +1073,7 @@ def test_average_of_weights_and_levels_of_the_losses():
     ema.weight.data.fill_(1.0), model.weight.data.fill_(2.0)
     distill.update_ema(ema, model, 0.9)
     assert abs(ema.weight.item() - 1.1) < 1e-6 and model.weight.item() == 2.0
-    steps = distill.random_steps(image_keys(range(5000)), distill.STUDENT, torch.arange(8).expand(5000, -1), 3, 12)
+    steps = distill.random_times(image_keys(range(5000)), distill.STUDENT, torch.arange(8).expand(5000, -1), 3, 12)
     counts = torch.bincount(steps.flatten(), minlength=14)[3:13]
     assert counts.sum() == 40000 and (counts - 4000).abs().max() < 5 * 4000**0.5, counts
 
@@ -1317,8 +1317,8 @@ def test_own_contexts_are_the_students_pictures_and_no_data_are_read():
 
 def test_the_student_in_assets_draws_the_classes_and_so_do_its_own_contexts():
     """100 pictures, judged without data; README has the figures of more. FD of so few is higher."""
-    teacher, student = (load_mar(HERE / "assets" / f"cifar10_{name}.pt") for name in ("teacher", "student"))
-    classifier, labels = fid.load_classifier(HERE / "assets" / "cifar10_classifier.pt"), torch.arange(100) % 10
+    teacher, student = (load_mar(HERE / "assets/cifar10" / f"{name}.pt") for name in ("teacher", "student"))
+    classifier, labels = fid.load_classifier(HERE / "assets/cifar10/classifier_0.pt"), torch.arange(100) % 10
     rows = [fid.judge(classifier, draw(model, labels, ar_steps=8), labels) for model in (student, teacher)]
     assert rows[0]["accuracy"] > 0.6 and rows[0]["fd"] < 35 < 100 < rows[1]["fd"], rows  # the teacher: in one step
     pool = distill.OwnPictures(student.config, 40)
@@ -1351,14 +1351,17 @@ def test_without_data_the_teacher_decides_the_defaults_and_the_folder():
     with scratch() as folder:
         for size in ("shapes", "cifar10_cpu"):
             model = MAR(SIZES[size])
-            save_checkpoint({"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(),
-                             "args": {"ar_steps": 5}}, folder / f"{size}_teacher.pt")
-            args = distill.parse_args(["--teacher", f"{folder}/{size}_teacher.pt"])
-            wanted = {**distill.DEFAULTS[size], "teacher": f"{folder}/{size}_teacher.pt", "teacher_steps": 0, "own": 1,
-                      "out": f"out/{size}", "data": None, "ar_steps": 5}
-            assert {name: vars(args)[name] for name in wanted} == wanted
-            args = distill.parse_args(["--teacher", f"{folder}/{size}_teacher.pt", "--size", "cifar10"])
-            assert args.guidance == wanted["guidance"]  # the teacher's size, not --size
+            (folder / size).mkdir()
+            path = f"{folder}/{size}/teacher.pt"
+            wanted = {**distill.DEFAULTS[size], "teacher": path, "teacher_steps": 0, "own": 1, "out": f"out/{size}",
+                      "data": None, "ar_steps": 5}
+            # by the name of its size; by its width where it says none, or one of another width
+            for said in ({"size": size}, {}, {"size": "large"}, {"size": "a size of my own"}):
+                save_checkpoint({"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(),
+                                 "args": {"ar_steps": 5, **said}}, path)
+                args = distill.parse_args(["--teacher", path, "--size", "cifar10"])  # the teacher's size, not --size
+                assert {name: vars(args)[name] for name in wanted if name != "size"} == {
+                    name: value for name, value in wanted.items() if name != "size"}
         for flags in [], ["--teacher", PUBLIC["mar_large"][1]]:
             args = distill.parse_args(flags)
             assert (args.out, args.own) == ("out/imagenet", 1)
@@ -1455,7 +1458,7 @@ def test_accumulation_and_variants_run():
         teacher = ("--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
         results = {}
         for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
-                            "linear": ("--guidance_schedule", "linear"), "bf16": ("--dtype", "bfloat16"),
+                            "bf16": ("--dtype", "bfloat16"),
                             "plain_g1": ("--guidance", 1)}.items():
             blind_distill(folder / name, *teacher, *flags)
             results[name] = weights(folder / name, "resume.pt", "model")
@@ -1485,6 +1488,9 @@ def test_distill_refuses_bad_input():
         refuse((*shapes, "--teacher_steps", 0), "no teacher")
         refuse((*shapes, "--ar_steps", 17), "1..16")
         refuse((*shapes, "--ar_steps", 0), "--ar_steps", "at least 1")
+        refuse((*shapes, "--eval_images", 1), "--eval_images 1", "at least 2")  # else stage 0 would be run first
+        refuse(("distill.py", "--data", folder / "typo"), "typo")  # and not the teacher that is not there either
+        refuse(("distill.py", "--data", folder / "file"), "file")
         refuse((*shapes, "--steps", -1), "--steps", "at least 0")
         refuse((*shapes, "--lr", "nan"), "--lr")
         refuse((*shapes, "--size", "medium"), "--size")
@@ -1507,6 +1513,71 @@ def test_distill_refuses_bad_input():
         assert not (folder / "out").exists()  # nothing half-written
     parsed = distill.parse_args(["--data", "photos", "--teacher_steps", "5"])  # one is trained, so none is read
     assert parsed.teacher is None and distill.parse_args(["--data", "photos"]).teacher
+
+
+def test_help_shows_the_defaults_that_hold():
+    for main, argv, wanted in ((distill.main, "--data shapes", "--steps STEPS updates of stage 1 (default: 400)"),
+                               (distill.main, "", "--steps STEPS updates of stage 1 (default: 150000)"),
+                               (distill.main, f"--teacher {HERE}/assets/cifar10/teacher.pt",
+                                "scale baked into the student; 1 = none, 1.2 is the paper's: a student wants less than "
+                                "its teacher's sampler (default: 3.0)"),
+                               (rl.main, "--data shapes", "--steps STEPS updates (default: 120)"),
+                               (rl.main, f"--ckpt {HERE}/assets/cifar10/student.pt", "--kl KL")):
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            main([*argv.split(), "--help"])
+        assert wanted in " ".join(said.getvalue().split()), (argv, said.getvalue())
+
+
+CLASSES = [*SHAPES]
+RENAMED = {  # class names of a network -> what the line says of the first that differs from SHAPES; None: it goes on
+    "sorted": (sorted(CLASSES), "class 0 of", f"is {sorted(CLASSES)[0]}", f"it is {CLASSES[0]}"),
+    "last": ([*CLASSES[:-1], "tree"], "class 7 of", "is tree", f"it is {CLASSES[-1]}"),
+    "swapped": ([*CLASSES[:2], CLASSES[3], CLASSES[2], *CLASSES[4:]], "class 2 of", f"is {CLASSES[3]}"),
+    "Capitals": ([name.upper() for name in CLASSES], "class 0 of"),
+    "none": (None, None), "numbers": ([*map(str, range(8))], None), "alike": (CLASSES, None)}
+
+
+def test_classes_are_compared_by_their_names():
+    """Of a teacher or a student with the data's, where both have some: as many, otherwise named, is no match."""
+    with scratch() as folder:
+        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+        write_student(folder)
+        for kind, (names, *words) in RENAMED.items():
+            for stage in ("teacher", "student"):
+                file = read_checkpoint(folder / f"{stage}.pt")
+                save_checkpoint({**file, "class_names": names}, folder / f"{stage}_{kind}.pt")
+            said = io.StringIO()
+            teach = lambda: blind_distill(folder / kind, "--teacher", folder / f"teacher_{kind}.pt", "--steps", 1,
+                                          "--teacher_steps", 0, said=said)
+            reward = lambda: run_rl(folder, "--ckpt", folder / f"student_{kind}.pt", "--out", folder / f"rl_{kind}",
+                                    "--steps", 1, said=said)
+            for go in (teach, reward):
+                if words != [None]:
+                    refused(go, *words)
+                else:
+                    go()
+            assert said.getvalue().count("names no classes: its class 0 is taken for disc") == 2 * (
+                kind in ("none", "numbers")), said.getvalue()
+            assert (folder / kind).exists() == (folder / f"rl_{kind}").exists() == (words == [None])
+
+
+def test_a_resumed_run_stands_on_the_file_it_began_with():
+    """Another teacher, or start of rl.py, under the same name is refused; the same file under another name is not."""
+    with scratch() as folder:
+        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+        write_student(folder)
+        teach = lambda name, *more: blind_distill(folder / "d", "--teacher", folder / name, "--teacher_steps", 0, *more)
+        reward = lambda name, *more: run_rl(folder, "--ckpt", folder / name, "--out", folder / "r", *more)
+        for stage, go in (("teacher", teach), ("student", reward)):
+            go(f"{stage}.pt", "--steps", 1)
+            shutil.move(folder / f"{stage}.pt", folder / f"moved_{stage}.pt")
+            go(f"moved_{stage}.pt", "--steps", 2, "--resume")
+            file = read_checkpoint(folder / f"moved_{stage}.pt")
+            file["ema"]["mask_token"] = file["ema"]["mask_token"] + 1
+            for kind, other in (("weights", file), ("step", {**file, "step": 7})):
+                save_checkpoint(other, folder / f"{stage}.pt")
+                refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "did not start from this", f"{stage}.pt")
+        assert read_checkpoint(folder / "d/resume.pt")["step"] == read_checkpoint(folder / "r/resume.pt")["step"] == 2
 
 
 def test_resume_with_other_flags_goes_on_or_says_why_not():
@@ -1603,8 +1674,9 @@ def test_a_signal_to_one_of_two_ranks_ends_both_at_the_next_log_line():
 
 def test_a_learning_rate_that_blows_up_stops_before_the_next_log_line():
     with scratch() as folder:
-        refused(lambda: tiny_distill(folder, "--teacher_lr", "1e30", "--clip", 0), "not finite at step")
-        assert not (folder / "log.jsonl").exists()
+        with mock.patch.object(distill, "CLIP", 0):
+            refused(lambda: tiny_distill(folder, "--teacher_lr", "1e30"), "not finite at step")
+        assert not (folder / "log.jsonl").read_text()
 
 
 def test_a_nan_stops_the_student_and_keeps_the_last_good_checkpoint():
@@ -3113,16 +3185,10 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from()
 
 def test_the_classifier_beside_a_checkpoint_is_found():
     with scratch() as folder:
-        for name in ("classifier_0.pt", "classifier_1.pt", "x_classifier.pt"):
-            (folder / name).touch()
-        for checkpoint, seed, wanted in (("teacher.pt", 0, "classifier_0.pt"), ("student.pt", 1, "classifier_1.pt"),
-                                         ("x_student.pt", 0, "x_classifier.pt")):
-            assert fid.classifier_beside(folder / checkpoint, seed) == folder / wanted
-        for name in ("classifier_0.pt", "classifier_1.pt"):
-            (folder / name).unlink()
-        assert fid.classifier_beside(folder / "x_teacher.pt") == folder / "x_classifier.pt"
-        assert fid.classifier_beside(folder / "x_student.pt") == folder / "x_classifier.pt"
-        assert fid.classifier_beside(folder / "x_student.pt", 1) is None is fid.classifier_beside(folder / "y.pt")
+        (folder / "classifier_1.pt").touch()
+        assert fid.classifier_beside(folder / "teacher.pt", 1) == folder / "classifier_1.pt"
+        assert fid.classifier_beside(folder / "student.pt") is None
+    assert fid.classifier_beside(HERE / "assets/cifar10/student.pt")
 
 
 def test_classifier_keeps_the_statistics_of_its_data():
@@ -3819,6 +3885,11 @@ def test_rl_refuses_bad_input_in_one_line():
         assert "no number" in error("--reward", "red:much") and "--reward" in error("--reward")
         for name in ("clip", "pickscore", "imagereward"):  # weights missing: what to fetch
             assert "--get" in error("--reward", name, "--folder", folder), name
+        assert "at least 2" in error("--eval_images", 1)
+        file = read_checkpoint(folder / "student.pt")
+        save_checkpoint({key: file[key] for key in ("config", "ema", "stage")}, folder / "slim.pt")
+        run_rl(folder, "--ckpt", folder / "slim.pt", "--out", folder / "slim", "--steps", 1)  # K = 16, all its tokens
+        assert read_checkpoint(folder / "slim/student.pt")["args"]["ar_steps"] == 16
         assert "--calls" in error("--calls", 1) and "--ar_steps" in error("--ar_steps", 0)
         assert "16" in error("--ar_steps", 17) and "--noise_std" in error("--noise_std", 0)
         assert "distill" in error("--ckpt", folder / "teacher.pt") and "distill" in error("--ckpt", folder / "none.pt")
@@ -4096,7 +4167,7 @@ def steps_on_fake_gpu():
     for flags in ([], ["--accumulate", "2", "--recompute"]):
         in_a_fork(lambda: fake_distillation("teacher", replace(pixels, dropout=0.1), "shapes", *small, *flags))
     for flags in (["--own", "1"], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
-                  ["--loss", "vsd", "--guidance_schedule", "linear", "--log_every", "2"]):
+                  ["--loss", "vsd", "--log_every", "2"]):
         in_a_fork(lambda: fake_distillation("student", pixels, "shapes", *small, *flags))
     for config, flags in ((pixels, ["--estimator", "pathwise", "--accumulate", "2", "--recompute"]),
                           (latents, ["--log_every", "2"]), (latents, ["--estimator", "pathwise"])):
