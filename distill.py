@@ -18,7 +18,7 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
 
 Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
-rl.py train with: `Run`, a run's folder, and `Gradients`, data parallelism by hand.
+rl.py train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data parallelism by hand.
 """
 import copy
 import itertools
@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
                   read_class_names, run_main, setup, train_indices)
-from fid import Watch, classifier_beside, judge, load_classifier, load_or_train_classifier
+from fid import classifier_beside, judge, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, say, schedule_tables,
                    take, token_orders, uniform, write_json)
-from sample import image_seeds
+from sample import draw_together, image_seeds, save_grid
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The losses: tensors in, one number per token out
@@ -924,6 +924,71 @@ class Run:
             save_checkpoint({"config": asdict(model.config), "stage": self.stage, "ema": model.state_dict(),
                              "step": self.step, "args": vars(self.args), "class_names": list(class_names)},
                             self.path(f"{product}.pt"))
+
+
+class Watch:
+    """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
+
+    run: a Run. make_figures: called once, on rank 0, if `judges`; what it returns takes images uint8 (N, 3, H, W)
+    and their labels (N,) and gives {name: number}.
+    Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
+    """
+
+    def __init__(self, run, config, make_figures, judges=True, shows=True, vae=None):
+        self.run, self.judges, self.shows, self.vae = run, judges, shows, vae
+        self.figures = make_figures() if judges and run.rank == 0 else None
+        self.labels = torch.arange(run.args.eval_images) % config.num_classes  # of the table
+        self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
+        self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
+        if run.resumed and os.path.exists(run.path("results.json")):
+            with open(run.path("results.json")) as f:
+                self.rows = json.load(f)
+
+    def look(self, name, model, step=None, **how):
+        """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.
+
+        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. Cost:
+        eval_images pictures. A row of a step goes to the log too. What came before is saved: so here a run may end.
+        """
+        args, seed = self.run.args, self.run.args.seed
+        self.run.unsaved = False
+        how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
+        draw_with = lambda labels, seed: draw_together(model, labels, self.run.rank, self.run.world, seed=seed,
+                                                       vae=self.vae, **how)
+        if self.shows:
+            self.grid[name] = draw_with(self.shown, seed)
+        made_by = {"n": len(self.labels), "seed": seed + 1, "step": step, **how}
+        if self.judges and self.rows.get(name, {}).get("made_by") != made_by:
+            start = time.time()
+            images = draw_with(self.labels, seed + 1)
+            seconds = (time.time() - start) / len(self.labels)
+            row = self.figures(images, self.labels) if self.run.rank == 0 else {}
+            self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
+        row = self.rows.get(name, {})
+        self.show(step or 0)
+        if self.judges and step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
+            self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value for key, value in
+                                            row.items() if key not in ("seconds_per_image", "made_by")}})
+        self.run.agree()
+        self.run.leave_if_told()
+        self.run.unsaved = step is not None  # in a loop an update follows
+        return row
+
+    def show(self, step):
+        """The grid drawn so far, results.json, and the table on the terminal."""
+        if self.run.rank > 0:
+            return
+        if self.grid:
+            save_grid(list(self.grid.items()), self.run.path(f"grid_{step:06d}.png"))
+        if self.rows:
+            write_json(self.run.path("results.json"), self.rows)
+            # of all rows: after a resume fewer figures may be had, or more
+            columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+            columns = [name for name in columns if name not in ("made_by", "census")]
+            tqdm.write(" " * 12 + "".join(f"{name[-11:]:>12}" for name in columns))
+            for name, row in self.rows.items():
+                tqdm.write(f"{name:12}" + "".join(f"{row[column]:12.4g}" if column in row else f"{'-':>12}"
+                                                  for column in columns))
 
 
 class Gradients:

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import time
 import unicodedata
 import zipfile
 from collections import OrderedDict, namedtuple
@@ -44,7 +43,7 @@ from data import (DTYPES, PUBLIC, SHAPE_MODES, SPLITS, Parser, check_numbers, fi
                   load_vae, open_data, read_class_names, read_image, run_main, say, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
                    rename, replacing, runs_bf16, save_checkpoint, write_json)
-from sample import check_output, check_vae, draw, draw_together, drawing_flags, save_grid, ways_to_draw
+from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 JUDGES = ["inception", "clip", "pickscore", "imagereward", "classifier"]
@@ -1032,72 +1031,6 @@ def make_scorer(kind, sources, args, device):
             raise UserError(f"{source.name} has other classes than the {len(names)} of {sources[0].name}: give "
                             "--class_names, or judge them in two calls")
     return prompt_scorer(kind, names, args.prompt, args.folder, device, args.clip if kind == "clip" else None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Watching a run
-
-
-class Watch:
-    """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
-
-    run: distill.Run. make_figures: called once, on rank 0, if `judges`; what it returns takes images uint8 (N, 3, H, W)
-    and their labels (N,) and gives {name: number}.
-    Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
-    """
-
-    def __init__(self, run, config, make_figures, judges=True, shows=True, vae=None):
-        self.run, self.judges, self.shows, self.vae = run, judges, shows, vae
-        self.figures = make_figures() if judges and run.rank == 0 else None
-        self.labels = torch.arange(run.args.eval_images) % config.num_classes  # of the table
-        self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
-        self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
-        if run.resumed and os.path.exists(run.path("results.json")):
-            with open(run.path("results.json")) as f:
-                self.rows = json.load(f)
-
-    def look(self, name, model, step=None, **how):
-        """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.
-
-        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. Cost:
-        eval_images pictures. A row of a step goes to the log too. What came before is saved: so here a run may end.
-        """
-        args, seed = self.run.args, self.run.args.seed
-        self.run.unsaved = False
-        how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
-        draw_with = lambda labels, seed: draw_together(model, labels, self.run.rank, self.run.world, seed=seed,
-                                                       vae=self.vae, **how)
-        if self.shows:
-            self.grid[name] = draw_with(self.shown, seed)
-        made_by = {"n": len(self.labels), "seed": seed + 1, "step": step, **how}
-        if self.judges and self.rows.get(name, {}).get("made_by") != made_by:
-            start = time.time()
-            images = draw_with(self.labels, seed + 1)
-            seconds = (time.time() - start) / len(self.labels)
-            row = self.figures(images, self.labels) if self.run.rank == 0 else {}
-            self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
-        row = self.rows.get(name, {})
-        self.show(step or 0)
-        if self.judges and step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
-            self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value for key, value in
-                                            row.items() if key not in ("seconds_per_image", "made_by")}})
-        self.run.agree()
-        self.run.leave_if_told()
-        self.run.unsaved = step is not None  # in a loop an update follows
-        return row
-
-    def show(self, step):
-        """The grid drawn so far, results.json, and the table on the terminal."""
-        if self.run.rank > 0:
-            return
-        if self.grid:
-            save_grid(list(self.grid.items()), self.run.path(f"grid_{step:06d}.png"))
-        if self.rows:
-            write_json(self.run.path("results.json"), self.rows)
-            columns = [name for name in next(iter(self.rows.values())) if name not in ("made_by", "census")]
-            tqdm.write(" " * 12 + "".join(f"{name[-11:]:>12}" for name in columns))
-            for name, row in self.rows.items():
-                tqdm.write(f"{name:12}" + "".join(f"{row[column]:12.4g}" for column in columns))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import DTYPES, LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
-from distill import Gradients, Run, check_names, defaults_of, episodes, prepare, read_flags, set_lr, update_ema
-from fid import (TEMPLATE, WEIGHTS, Watch, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
+from distill import Gradients, Run, Watch, check_names, defaults_of, episodes, prepare, read_flags, set_lr, update_ema
+from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan,
                    take, token_orders, write_json)

@@ -1642,9 +1642,9 @@ def test_a_signal_is_heard_at_once():
         rare = ("--save_every", 99, "--log_every", 99, "--eval_every", 99)
         for name, where, flags, saved in (
                 ("update", (distill, "update_ema", 9), (), ("student", 3)),
-                ("teachers_row", (fid, "draw_together", 1), given, None),
+                ("teachers_row", (distill, "draw_together", 1), given, None),
                 ("classifier", (fid, "feature_statistics", 1), given, None),
-                ("students_row", (fid, "draw_together", 5), (*given, "--eval_every", 4), ("student", 4))):
+                ("students_row", (distill, "draw_together", 5), (*given, "--eval_every", 4), ("student", 4))):
             out = folder / name
             code = signalled_at(*where, lambda: tiny_distill(out, *rare, *flags), signal.SIGINT)
             file = read_checkpoint(out / "resume.pt") if (out / "resume.pt").exists() else {}
@@ -1652,6 +1652,20 @@ def test_a_signal_is_heard_at_once():
             if name != "teachers_row":
                 tiny_distill(out, *rare, *flags, *["--resume"] * bool(saved))  # and nothing is in its way
                 assert len(json.loads((out / "results.json").read_text())) == 3, name
+
+
+def test_rows_of_a_table_may_lack_figures():
+    """A run that goes on where its classifier or data are gone, or have come."""
+    for rows, heads in (({"before": {"fd": 1.5}, "after": {"made_by": {}, "accuracy": 0.5}}, ["fd", "accuracy"]),
+                        ({"teacher_1": {"made_by": {}}, "student": {"fd": 1.5}}, ["fd"])):
+        with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+            watch = object.__new__(distill.Watch)
+            watch.rows, watch.grid, watch.run = rows, {}, argparse.Namespace(rank=0, path=lambda name: folder / name)
+            watch.show(3)
+            assert json.loads((folder / "results.json").read_text()) == rows
+        lines = [line.split() for line in said.getvalue().splitlines()]
+        assert lines[0] == heads and [len(line) for line in lines[1:]] == [1 + len(heads)] * 2 and "-" in lines[2 - (
+            heads == ["fd"])], lines
 
 
 def test_a_signal_to_one_of_two_ranks_ends_both_at_the_next_log_line():
@@ -3233,9 +3247,9 @@ def test_a_lost_half_of_the_data_is_seen():
     mean = images.float().mean((2, 3))  # (N, 3)
     warm, bright = mean[:, 0] - mean[:, 2], mean.mean(1)
     some = (warm > warm.median()) & (bright > bright.median())
-    net, labels = fid.load_classifier(HERE / "assets/cifar10_classifier.pt"), torch.zeros(len(images), dtype=torch.long)
+    net, labels = fid.load_classifier(HERE / "assets/cifar10/classifier_0.pt"), torch.zeros(len(images), dtype=torch.long)
     n = 300
-    student = load_mar(HERE / "assets/cifar10_student.pt")
+    student = load_mar(HERE / "assets/cifar10/student.pt")
     drawn = draw(student, torch.arange(n) % 10, ar_steps=8)
     real, half, weak = (fid.judge(net, x, labels[:n]) for x in (images[:n], images[some][:n], drawn))
     assert half["modes"] < 0.7 * real["modes"] and half["modes"] < 0.8 * weak["modes"], (real, half, weak)
@@ -3682,7 +3696,7 @@ def test_rl_resumes_bit_exactly():
         run_rl(folder, *flags, "--out", folder / "whole")
         for file, name, count, step in ((rl, "update_ema", 3, 2), (rl, "update_ema", 4, 3), (rl, "update_ema", 5, 4),
                                         (distill, "save_checkpoint", 4, 2), (distill, "save_checkpoint", 5, 3),
-                                        (fid, "write_json", 2, 3)):
+                                        (distill, "write_json", 3, 3)):
             out = folder / f"{name}_{count}"
             killed_at(file, name, count, lambda: run_rl(folder, *flags, "--out", out))
             assert read_checkpoint(out / "resume.pt")["step"] == step, (name, count)
@@ -3702,7 +3716,7 @@ def test_rl_goes_on_with_an_evaluation_that_a_signal_broke_off():
         run_rl(folder, *flags, "--out", folder / "whole")
         for count, step in ((4, 2), (6, 3)):  # each row takes two drawings, grid and table; the first is "before"
             out = folder / str(step)
-            assert signalled_at(fid, "draw_together", count, lambda: run_rl(folder, *flags, "--out", out)) == 0
+            assert signalled_at(distill, "draw_together", count, lambda: run_rl(folder, *flags, "--out", out)) == 0
             assert read_checkpoint(out / "resume.pt")["step"] == step
             row = json.loads((out / "results.json").read_text()).get("after")
             assert row is None if step == 2 else row["made_by"]["step"] == 2, row
@@ -3963,7 +3977,7 @@ def test_rl_sigterm_saves_and_ends():
             run_rl(folder, *flags, "--resume")
             assert read_checkpoint(folder / str(code) / "resume.pt")["step"] == 4
         with mock.patch.object(os, "write") as said:
-            assert signalled_at(fid, "draw_together", 1, lambda: run_rl(folder, "--steps", "1")) == 0
+            assert signalled_at(distill, "draw_together", 1, lambda: run_rl(folder, "--steps", "1")) == 0
         assert b"SIGTERM at step 0; nothing was to be saved" in said.call_args[0][1]
         run_rl(folder, "--steps", 1)  # nothing is in its way
 

@@ -343,8 +343,8 @@ def gradient_cosine(batches=5, settings=((8, 0.1, 128), (8, 0.2, 128), (8, 0.05,
                                          (16, 0.1, 128), (0, 0.1, 128), (8, 0.1, 32), (8, 0.2, 32), (4, 0.1, 32))):
     """Cosine of the gradient that REINFORCE gives the student's weights with the pathwise one, on the same pictures:
     the student in assets/, its classifier's log p as reward, 16 pictures a batch. In brackets, of v itself."""
-    student = load_mar(HERE / "assets/cifar10_student.pt").requires_grad_(True)
-    net = load_classifier(HERE / "assets/cifar10_classifier.pt")
+    student = load_mar(HERE / "assets/cifar10/student.pt").requires_grad_(True)
+    net = load_classifier(HERE / "assets/cifar10/classifier_0.pt")
     start, K = copy.deepcopy(student).requires_grad_(False), 8
 
     def score(x, labels):
