@@ -278,8 +278,8 @@ def distil(args, teacher, data, class_names, run, watch):
             x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
             x_t.requires_grad_()
             with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
-                eps_q, eps_p = critic.eps(x_t, t, c_q.detach()), guided_eps(teacher, x_t, t, c_p, c_null,
-                                                                             args.guidance)
+                eps_q = critic.eps(x_t, t, c_q.detach())  # (B, P, C), as eps_p
+                eps_p = guided_eps(teacher, x_t, t, c_p, c_null, args.guidance)
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
             x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
             sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
