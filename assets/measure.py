@@ -30,13 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import fid
 import model as model_file
 import rl
 from data import PUBLIC, SHAPES, open_data, run_main, setup
-from fid import load_classifier
-from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar, save_checkpoint,
-                   token_orders)
-from sample import image_seeds
+from fid import classify, load_classifier
+from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar,
+                   read_checkpoint, save_checkpoint, token_orders)
+from sample import draw, image_seeds
 
 
 def shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
@@ -372,6 +373,33 @@ def gradient_cosine(batches=5, settings=((8, 0.1, 128), (8, 0.2, 128), (8, 0.05,
               f"{g.std(ddof=1) / len(g)**0.5:.3f} ({v.mean():.3f})   each batch {np.round(g, 2).tolist()}", flush=True)
 
 
+def paired():
+    """What post-training did to the same pictures: START and STUDENTS (checkpoints), JUDGE (a classifier's file that no
+    reward has seen) are environment variables, SEED and COUNT too. Change of the judge's log p with its paired standard
+    error, and every figure of both."""
+    judge, count = load_classifier(os.environ["JUDGE"]), int(os.environ.get("COUNT", 1000))
+    labels = torch.arange(count) % judge.num_classes
+
+    def judged(path):
+        model = load_mar(path)
+        K = read_checkpoint(path)["args"].get("ar_steps", 8)
+        images = draw(model, labels, seed=int(os.environ.get("SEED", 1)), ar_steps=K)
+        log_p = F.log_softmax(classify(judge, images.split(500))[1], dim=1).gather(1, labels[:, None])[:, 0].double()
+        row = fid.judge(judge, images, labels)
+        row["diversity"] = rl.diversity(images, labels)
+        row["jpeg"] = 100 * rl.jpeg_bytes(images.float() / 255).mean().item()
+        return log_p, {name: value for name, value in row.items() if name != "census"}
+
+    before, row = judged(os.environ["START"])
+    tell = lambda row: ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    print(f"{os.environ['START']}: log p {before.mean():.4f}; {tell(row)}", flush=True)
+    for path in os.environ["STUDENTS"].split():
+        after, row = judged(path)
+        gain = after - before
+        print(f"{path}: log p {after.mean():.4f}, {gain.mean():+.4f} +- {gain.std() / count**0.5:.4f}; {tell(row)}",
+              flush=True)
+
+
 STUB_VAE = """
 import sys, torch
 sys.path.insert(0, '.')
@@ -545,8 +573,8 @@ def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=1
 
 
 MEASUREMENTS = {measurement.__name__: measurement for measurement in (
-    gradient_cosine, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu, rl_memory,
-    shortcuts, speed, where_a_pictures_time_goes)}
+    gradient_cosine, paired, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu,
+    rl_memory, shortcuts, speed, where_a_pictures_time_goes)}
 
 
 def main():
