@@ -764,12 +764,18 @@ def get(names, folder="."):
 # How a command starts: flags, errors, processes. Here, for data.py is the lowest file that is one.
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not None and False, which say nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and whose help shows defaults."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(message)

@@ -1526,6 +1526,7 @@ def test_help_shows_the_defaults_that_hold():
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
             main([*argv.split(), "--help"])
         assert wanted in " ".join(said.getvalue().split()), (argv, said.getvalue())
+        assert "(default: None)" not in said.getvalue() and "(default: False)" not in said.getvalue()
 
 
 CLASSES = [*SHAPES]
