@@ -551,9 +551,9 @@ def defaults_of(defaults, file, data, size=None, pixels=False):
 
 def check_fit(args, config, data):
     """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
-    pairs = ("pictures of side", config.img_size, data.img_size), ("classes", config.num_classes, data.num_classes), (
-        "", *("pixels" if x.pixels else "latents" for x in (config, data))) if data else ()
-    for what, theirs, ours in pairs:
+    kind = lambda x: "pixels" if x.pixels else "latents"
+    for what, theirs, ours in [("pictures of side", config.img_size, data.img_size), ("", kind(config), kind(data)),
+                               ("classes", config.num_classes, data.num_classes)] if data else []:
         if theirs != ours:
             raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another teacher")
     if config.latent_size % config.patch_size or config.img_size % config.vae_stride:

@@ -1644,7 +1644,7 @@ def test_a_signal_is_heard_at_once():
         for name, where, flags, saved in (
                 ("update", (distill, "update_ema", 9), (), ("student", 3)),
                 ("teachers_row", (distill, "draw_together", 1), given, None),
-                ("classifier", (fid, "feature_statistics", 1), given, None),
+                ("classifier", (distill, "load_or_train_classifier", 1), given, None),
                 ("students_row", (distill, "draw_together", 5), (*given, "--eval_every", 4), ("student", 4))):
             out = folder / name
             code = signalled_at(*where, lambda: tiny_distill(out, *rare, *flags), signal.SIGINT)
