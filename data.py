@@ -46,7 +46,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import model
-from model import UserError, fill_model, printable, read_checkpoint, reading, say, write_json
+from model import UserError, load_network, printable, reading, say, splitmix, write_json
 
 LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/mar main_mar.py)
 
@@ -55,7 +55,7 @@ LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/
 
 # Eight outlines that an eye tells apart at 16 px. Colour and ground say nothing about the class, so that a model must
 # get the outline right; few colours, all saturated, so that a wrong mixture of two is seen at once.
-OUTLINES = {  # which points each covers: x (N, 1, W), y (N, H, 1), in about [-1, 1] -> bool (N, H, W)
+OUTLINES = {  # which points each covers: x (N, 1, width), y (N, height, 1), in about [-1, 1] -> bool
     "disc": lambda x, y: x * x + y * y < 1,
     "ring": lambda x, y: (x * x + y * y < 1.1) & (x * x + y * y > 0.3),
     "square": lambda x, y: (x.abs() < 0.85) & (y.abs() < 0.85),
@@ -72,14 +72,9 @@ SUB = 4  # sub-samples a pixel side: 16 grey levels along an edge are enough at 
 
 
 def index_uniform(index, stream):
-    """Numbers in [0, 1), float64, that depend on (index, stream) alone: splitmix64 (Steele et al. 2014), vectorised."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
-        z = np.asarray(index).astype(np.uint64) * np.uint64(16) + np.uint64(stream + 1)
-        z = z * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    """Numbers in [0, 1), float64 (N,), that depend on (index, stream) alone."""
+    bits = splitmix((torch.as_tensor(index) * 16 + stream + 1) * -0x61C8864680B583EB)  # int64, modulo 2^64
+    return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53
 
 
 def draw_shapes(index, img_size=16):
@@ -89,20 +84,20 @@ def draw_shapes(index, img_size=16):
     flips in training leave the distribution as it is.
     """
     index = np.asarray(index)
-    draw = lambda stream, low, high: torch.from_numpy(low + (high - low) * index_uniform(index, stream))
+    draw = lambda stream, low, high: low + (high - low) * index_uniform(index, stream)
     cx, cy, radius = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float(), draw(2, 0.56, 0.72).float()
     colour = COLOURS[draw(3, 0, len(COLOURS)).long()][:, :, None, None]  # (N, 3, 1, 1)
     ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][:, :, None, None]
     grid = (torch.arange(img_size * SUB) + 0.5) * (2 / (img_size * SUB)) - 1
     # in the shape's own coordinates; the largest radius at the farthest place still leaves a rim of ground
-    x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]  # (N, 1, S*SUB)
-    y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]  # (N, S*SUB, 1)
+    x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]  # (N, 1, SUB*img_size)
+    y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]  # (N, SUB*img_size, 1)
     cover = torch.empty(len(index), 1, img_size, img_size)
     for label, inside in enumerate(OUTLINES.values()):
         rows = torch.from_numpy(np.flatnonzero(index % len(SHAPES) == label))
         if len(rows):
-            cover[rows] = F.avg_pool2d(inside(x[rows], y[rows]).float()[:, None], SUB)  # (n, 1, S, S)
-    return (ground + cover * (colour - ground)).round().byte()  # (N, 3, S, S)
+            cover[rows] = F.avg_pool2d(inside(x[rows], y[rows]).float()[:, None], SUB)  # (n, 1, img_size, img_size)
+    return (ground + cover * (colour - ground)).round().byte()
 
 
 SHAPE_MODES = [f"{colour} on {ground}" for colour in ("red", "green", "blue", "yellow") for ground in ("dark", "purple")]
@@ -470,7 +465,7 @@ def open_images(name, split, img_size):
     process decodes all of them at each start, and holds N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a
     minute and 154 MB."""
     class_names, files, labels = list_images(split_folder(name, split))
-    images = np.empty((len(files), 3, img_size, img_size), np.uint8)  # (N, 3, S, S)
+    images = np.empty((len(files), 3, img_size, img_size), np.uint8)
 
     def decode(start):
         for i, file in enumerate(files[start:start + 100], start):
@@ -530,26 +525,21 @@ def train_indices(n, batch, step, seed, rank=0, world=1):
 IMAGENET_NAMES = Path(__file__).parent / "assets" / "imagenet_class_names.json"  # 1,000, in label order
 
 
-def read_class_names(path=None, own=None):
-    """Words for classes, in label order: those in the file `path` if given, else a data set's `own` names, else
-    ImageNet's (also when its own are ImageNet's folders, n01440764 and so on, which no text encoder knows)."""
-    if path is None and own and not re.fullmatch(r"n\d{8}", own[0]):
-        return own
+def read_class_names(path=None, of_data=None):
+    """Words for classes, in label order: those in the file `path` if given, else those `of_data`, else ImageNet's (also
+    where the data's are ImageNet's folders, n01440764 and so on, which no text encoder knows)."""
+    if path is None and of_data and not re.fullmatch(r"n\d{8}", of_data[0]):
+        return of_data
     path = path or IMAGENET_NAMES
-    try:
+    with reading(path, "list of class names", ": wanted is a name a line, or a JSON list of names"):
         text = Path(path).read_text("utf-8-sig")  # some editors of Windows begin a file by a mark
         names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
-        if isinstance(names, dict):  # {"0": "tench", ...}
-            names = [names[str(k)] for k in range(len(names))]
-        names = [name if isinstance(name, str) else name[-1] for name in names]  # ["n01440764", "tench"]
+        if not names or not isinstance(names, list) or not all(names):  # an empty line would shift all that follow
+            raise ValueError("no names, or an empty one")
         names = [re.sub(r"^n\d{8}\s+", "", name.strip()) for name in names]  # "n01440764 tench"
-    except (ValueError, TypeError, LookupError, AttributeError):
-        names = []
-    if not names or not all(names):  # an empty line would shift all that follow
-        raise UserError(f"{path} holds no class names, or an empty one: wanted are a name a line, a JSON list, or JSON "
-                        '{"0": "tench", ...} or {"0": ["n01440764", "tench"], ...}')
-    if own and len(own) != len(names):
-        raise UserError(f"{path} names {len(names)} classes, here are {len(own)} ({own[0]}, ...): give --class_names")
+    if of_data and len(of_data) != len(names):
+        raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)} ({of_data[0]}, ...): give "
+                        "--class_names")
     return names
 
 
@@ -661,13 +651,13 @@ class KLVAE(nn.Module):
 
 def load_vae(path):
     """The public kl16.ckpt -> KLVAE, frozen, on the CPU. UserError when the file is another, or not whole."""
-    file = read_checkpoint(path)
-    state = file["model"] if isinstance(file.get("model"), dict) else file
-    state = {name: value for name, value in state.items() if not name.startswith("loss.")}  # a discriminator, unused
-    if "quant_conv.weight" not in state:
-        raise UserError(f"{path} is not the KL-16 VAE{' but a MAR' * ('mask_token' in state)}: "
-                        "python data.py --get kl16 gets it")
-    return fill_model(KLVAE, state, path)
+    def build(state):
+        if "quant_conv.weight" not in state:
+            raise UserError(f"{path} is not the KL-16 VAE{' but a MAR' * ('mask_token' in state)}: "
+                            "python data.py --get kl16 gets it")
+        return KLVAE()
+
+    return load_network(build, path, "kl16", drop=["loss."])  # a discriminator's, in what training leaves
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -676,13 +666,10 @@ def load_vae(path):
 # Each can be fetched by hand from its url and put into its place; the same command then checks it.
 # name: (url, place, bytes (about), checksum as published). A checksum shorter than its hash is a prefix: torch hub puts
 # one into file names. "sha256:" alone: none is published.
-HUB, OPENAI = "https://huggingface.co", "https://openaipublic.azureedge.net/clip/models"
+HUB = "https://huggingface.co"
+CLIP_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 DROPBOX = "https://www.dropbox.com/scl/fi"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
-CLIPS = {"clip_b32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-         "clip_b16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-         "clip": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-         "clip_l14_336": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02")}
 MARS = {"mar_base": ("f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb", 1587 << 20),
         "mar_large": ("pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt", 3650 << 20),
         "mar_huge": ("1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o", 7191 << 20)}
@@ -696,8 +683,8 @@ PUBLIC = {
                   "pretrained_models/fid/weights-inception-2015-12-05-6726825d.pth", None, "sha256:6726825d"),
     "adm_reference": (f"{ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
                       "pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz", None, "sha256:"),
-    **{name: (f"{OPENAI}/{digest}/{file}", f"pretrained_models/clip/{file}", None, f"sha256:{digest}")
-       for name, (file, digest) in CLIPS.items()},
+    "clip": (f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-L-14.pt",
+             "pretrained_models/clip/ViT-L-14.pt", None, f"sha256:{CLIP_SHA256}"),
     "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
             "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
             "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),

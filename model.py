@@ -151,7 +151,7 @@ ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR ste
 TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)
 
 
-def _hash(x):
+def splitmix(x):
     """splitmix64's finaliser (Steele et al. 2014) on int64 tensors: (...) -> (...). Wrap-around is what is wanted."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # >> keeps the sign in torch: the mask makes it logical
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -163,14 +163,14 @@ def image_keys(seeds, device="cpu"):
     seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
     if seeds.dim() == 1:
         seeds = torch.stack([torch.zeros_like(seeds), seeds], 1)  # a bare int i is the pair (0, i)
-    return _hash(_hash(seeds[:, 0] + 0x51ED270B) + seeds[:, 1])
+    return splitmix(splitmix(seeds[:, 0] + 0x51ED270B) + seeds[:, 1])
 
 
 def _bits(keys, purpose, positions, channels):
     """(B,) keys, (B, P) positions -> (B, P, channels) int64 hashes."""
-    keys = _hash(keys ^ _hash(torch.tensor(purpose + 1)).item())[:, None, None]
+    keys = splitmix(keys ^ splitmix(torch.tensor(purpose + 1)).item())[:, None, None]
     channel = torch.arange(channels, device=keys.device)
-    return _hash(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
+    return splitmix(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
 
 
 def uniform(keys, purpose, positions, channels=1):

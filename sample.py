@@ -402,7 +402,7 @@ def main(argv=None):
 
     # public files have no names, students those of ImageNet's folders; words tell a reader more
     count, own = model.config.num_classes, model.class_names
-    names = read_class_names(own=own) if count == 1000 else own or [f"class {i}" for i in range(count)]
+    names = read_class_names(of_data=own) if count == 1000 else own or [f"class {i}" for i in range(count)]
     # what is to be judged must be of all classes, but nobody looks at 1,000 rows
     some = range(0, count, 1 if job == "num" or count <= 16 else -(-count // 4))
     classes = find_classes(args.classes, names) if args.classes else list(some)

@@ -2279,8 +2279,15 @@ def test_other_files_are_no_vae():
         state = torch.load(vae_file(), weights_only=True)["model"]
         torch.save({name: value for name, value in state.items() if name != "quant_conv.bias"}, tmp / "part.ckpt")
         refused(lambda: data.load_vae(tmp / "part.ckpt"), "part.ckpt is no KLVAE file", "quant_conv.bias missing")
-        torch.save({**state, "loss.discriminator.weight": torch.zeros(1)}, tmp / "trained.ckpt")  # plain, and a loss
-        data.load_vae(tmp / "trained.ckpt")
+        torch.save({"state_dict": {}, "epoch": 3}, tmp / "empty.ckpt")
+        refused(lambda: data.load_vae(tmp / "empty.ckpt"), "not the KL-16 VAE", "--get kl16")
+        # plain; as latent-diffusion's training leaves it, with the discriminator; the same from several GPUs
+        loss = {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
+        for i, file in enumerate([{**state, **loss}, {"state_dict": {**state, **loss}, "epoch": 3, "callbacks": {}},
+                                  {"state_dict": {f"module.{name}": value for name, value in state.items()}}]):
+            torch.save(file, tmp / "trained.ckpt")
+            vae = data.load_vae(tmp / "trained.ckpt")
+            assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items()), i
 
 
 def test_latent_batches():
@@ -2395,17 +2402,16 @@ def test_the_latents_of_mars_main_cache_become_a_cache():
 
 def test_class_names_are_read_as_people_write_them():
     with scratch() as tmp:
-        for text in ('["tench", "shark"]', "tench\nshark\n", "\ufefftench\r\nshark", '{"1": "shark", "0": "tench"}',
-                     '{"0": ["n01440764", "tench"], "1": ["n01484850", "shark"]}', "n01440764 tench\nn01484850 shark",
-                     '[["n01440764", "tench"], ["n01484850", "shark"]]'):
-            (tmp / "names").write_bytes(text.encode())
-            assert data.read_class_names(tmp / "names", ["a", "b"]) == ["tench", "shark"], text
-        for text in ("", "tench\n\nshark", '["a", ""]', '{"1": "tench", "2": "shark"}', "[1, 2]", "{0: 'tench'}",
-                     "[[]]"):
-            (tmp / "names").write_text(text)
-            refused(lambda: data.read_class_names(tmp / "names"), "names", "class names")
-        (tmp / "names").write_bytes(b"\xff\xfet\0")  # UTF-16
-        refused(lambda: data.read_class_names(tmp / "names"), "class names")
+        names = tmp / "names"
+        lists = ('["tench", "shark"]', "tench\nshark\n", "\ufefftench\r\nshark", "n01440764 tench\nn01484850 shark")
+        for text in lists:
+            names.write_bytes(text.encode())
+            assert data.read_class_names(names, ["a", "b"]) == ["tench", "shark"], text
+        refused(lambda: data.read_class_names(names, ["a", "b", "c"]), "2 classes, here are 3", "--class_names")
+        for text in (b"", b"tench\n\nshark", b'["a", ""]', b'{"0": "tench", "1": "shark"}', b"[1, 2]", b"{0: 'tench'}",
+                     b'[["n01440764", "tench"]]', b'["tench"', b"[]", b"\xff\xfet\0"):  # the last is UTF-16
+            names.write_bytes(text)
+            refused(lambda: data.read_class_names(names), str(names), "class names", "a name a line, or a JSON list")
 
 
 def test_data_commands_refuse_bad_input():
@@ -3825,9 +3831,9 @@ def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
 
 
 def test_imagenets_classes_have_words():
-    names = data.read_class_names(own=[f"n{i:08}" for i in range(1000)])
+    names = data.read_class_names(of_data=[f"n{i:08}" for i in range(1000)])
     assert len(set(names)) == 1000 and (names[0], names[207]) == ("tench", "Golden Retriever")
-    assert data.read_class_names(own=["cat", "dog"]) == ["cat", "dog"]
+    assert data.read_class_names(of_data=["cat", "dog"]) == ["cat", "dog"]
     assert sample.find_classes(["tench", "207"], names) == [0, 207]
     if (SHARED / "data" / "imagenet_class_names.json").is_file():
         assert names == json.loads((SHARED / "data" / "imagenet_class_names.json").read_text())
