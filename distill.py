@@ -488,7 +488,7 @@ def parse_args(argv=None):
     flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
     # system
     flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
     flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
     # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
     # cheap where the head is small. guidance_schedule tells sample.py how to draw with the teacher

@@ -438,7 +438,7 @@ def parse_args(argv=None):
     flag("--log_every", type=int, default=5, help="updates between log lines (a host sync each)")
     # system
     flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
     flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
     args = read_flags(p, argv, recipe, share="ema",
                       one="ar_steps batch accumulate chunk eval_every save_every log_every")
