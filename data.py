@@ -100,7 +100,8 @@ def draw_shapes(index, img_size=16):
     return (ground + cover * (colour - ground)).round().byte()
 
 
-SHAPE_MODES = [f"{colour} on {ground}" for colour in ("red", "green", "blue", "yellow") for ground in ("dark", "purple")]
+SHAPE_MODES = [f"{colour} on {ground}" for colour in ("red", "green", "blue", "yellow")  # in the order of COLOURS
+               for ground in ("dark", "purple")]
 
 
 def shape_modes(images):

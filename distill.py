@@ -15,7 +15,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
    change nothing; betas (0, .99), as in SiD, because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
-4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2.
+4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
+5. at high noise the teacher is not guided: guided there, students lose modes of the data (`guidance_at`).
 
 Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
 rl.py train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data parallelism by hand.
@@ -106,6 +107,7 @@ def critic_loss(eps_q, eps):
 # has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
+T_GUIDED = 500  # the teacher's score is guided below: sigma / alpha 1
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
 
@@ -279,7 +281,7 @@ def distil(args, teacher, data, class_names, run, watch):
             x_t.requires_grad_()
             with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
                 eps_q = critic.eps(x_t, t, c_q.detach())  # (B, P, C), as eps_p
-                eps_p = guided_eps(teacher, x_t, t, c_p, c_null, args.guidance)
+                eps_p = guided_eps(teacher, x_t, t, c_p, c_null, guidance_at(t, args.guidance))
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
             x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
             sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
@@ -318,6 +320,16 @@ def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
     tokens, visible, masked = (torch.cat([a, a]) for a in (tokens, visible, masked))
     labels = torch.cat([labels, torch.full_like(labels, -1)])
     return teacher.transformer(tokens, visible, labels, masked).chunk(2)
+
+
+def guidance_at(t, g):
+    """The scale at t (...): g below T_GUIDED, 1 (none) above -> (..., 1).
+
+    At high noise the modes of the data meet, and scores there say how much each of them weighs; at low noise they see
+    one mode only. A score that is guided there sharpens the weights, and the student, which matches it everywhere at
+    once, loses the light modes. Guidance in an interval is Kynkaanniemi et al.'s (2024), for samplers.
+    """
+    return torch.where(t < T_GUIDED, g, 1.0)[..., None]
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -437,7 +449,8 @@ DEFAULTS = {
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
         size="cifar10_cpu", teacher=None, teacher_optimizer="muon", teacher_steps=8500, teacher_batch=64,
-        teacher_lr=1e-3, teacher_ema=0.999, draws=2, steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
+        teacher_lr=1e-3, teacher_ema=0.999, draws=2,
+        steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
         ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
 }
 
@@ -676,8 +689,9 @@ def teacher_optimizers(model, args):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose direction is made orthogonal: all singular values of a matrix's update are about 1 (Jordan
-    et al. 2024). Times .2 sqrt(longer side) it is as long as AdamW's and takes its learning rate (Liu et al. 2025).
+    """Nesterov momentum whose direction is made orthogonal: all singular values of a matrix's update are about 1
+    (Jordan et al. 2024). Times .2 sqrt(longer side) it is as long as AdamW's, whose learning rate it takes (Liu et al.
+    2025).
 
     Matrices of one shape go through one batched product. On a CPU that is .1 s an update at the size shapes.
     """

@@ -406,6 +406,7 @@ def test_guidance_of_one_is_none_and_zero_is_the_null_class():
     close(distill.guided_eps(model, n, t, c, None, 1.0), model.eps(n, t, c), 1e-6)
     close(distill.guided_eps(model, n, t, c, null, 1.0), model.eps(n, t, c), 1e-5)
     close(distill.guided_eps(model, n, t, c, null, 0.0), model.eps(n, t, null), 1e-5)
+    assert distill.guidance_at(torch.tensor([[20, 499], [500, 973]]), 3.0).tolist() == [[[3], [3]], [[1], [1]]]
 
 
 def test_one_step_inverts_a_perfect_head():
@@ -478,8 +479,8 @@ def test_reinforce_is_as_good_as_its_calls():
     Q, N = rl.cosines(16, 8), 64
     w, z = Q.T @ torch.randn(60, 3, 8, 8) @ Q, torch.zeros(60, 3, 16, 16)
     for count, m in ((8, 192), (0, 768)):
-        v, _ = rl.reinforce_direction(lambda a, i: (w[i] * a).sum((1, 2, 3)), z, torch.arange(60), image_keys(range(60)),
-                                      direction_args(calls=N, frequencies=count))
+        score, labels = lambda a, i: (w[i] * a).sum((1, 2, 3)), torch.arange(60)
+        v, _ = rl.reinforce_direction(score, z, labels, image_keys(labels), direction_args(calls=N, frequencies=count))
         cosine = F.cosine_similarity(v.flatten(1), w.flatten(1)).mean()
         assert abs(cosine - (N / (N + m)) ** 0.5) < 0.02, (count, cosine)
 
@@ -602,8 +603,8 @@ def test_kl_gradient_of_two_tokens_by_hand():
 
 
 def test_rl_gradient_is_autograds_through_the_whole_chain():
-    """What Adam is given is the derivative of mean(-r + kl KL_path), by one graph through decoder, clamp and all AR steps of
-    student and start: for pixels and for latents, in one micro-batch and in two."""
+    """What Adam is given is the derivative of mean(-r + kl KL_path), by one graph through decoder, clamp and all AR
+    steps of student and start: for pixels and for latents, in one micro-batch and in two."""
     torch.manual_seed(0)
     latents = dict(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
     for vae, changes, flags in ((None, {}, []), (TinyVAE(), latents, ["--data", "nowhere"])):
@@ -3254,11 +3255,11 @@ def test_a_lost_half_of_the_data_is_seen():
     mean = images.float().mean((2, 3))  # (N, 3)
     warm, bright = mean[:, 0] - mean[:, 2], mean.mean(1)
     some = (warm > warm.median()) & (bright > bright.median())
-    net, labels = fid.load_classifier(HERE / "assets/cifar10/classifier_0.pt"), torch.zeros(len(images), dtype=torch.long)
-    n = 300
+    net, n = fid.load_classifier(HERE / "assets/cifar10/classifier_0.pt"), 300
+    labels = torch.zeros(n, dtype=torch.long)
     student = load_mar(HERE / "assets/cifar10/student.pt")
     drawn = draw(student, torch.arange(n) % 10, ar_steps=8)
-    real, half, weak = (fid.judge(net, x, labels[:n]) for x in (images[:n], images[some][:n], drawn))
+    real, half, weak = (fid.judge(net, x, labels) for x in (images[:n], images[some][:n], drawn))
     assert half["modes"] < 0.7 * real["modes"] and half["modes"] < 0.8 * weak["modes"], (real, half, weak)
     assert half["fd_thumb"] > 5 * weak["fd_thumb"] > real["fd_thumb"], (real, half, weak)
     return "; ".join(f"{what} FD {row['fd']:.1f}, of thumbnails {row['fd_thumb']:.1f}, {row['modes']:.0f} modes of 64"
