@@ -14,21 +14,18 @@ judged; and the judges' public weights, which are fetched only when asked for:
 
 Rows, with what they mean, are added to OUT/results.json; the same thing judged again replaces its row.
 """
-import argparse
-import contextlib
-import fcntl
 import functools
 import gzip
 import html
-import itertools
 import json
 import math
 import os
 import re
 import unicodedata
-import zipfile
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +36,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (DTYPES, PUBLIC, SHAPE_MODES, SPLITS, Parser, check_numbers, file_hash, find_images,
-                  load_vae, open_data, read_class_names, read_image, run_main, say, setup, shape_modes, train_indices)
+from data import (PUBLIC, SHAPE_MODES, SPLITS, Parser, adm_crop, check_numbers, find_images, load_vae, open_data,
+                  read_class_names, run_main, say, setup, shape_modes, to_rgb, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
                    rename, replacing, runs_bf16, save_checkpoint, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
@@ -787,47 +784,62 @@ class WordPiece:
 TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
 
 
-def prompt_scorer(kind, class_names, template, folder=".", device="cpu", weights=None):
+def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
     """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels: rl.py's rewards.
 
-    kind: clip, pickscore or imagereward; folder: where data.py --get put the public files; weights: this file instead.
-    The prompts of all classes are read once, here.
+    kind: clip, pickscore or imagereward; folder: where data.py --get put the public files. The prompts of all classes
+    are read once, here.
     """
     if "{class}" not in template:
         raise UserError(f"the prompt {template!r} has no {{class}} in it")
     prompts = [template.replace("{class}", name) for name in class_names]
     place = lambda name: os.path.join(folder, WEIGHTS[name])
-    weights = weights or place(kind)
     if kind == "imagereward":
         ids, mask = (x.to(device) for x in WordPiece(place("imagereward_vocab"))(prompts))  # (classes, 35)
-        model = load_imagereward(weights).to(device)
+        model = load_imagereward(place(kind)).to(device)
         return lambda pixels, labels: model.score(pixels, ids[labels], mask[labels])
     ids = Tokenizer(place("bpe"))(prompts).to(device)
     ids = ids[:, :int(ids.argmax(1).max()) + 1]  # up to the end token, the highest id: a fifth of the work
-    model = (load_clip if kind == "clip" else load_pickscore)(weights).to(device)
+    model = (load_clip if kind == "clip" else load_pickscore)(place(kind)).to(device)
     with torch.no_grad():
         text = torch.cat([model.encode_text(part) for part in ids.split(64)])  # (classes, E)
     return lambda pixels, labels: model.score(pixels, text[labels])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is judged: a source gives uint8 images by number, so that each rank takes a part
+# What is judged
 
-Source = namedtuple("Source", "name count side labels class_names made_by read")
-# labels (N,) or None, numbers of class_names (None: the user's own numbers); made_by: {setting: value} of what was
-# drawn here; read(start, stop) -> uint8 (n, 3, H, W)
+
+@dataclass
+class Pictures:
+    """uint8 pictures by number, so that each rank takes a part."""
+    name: str
+    count: int
+    side: int  # px
+    labels: np.ndarray  # (N,) numbers of class_names; None: nobody says what they show
+    read: Callable  # (start, stop) -> uint8 (n, 3, side, side)
+    class_names: list = None  # None: labels are numbers of the judge's own classes
+    made_by: dict = field(default_factory=dict)  # {setting: value} of what is drawn here
+
+    def labels_among(self, names):
+        """(N,) numbers of `names`, a judge's classes; None where the classes are others, or are no classes."""
+        if self.labels is None or self.class_names in (None, names):
+            return self.labels
+        number = {name: i for i, name in enumerate(names)}
+        known = set(self.class_names) <= set(number)
+        return np.array([number[name] for name in self.class_names])[self.labels] if known else None
 
 
 def read_npz(path, *names):
     """{name: array} of all that an .npz holds, or of those of `names` that it has."""
-    try:
-        with np.load(path) as file:  # numpy's default refuses pickled objects
-            return {name: file[name] for name in names or file.files if name in file.files}
-    except Exception as error:  # numpy raises a dozen kinds for a bad file; all mean the same to the user
-        raise UserError(f"{path} is no whole .npz file: {str(error)[:100] or type(error).__name__}") from None
+    if not str(need_file(path)).endswith(".npz"):
+        raise UserError(f"{path} is no .npz; torch-fidelity's .pt of mu and sigma becomes one by "
+                        "numpy.savez('x.npz', **torch.load('x.pt', weights_only=False))")
+    with reading(path, ".npz file"), np.load(path) as file:  # numpy's default refuses pickled objects
+        return {name: file[name] for name in names or file.files if name in file.files}
 
 
-def npz_source(path, arrays):
+def npz_pictures(path, arrays):
     """arr_0 uint8 (N, H, W, 3), and labels (N,) where there are some: what sample.py --num and ADM's scripts write.
 
     Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process.
@@ -841,45 +853,34 @@ def npz_source(path, arrays):
         labels = None
     again = functools.lru_cache(lambda: read_npz(path, "arr_0")["arr_0"])
     read = lambda start, stop: torch.from_numpy(again()[start:stop].transpose(0, 3, 1, 2).copy())  # NHWC -> NCHW
-    return Source(str(path), len(images), images.shape[1], labels, None, {}, read)
+    names = arrays["class_names"].tolist() if "class_names" in arrays else None
+    return Pictures(str(path), len(images), images.shape[1], labels, read, names)
 
 
-def read_judged(path):
-    """One image that is judged as it is -> uint8 (3, H, W). What is not 8-bit RGB is refused: how grey, alpha or 16
-    bits should become RGB is not this file's to guess."""
-    with reading(path, "image", ": mend it or remove it"), Image.open(path) as image:
-        pixels = np.asarray(image)
-    if image.mode != "RGB":
-        raise UserError(f"{path} is {image.mode}, judged images must be 8-bit RGB: convert them, or do so by --size")
-    return pixels.transpose(2, 0, 1)  # HWC -> CHW
-
-
-def folder_source(path, size=None):
-    """Every image below a folder. size: crop to it as ADM does, any mode to RGB; None: as they are, all of one size."""
+def folder_pictures(path, size=None):
+    """Every image below a folder. size: crop to it as ADM does; None: as they are, all of one size."""
     classes, files, labels = find_images(path)
-    side = size or read_judged(files[0]).shape[1]
+    with reading(files[0], "image"), Image.open(files[0]) as first:
+        side = size or first.width
 
     def one(file):
-        image = read_image(file, size) if size else read_judged(file)
-        if image.shape[1:] != (side, side):
-            raise UserError(f"{file} is {image.shape[2]} x {image.shape[1]}, not {side} x {side}: crop all by --size")
-        return image
+        with reading(file, "image", ": mend it or remove it"), Image.open(file) as image:
+            if not size and image.size != (side, side):
+                raise UserError(f"{file} is {image.width} x {image.height}, not {side} x {side}: crop all by --size")
+            return np.asarray(adm_crop(to_rgb(image), side)).transpose(2, 0, 1)  # HWC -> CHW
 
     def read(start, stop):
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
             return torch.from_numpy(np.stack(list(pool.map(one, files[start:stop]))))
 
-    if len(classes) < 2:
-        classes, labels = None, None
     name = f"{path} (ADM centre crop to {size} px)" if size else str(path)
-    return Source(name, len(files), side, labels, classes, {}, read)
+    return Pictures(name, len(files), side, *((labels, read, classes) if len(classes) > 1 else (None, read)))
 
 
-def checkpoint_sources(path, args, device, vae):
-    """Yields a Source for each of --ar_steps and --guidance: images drawn from a checkpoint as they are judged.
+def checkpoint_pictures(path, args, device, vae):
+    """Yields Pictures for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
 
-    Image i is that of (seed, i), with class i % classes, so that every stretch is balanced. What the flags leave open
-    is as the checkpoint was made for; guidance and head steps of a student are its own.
+    Image i is that of (seed, i), with class i % classes, so that every stretch is balanced.
     """
     model = load_mar(path)
     check_vae(model, vae)
@@ -894,81 +895,32 @@ def checkpoint_sources(path, args, device, vae):
                     bf16_weights(model)
             return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
         name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
-        yield Source(name, args.num, model.config.img_size, labels, model.class_names, how, read)
-
-
-def open_sources(args, device, vae):
-    """All that is to be judged, checked before hours go into the first of them."""
-    sources = [folder_source(path, args.size) if os.path.isdir(path) else npz_source(path, read_npz(path))
-               for path in args.samples]
-    for path in args.ckpt:
-        sources += checkpoint_sources(path, args, device, vae)
-    return sources
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Judging
-
-
-@torch.no_grad()
-def collect(source, judges, batch, rank, world):
-    """What every judge says of every image -> {name: array (N, ...)} on rank 0, None on the others.
-
-    judges: functions of uint8 images, labels, class names -> {name: tensor (n, ...)}. A rank judges one stretch of the
-    images and keeps what was said in memory: 400 MB of Inception's features of 50,000, all ranks together.
-    """
-    share = -(-source.count // world)
-    first, last = min(rank * share, source.count), min((rank + 1) * share, source.count)
-    parts = []
-    with tqdm(total=last - first, desc=source.name[:40], unit="image", unit_scale=world,
-              disable=rank > 0 or None) as bar:
-        for start in range(first, last, batch):
-            stop = min(start + batch, last)
-            images = source.read(start, stop)
-            labels = None if source.labels is None else torch.as_tensor(source.labels[start:stop]).long()
-            said = [ask(images, labels, source.class_names) for ask in judges]
-            parts.append({name: values.cpu().numpy() for answer in said for name, values in answer.items()})
-            for name, values in parts[-1].items():
-                if not np.isfinite(values).all():
-                    raise UserError(f"{source.name}: {name} is NaN or infinite among images {start} to {stop - 1}: the "
-                                    "judge's weights are damaged")
-            bar.update(stop - start)
-    if world > 1:
-        shares = [None] * world if rank == 0 else None
-        dist.gather_object(parts, shares)
-        parts = sum(shares, []) if rank == 0 else None
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if rank == 0 else None
-
-
-# whose statistics a file holds cannot be seen in it
-OTHER_RESIZE = ("must come from TF1's bilinear resize, as ADM's, MAR's, torch-fidelity's and our own do; pytorch-fid's "
-                "and clean-fid's legacy files come from another, by which a folder has FID 112 against itself")
+        yield Pictures(name, args.num, model.config.img_size, labels, read, model.class_names, how)
 
 
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
     mu, sigma = (np.asarray(arrays.get(name, 0), np.float64) for name in ("mu", "sigma"))
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048):
-        raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; statistics of inception are mu (2048,), here "
-                        f"{mu.shape}, and sigma (2048, 2048), here {sigma.shape}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path} holds NaN or infinity: make it again")
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; wanted are mu (2048,), here {mu.shape}, and "
+                        f"sigma (2048, 2048), here {sigma.shape}, without NaN and infinity")
     return mu, sigma
 
 
 def open_reference(path, side):
-    """--ref -> ({"mu", "sigma", "n" or None, "text"} of a file of statistics or {}, Source of its images or None)."""
+    """--ref -> ({"mu", "sigma", "n" or None, "text"} of a file of statistics or {}, its Pictures or None)."""
     if os.path.isdir(path):
-        return {}, folder_source(path, side)
+        return {}, folder_pictures(path, side)
     arrays = read_npz(path)
-    images = npz_source(path, arrays) if "arr_0" in arrays else None
+    images = npz_pictures(path, arrays) if "arr_0" in arrays else None
     if images and "mu" not in arrays:
         return {}, images
     mu, sigma = statistics_in(path, arrays)
     n = int(arrays["n"]) if "n" in arrays else None
     text = f"mu, sigma of {path}, n = {n or 'not in the file'}"
-    if not images and "made_from" not in arrays:  # neither ADM's nor --save_stats'
-        text += f", which {OTHER_RESIZE}"
+    if not images and "made_from" not in arrays:  # neither ADM's nor --save_stats': nothing in it says whose it is
+        text += (", which must come from TF1's bilinear resize, as ADM's, MAR's and torch-fidelity's do; pytorch-fid's "
+                 "and clean-fid's legacy files come from another, by which a folder has FID 112 against itself")
     return {"mu": mu, "sigma": sigma, "n": n, "text": text}, images
 
 
@@ -983,13 +935,21 @@ def complete_reference(reference, images, pool):
     return {**reference, "features": features, "text": text}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Judging
+
+Judge = namedtuple("Judge", "ask classes net")
+# ask(images uint8 (n, 3, H, W), labels (n,) or None) -> {what is said: tensor (n, ...)}; classes: names that labels are
+# numbers of
+
+
 def make_judges(args, sources, device, rank, world):
-    """--judges -> [f(images, labels, class names), ...] for `collect`, {name: network} for the figures."""
-    judges, networks = [], {}
+    """--judges -> {name: Judge}."""
+    judges = {}
     for name in args.judges:
         if name == "inception":
-            net = load_inception(args.inception or os.path.join(args.folder, WEIGHTS[name])).to(device)
-            ask = lambda images, *_, net=net: {"pool": net(images)[0]}
+            net = load_inception(os.path.join(args.folder, WEIGHTS[name])).to(device)
+            judges[name] = Judge(lambda images, _, net=net: dict(zip(("pool", "logits"), net(images))), [], net)
         elif name == "classifier":
             if rank > 0:
                 dist.barrier()  # rank 0 trains it where there is none, the others read the file
@@ -997,47 +957,119 @@ def make_judges(args, sources, device, rank, world):
                                             device) if args.data else load_classifier(args.classifier, device))
             if rank == 0 and world > 1:
                 dist.barrier()
-            ask = functools.partial(judge_by_class, net, net.made_from["classes"])
+            judges[name] = Judge(functools.partial(ask_classifier, net), net.made_from["classes"], net)
         else:
-            net = make_scorer(name, sources, args, device)
-            ask = lambda images, labels, _, name=name, net=net: {
+            names = classes_of(sources)
+            net = prompt_scorer(name, read_class_names(own=names), args.prompt, args.folder, device)
+            ask = lambda images, labels, name=name, net=net: {
                 name: net(images.to(device).float() / 255, labels.to(device))}
-        judges.append(ask)
-        networks[name] = net
-    return judges, networks
+            judges[name] = Judge(ask, names, net)
+    return judges
 
 
-def judge_by_class(net, own, images, labels, names):
-    """What `examine` sees and, where the labels' class `names` are among its `own`, whether it sees them."""
+def ask_classifier(net, images, labels):
+    """What `examine` sees and, where it is known what was asked for, whether the classifier sees that."""
     seen = examine(net, images)
-    logits = seen.pop("logits")
-    if labels is None or names and not set(names) <= set(own):
-        return seen  # a folder's classes are others, or are no classes
-    if names:  # numbered by another list, a folder's own
-        labels = torch.tensor([own.index(name) for name in names])[labels]
-    return {**seen, "accuracy": logits.argmax(1) == labels}
+    hit = seen.pop("logits").argmax(1)
+    return seen if labels is None else {**seen, "accuracy": hit == labels}
 
 
-def make_scorer(kind, sources, args, device):
-    """`prompt_scorer` for the classes of all `sources`: one list of names, since the prompts are read once."""
-    names = read_class_names(args.class_names, sources[0].class_names)
-    if not args.class_names and sources[0].class_names is None:
-        say(f"{sources[0].name} names no classes: its labels are taken for ImageNet's (others: --class_names)")
+def classes_of(sources):
+    """The classes of all `sources`, one list, since prompts are read once; None: nobody names them."""
+    first = sources[0]
+    if first.class_names is None:
+        say(f"{first.name} names no classes: its labels are taken for ImageNet's")
     for source in sources:
         if source.labels is None:
             raise UserError(f"{source.name} has no labels, and an image is compared with the prompt of its class: give "
                             "an .npz with labels, or a folder with one of each class in it")
-        if source.labels.max() >= len(names) or names != read_class_names(args.class_names, source.class_names):
-            raise UserError(f"{source.name} has other classes than the {len(names)} of {sources[0].name}: give "
-                            "--class_names, or judge them in two calls")
-    return prompt_scorer(kind, names, args.prompt, args.folder, device, args.clip if kind == "clip" else None)
+        count = 1000 if source.class_names is None else len(source.class_names)
+        if source.labels.max() >= count or source.class_names != first.class_names:
+            raise UserError(f"{source.name} has other classes than {first.name}: judge them in two calls")
+    return first.class_names
+
+
+@torch.no_grad()
+def collect(pictures, judges, batch, rank, world):
+    """What every judge says of every picture -> {what: array (N, ...)} on rank 0, None on the others.
+
+    A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
+    """
+    share = -(-pictures.count // world)
+    first, last = min(rank * share, pictures.count), min((rank + 1) * share, pictures.count)
+    labels, parts = {name: pictures.labels_among(judge.classes) for name, judge in judges.items()}, []
+    with tqdm(total=last - first, desc=pictures.name[:40], unit="image", unit_scale=world,
+              disable=rank > 0 or None) as bar:
+        for start in range(first, last, batch):
+            stop = min(start + batch, last)
+            images, said = pictures.read(start, stop), {}
+            for name, judge in judges.items():
+                asked = labels[name]
+                said |= judge.ask(images, None if asked is None else torch.as_tensor(asked[start:stop]).long())
+            parts.append({what: values.cpu().numpy() for what, values in said.items()})
+            for what, values in parts[-1].items():
+                if not np.isfinite(values).all():
+                    raise UserError(f"{pictures.name}: {what} is NaN or infinite among images {start} to {stop - 1}: "
+                                    "the judge's weights are damaged")
+            bar.update(stop - start)
+    if world > 1:
+        shares = [None] * world if rank == 0 else None
+        dist.gather_object(parts, shares)
+        parts = sum(shares, []) if rank == 0 else None
+    return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]} if rank == 0 else None
+
+
+FIGURES = {  # name: (decimals, what it says)
+    "fid": (4, "to {reference}; images resized to 299 by TF1 bilinear without half-pixel centres, float32"),
+    "is": (4, "10 splits after a shuffle, as torch-fidelity's; logits without bias"),
+    "kid": (6, "mean of 100 subsets of {subset}, unbiased, (x.y/2048 + 1)^3"),
+    "precision": (4, "share of the generated inside the reference's manifold, k = 3"),
+    "recall": (4, "share of the reference inside the manifold of the generated, k = 3"),
+    "fd": (4, "by {classifier} to 10,000 training images at most; not FID"),
+    "fd_thumb": (4, "Frechet distance of 4 x 4 thumbnails to the same images"),
+    "modes": (2, "how many of the {cells} the pictures fill, as exp(entropy) counts them"),
+    "accuracy": (4, "by {classifier}, whose own on test images is {own:.4f}"),
+    "clip": (4, "exp(logit_scale) * cosine with the prompt {prompt}; OpenAI's ViT-L/14, pixels by bicubic"),
+    "pickscore": (4, "exp(logit_scale) * cosine with the prompt {prompt}; pixels by bicubic"),
+    "imagereward": (4, "normalised as published, prompt {prompt}"),
+}
+
+
+def make_row(pictures, said, judges, reference, args):
+    """One row of the table from what the judges said of every picture: what was judged, its figures, their meaning."""
+    row = {"name": pictures.name, "n": pictures.count, "made_by": pictures.made_by}
+    if "pool" in said:
+        row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
+        if reference:
+            row["fid"] = frechet_distance(*mean_and_covariance(said["pool"]), reference["mu"], reference["sigma"])
+        if "features" in reference:
+            row["kid"], row["kid_std"] = kernel_distance(said["pool"], reference["features"])
+            row["precision"], row["recall"] = precision_recall(said["pool"], reference["features"])
+        if args.save_stats:
+            mu, sigma = mean_and_covariance(said["pool"])
+            with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
+                np.savez(file, n=pictures.count, made_from=pictures.name, mu=mu.astype(np.float32), sigma=sigma)
+    own, cells = 0, 0
+    if "features" in said:
+        net = judges["classifier"].net
+        row, own, cells = {**row, **figures_of(net, said)}, net.accuracy, len(net.reference["shares"])
+    row |= {name: float(said[name].astype(np.float64).mean()) for name in FIGURES if name in said}
+    few = min(pictures.count, reference.get("n") or pictures.count)
+    if few < 2048 and {"fid", "fd", "kid"} & set(row):
+        say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
+            "the images, and KID scatters: compare with equal n only")
+    facts = {"reference": reference.get("text"), "prompt": repr(args.prompt), "own": own,
+             "cells": cells, "subset": min(1000, row["n"], len(reference.get("features", ()))),
+             "classifier": args.classifier or f"the classifier of {args.data}"}
+    meanings = [f"{name}: {meaning.format(**facts)}" for name, (_, meaning) in FIGURES.items() if name in row]
+    return {**row, "conventions": meanings}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def parse():
+def parse_args(argv=None):
     """The flags, contradictions refused."""
     p = Parser("The judges of samples.")
     # what is judged, by whom, against what
@@ -1052,15 +1084,12 @@ def parse():
     drawing_flags(p.add_argument)
     # the judges' weights and words
     p.add_argument("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
-    p.add_argument("--inception", help="this file instead of the one in --folder")
-    p.add_argument("--clip", help="this file instead: OpenAI's; a plain state dict is taken for theirs (quick GELU)")
     p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
     p.add_argument("--classifier", help="classifier: the folder where it is kept (None: out/<data>, as distill.py); "
                    "or its file, which needs no --data")
-    p.add_argument("--class_names", help="JSON list for the prompts; None: the source's names, else ImageNet's")
     p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
     p.add_argument("--out", default="out/fid", help="folder of results.json")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     check_numbers(args, one="size num ar_steps head_steps batch")
     if not args.samples + args.ckpt:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
@@ -1074,110 +1103,58 @@ def parse():
     return args
 
 
-def make_row(source, answers, networks, reference, args):
-    """One row of the table from what the judges said of every image: what was judged, its figures, their meaning."""
-    row = {"name": source.name, "n": source.count, "made_by": source.made_by}
-    if "pool" in answers:
-        pool, net = answers["pool"], networks["inception"]
-        logits = torch.cat([net.logits(part).cpu() for part in torch.from_numpy(pool).split(4096)])
-        row["is"], row["is_std"] = inception_score(logits, shuffle=True)
-        if reference:
-            row["fid"] = frechet_distance(*mean_and_covariance(pool), reference["mu"], reference["sigma"])
-        if "features" in reference:
-            row["kid"], row["kid_std"] = kernel_distance(pool, reference["features"])
-            row["precision"], row["recall"] = precision_recall(pool, reference["features"])
-        if args.save_stats:
-            mu, sigma = mean_and_covariance(pool)
-            with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
-                np.savez(file, n=source.count, made_from=source.name, mu=mu.astype(np.float32), sigma=sigma)
-    if "features" in answers:
-        row.update(figures_of(networks["classifier"], answers))
-    for name in ("accuracy", "clip", "pickscore", "imagereward"):
-        if name in answers:
-            row[name] = float(answers[name].astype(np.float64).mean())
-    few = min(source.count, reference.get("n") or source.count)
-    if few < 2048 and {"fid", "fd", "kid"} & set(row):
-        say(f"warning: {source.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about the "
-            "images, and KID scatters: compare with equal n only")
-    return {**row, "conventions": conventions(row, networks, reference, args)}
-
-
-def conventions(row, networks, reference, args):
-    """What the figures of a row mean: a line each, printed and saved with them."""
-    subset = min(1000, row["n"], len(reference.get("features", ())))
-    cosine = f"exp(logit_scale) * cosine with the prompt {args.prompt!r}, pixels by bicubic"
-    own = networks["classifier"].accuracy if "classifier" in networks else 0
-    lines = {
-        "inception": f"{os.path.basename(args.inception or WEIGHTS['inception'])}, resized to 299 by TF1 bilinear "
-                     "without half-pixel centres, (x-128)/128, float32",
-        "fid": f"against {reference.get('text')}",
-        "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
-        "kid": f"mean of 100 subsets of {subset}, unbiased, (x.y/2048 + 1)^3",
-        "precision": "share of the generated inside the reference's manifold, recall: the reverse, k = 3",
-        "clip": f"{cosine}; {args.clip or os.path.basename(WEIGHTS['clip'])} as OpenAI's: quick GELU, heads of 64",
-        "pickscore": cosine,
-        "imagereward": f"normalised as published, prompt {args.prompt!r}",
-        "fd": f"by {args.classifier or f'the classifier of {args.data}'} to 10,000 training images at most; not FID",
-        "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
-        "modes": f"how many of the {len(networks['classifier'].reference['shares']) if own else 0} the pictures fill, "
-                 "as exp(entropy) counts them",
-        "accuracy": f"by the same, whose own on test images is {own:.4f}"}
-    return [f"{name}: {text}" for name, text in lines.items() if name in {**row, **networks}]
-
-
 def print_table(rows):
     """Figures by row, under what they mean; the columns are those that some row has."""
     say("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
-    others = ("name", "is_std", "kid_std", "made_by", "conventions", "census")
-    columns = list(dict.fromkeys(k for row in rows for k in row if k not in others))
-    say("".join(f"{c:>12}" for c in columns) + "  of")
+    columns = [name for name in FIGURES if any(name in row for row in rows)]
+    say("".join(f"{name:>12}" for name in ("n", *columns)) + "  of")
     for row in rows:
-        cells = [f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "-")) for c in columns]
-        say("".join(f"{cell:>12}" for cell in cells) + f"  {row['name']}")
+        cells = [f"{row[name]:.{FIGURES[name][0]}f}" if name in row else "-" for name in columns]
+        say("".join(f"{cell:>12}" for cell in (row["n"], *cells)) + f"  {row['name']}")
 
 
 def add_results(path, rows):
     """Put rows into results.json; they replace those of the same samples judged the same way. [] only reads it."""
-    same = lambda row: [row.get(key) for key in ("name", "n", "conventions")]
-    with open(path.parent / ".results.lock", "a") as lock:
-        with contextlib.suppress(OSError):  # some network disks have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a call that ends in the same moment waits, and loses no row
-        try:
-            found = [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is no table of results: move it away, or choose another --out") from None
-        if rows:
-            write_json(path, {"rows": [row for row in found if same(row) not in [same(new) for new in rows]] + rows})
+    same, found = lambda row: [row.get(key) for key in ("name", "n", "conventions")], []
+    with reading(path, "table of results", ": move it away, or choose another --out"):
+        found = [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+    if rows:
+        write_json(path, {"rows": [row for row in found if same(row) not in map(same, rows)] + rows})
 
 
-def main():
+def main(argv=None):
     """Judge every row that was asked for, print the table with its conventions, add it to results.json."""
-    args = parse()
+    args = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
-    os.makedirs(args.out, exist_ok=True)
-    if rank == 0:
-        add_results(Path(args.out) / "results.json", [])  # complains now, not after the work
-    if args.save_stats and rank == 0:
-        check_output(args.save_stats, ".npz")
     vae = load_vae(args.vae).to(device) if args.vae else None
-    sources = open_sources(args, device, vae)
+    # all that is judged is checked before hours go into the first of it, and before a folder is made
+    sources = [folder_pictures(path, args.size) if os.path.isdir(path) else npz_pictures(path, read_npz(path))
+               for path in args.samples]
+    for path in args.ckpt:
+        sources += checkpoint_pictures(path, args, device, vae)
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
     reference, images = open_reference(args.ref, sources[0].side) if args.ref else ({}, None)
-    for source in [*sources, images] if images else sources:
-        if source.count < 10:
-            raise UserError(f"{source.name}: {source.count} image(s) are no distribution: 10 at least")
-    judges, networks = make_judges(args, sources, device, rank, world)
+    for pictures in [*sources, images] if images else sources:
+        if pictures.count < 10:
+            raise UserError(f"{pictures.name}: {pictures.count} image(s) are no distribution: 10 at least")
+    results = Path(args.out) / "results.json"
+    add_results(results, [])  # complains now, not after the work
+    judges = make_judges(args, sources, device, rank, world)
+    if rank == 0:
+        os.makedirs(args.out, exist_ok=True)
+        if args.save_stats:
+            check_output(args.save_stats, ".npz")
     if images:
-        answers = collect(images, [judges[args.judges.index("inception")]], args.batch, rank, world)
-        reference = complete_reference(reference, images, answers["pool"]) if rank == 0 else {}
+        said = collect(images, {"inception": judges["inception"]}, args.batch, rank, world)
+        reference = complete_reference(reference, images, said["pool"]) if rank == 0 else {}
     rows = []
     while sources:
-        source = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
-        answers = collect(source, judges, args.batch, rank, world)
+        pictures = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
+        said = collect(pictures, judges, args.batch, rank, world)
         if rank == 0:
-            rows.append(make_row(source, answers, networks, reference, args))
-            add_results(Path(args.out) / "results.json", rows[-1:])  # at once: a later fault takes no row with it
+            rows.append(make_row(pictures, said, judges, reference, args))
+            add_results(results, rows[-1:])  # at once: a later fault takes no row with it
     if rank == 0:
         print_table(rows)
 

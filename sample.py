@@ -220,8 +220,8 @@ def open_edit(model, path, box, vae=None):
 # Many pictures: an .npz as fid.py and ADM's evaluator read it, or a folder of PNGs; and one network for others
 
 
-def save_npz(rounds, labels, side, path):
-    """Pictures -> .npz with arr_0 uint8 (N, H, W, 3) and labels int64 (N,), in index order.
+def save_npz(rounds, labels, class_names, side, path):
+    """Pictures -> .npz with arr_0 uint8 (N, H, W, 3), labels int64 (N,) and the class_names that these are numbers of.
 
     What a round brings is appended: whatever N is, memory holds one round.
     """
@@ -233,8 +233,10 @@ def save_npz(rounds, labels, side, path):
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for pictures in rounds:
                 file.write(pictures.permute(0, 2, 3, 1).contiguous().numpy().data)  # (n, H, W, 3)
-        with archive.open("labels.npy", "w") as file:
-            np.lib.format.write_array(file, labels)
+        for name, array in ("labels", labels), ("class_names", class_names):
+            if array is not None:
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(array))
 
 
 def open_folder(folder, drawn_by):
@@ -264,7 +266,7 @@ def save_samples(model, labels, path, rank, world, batch, **how):
         for _ in rounds:  # take part in drawing and sending, write nothing
             pass
     elif Path(path).suffix:
-        save_npz(rounds, labels, model.config.img_size, path)
+        save_npz(rounds, labels, model.class_names, model.config.img_size, path)
     else:
         for i, pictures in zip(starts, rounds):
             for name, picture in zip(names[i:], pictures):

@@ -2591,6 +2591,12 @@ def test_two_processes_write_the_same_npz():
         tiny_mar(folder, num_classes=20)  # more than a grid shows: all of them are drawn
         common = ["sample.py", "--ckpt", folder / "student.pt", "--num", "51", "--device", "cpu"]
         on_ranks(2, script(*common, "--batch", "8", "--out", folder / "two.npz"))
+        for _ in range(2):  # the second time a part is there
+            on_ranks(2, script(*common, "--batch", "8", "--out", folder / "png"))
+            names = sorted(path.name for path in (folder / "png").glob("*.png"))
+            assert names == [f"{i:06d}_{i % 20}.png" for i in range(51)]
+            (folder / "png" / names[40]).unlink()
+        shutil.rmtree(folder / "png")
         sample_main(*common[1:], "--batch", 64, "--out", folder / "one.npz")
         one, two = np.load(folder / "one.npz"), np.load(folder / "two.npz")
         assert one["arr_0"].shape == (51, 8, 8, 3) and one["arr_0"].dtype == np.uint8 and one["arr_0"].std() > 20
@@ -2608,7 +2614,9 @@ def test_gif_shows_the_unmasking():
         unknown = [int((frame[0] == 128).all(0).sum()) // 4 for frame in frames]  # tokens of 2x2 px
         assert all(abs(u - m) <= 1 for u, m in zip(unknown, mask_counts(16, 5)))  # a token may be grey by chance
         assert torch.equal(frames[-1], draw(model, labels, seed=3, ar_steps=5))
+        (folder / "a.gif.7..writing").touch(), (folder / "b.gif.7..writing").touch()  # of kill -9; another one's
         sample_main("--ckpt", folder / "student.pt", "--gif", folder / "a.gif", "--ar_steps", 5, "--per_class", 2)
+        assert sorted(path.name for path in folder.iterdir()) == ["a.gif", "b.gif.7..writing", "student.pt"]
         assert Image.open(folder / "a.gif").n_frames == 6  # the empty picture, then one an AR step
 
 
@@ -2787,7 +2795,9 @@ def test_num_writes_a_folder_of_pngs_and_goes_on_with_it():
     with scratch() as folder:
         tiny_mar(folder), tiny_mar(folder, "teacher")
         common = ["--ckpt", folder / "student.pt", "--batch", 4, "--device", "cpu", "--num"]
+        (folder / "a.npz.17015.0.writing").touch()  # of kill -9
         sample_main(*common, 10, "--out", folder / "a.npz")
+        assert not list(folder.glob("*.writing"))
         arrays, out = np.load(folder / "a.npz"), folder / "new"
         with mock.patch.object(sample, "draw", killed_after(2, sample.draw)):
             refused(lambda: sample_main(*common, 10, "--out", out), "killed")
@@ -2893,6 +2903,9 @@ def test_sample_refuses_bad_input():
         cases = [  # what is typed, and words that the answer must hold
             ([], "--ckpt"),
             (["--ckpt", folder / "no.pt"], "no such file"),
+            (["--ckpt", folder / "no.pt", "--out", folder / "new" / "x.png"], "no such file"),  # and makes no folder
+            (["--ckpt", folder / "no.pt", "--num", 4, "--out", folder / "new"], "no such file"),
+            (["--ckpt", student, "--classes", 9, "--num", 4, "--out", folder / "new"], "0..3"),
             (["--ckpt", folder / "kl16.ckpt"], "no MAR checkpoint"),
             (["--ckpt", student, "--classes", 0, 4], "0..3"),
             (["--ckpt", student, "--classes", "cat"], "ring"),
@@ -2910,7 +2923,7 @@ def test_sample_refuses_bad_input():
             (["--ckpt", folder / "latent.pt"], "--vae"),
             (edit, "--box"),
             ([*edit, "--box", 4, 0, 4, 4], "0..8"),
-            ([*edit, "--box", 0, 0, 4, 4], "broken image"),
+            ([*edit, "--box", 0, 0, 4, 4], "no whole image"),
             (["--ckpt", student, "--edit", folder / "no.png", "--box", 0, 0, 4, 4], "No such file"),
             (["--ckpt", student, "--device", "tpu"], "--device tpu"),
             (["--ckpt", student, "--unknown", 1], "--unknown"),
@@ -3285,7 +3298,7 @@ class Quick(torch.nn.Module):
 @contextlib.contextmanager
 def judging(*argv):
     """fid.py's command in this process, with the stand-in. -> a function that runs it and returns the rows."""
-    load, distance, old = fid.load_inception, fid.frechet_distance, (sys.argv, os.getcwd())
+    load, distance, old = fid.load_inception, fid.frechet_distance, os.getcwd()
     with scratch() as folder:
         try:
             fid.load_inception = lambda path: Quick()
@@ -3295,17 +3308,16 @@ def judging(*argv):
 
             def judged(*argv):
                 """The rows of this call alone, although it adds them to those of the calls before."""
-                sys.argv = ["fid.py", "--device", "cpu", *map(str, argv)]
                 results = Path("out/fid/results.json")
                 results.unlink(missing_ok=True)
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
-                    fid.main()
+                    fid.main(["--device", "cpu", *map(str, argv)])
                 judged.printed = printed.getvalue()
                 return json.loads(results.read_text())["rows"]
             yield judged
         finally:
-            fid.load_inception, fid.frechet_distance, sys.argv = load, distance, old[0]
-            os.chdir(old[1])
+            fid.load_inception, fid.frechet_distance = load, distance
+            os.chdir(old)
 
 
 def pictures(count, seed=0, side=16):
@@ -3324,7 +3336,7 @@ def test_fid_command_on_npz_folder_and_statistics():
         for word in ("warning", "against 30 of 30 images", "share of the generated inside", "as torch-fidelity's",
                      "mean of 100 subsets of 30,"):
             assert word in judged.printed, word
-        assert ab["kid_std"] is None and fid.OTHER_RESIZE not in judged.printed
+        assert ab["kid_std"] is None and "TF1's bilinear resize" not in judged.printed
         close(judged("a.npz", "--ref", "folder")[0]["fid"], ab["fid"], 1e-9)  # the same pictures as files
         judged("b.npz", "--save_stats", "stats.npz")
         stats = dict(np.load("stats.npz"))
@@ -3334,7 +3346,7 @@ def test_fid_command_on_npz_folder_and_statistics():
             row = judged("a.npz", "--ref", file)[0]
             close(row["fid"], ab["fid"], 1e-6)  # mu is kept in float32
             assert "kid" not in row  # needs images, not only their statistics
-            assert (fid.OTHER_RESIZE in judged.printed) == (file == "other.npz")  # whose that is it does not say
+            assert ("TF1's bilinear resize" in judged.printed) == (file == "other.npz")  # whose that is it does not say
 
 
 def test_results_are_added_to():
@@ -3356,30 +3368,14 @@ def test_results_are_added_to():
             assert any("10 splits" in line for line in rows[3]["conventions"])
             for text in ("[]", '{"rows": {"a": 1}}'):
                 Path("out/fid/results.json").write_text(text)
-                refused(lambda: judged("a.npz"), "no table of results")
-
-
-def test_calls_that_end_together_lose_no_row_of_results():
-    with scratch() as folder:
-        children = []
-        for child in range(4):
-            children.append(os.fork())
-            if children[-1] == 0:
-                with contextlib.suppress(BaseException):
-                    for i in range(10):
-                        fid.add_results(folder / "results.json", [{"name": f"{child} {i}"}])
-                os._exit(0)
-        for child in children:
-            os.waitpid(child, 0)
-        rows = json.loads((folder / "results.json").read_text())["rows"]
-        assert {row["name"] for row in rows} == {f"{child} {i}" for child in range(4) for i in range(10)}
+                refused(lambda: judged("a.npz"), "no whole table of results")
 
 
 def test_a_judge_that_says_nan_is_not_believed():
     with judging():
         np.savez("a.npz", arr_0=pictures(4))
-        source = fid.npz_source("a.npz", fid.read_npz("a.npz"))
-        judges = [lambda images, *_: {"clip": torch.tensor([1, torch.nan])}]
+        source = fid.npz_pictures("a.npz", fid.read_npz("a.npz"))
+        judges = {"clip": fid.Judge(lambda *_: {"clip": torch.tensor([1, torch.nan])}, [], None)}
         refused(lambda: fid.collect(source, judges, 2, 0, 1), "a.npz", "clip is NaN or infinite among images 0 to 1")
 
 
@@ -3402,6 +3398,9 @@ def test_fid_judges_checkpoints_and_folders_by_the_classifier():
                 Image.fromarray(picture).save(path)
         (row,) = judged("folder", *flags)
         assert row["accuracy"] > 0.8 and row["n"] == 16
+        sample_main("--ckpt", "student.pt", "--num", 16, "--classes", "square", "disc", "--device", "cpu")
+        assert "accuracy" in judged("samples.npz", *flags)[0]  # an .npz of ours names its classes
+        assert np.load("samples.npz")["class_names"].tolist() == SHAPES
         os.rename("folder/disc", "folder/part")
         (row,) = judged("folder", *flags)
         assert "accuracy" not in row  # the folder's classes are not the classifier's
@@ -3411,9 +3410,8 @@ def test_two_processes_judge_as_one():
     with scratch() as folder, mock.patch.object(fid, "load_inception", lambda path: Quick()):
         np.savez(folder / "a.npz", arr_0=pictures(201))  # no equal shares
         for world in (1, 2):
-            argv = ["fid.py", f"{folder}/a.npz", "--save_stats", f"{folder}/{world}.npz", "--out", str(folder)]
-            with mock.patch.object(sys, "argv", argv):
-                on_ranks(world, lambda: run_main(fid.main))
+            argv = [f"{folder}/a.npz", "--save_stats", f"{folder}/{world}.npz", "--out", str(folder)]
+            on_ranks(world, lambda: run_main(lambda: fid.main(argv)))
         one, two = (np.load(folder / f"{world}.npz") for world in (1, 2))
         close(two["mu"], one["mu"], 1e-6), close(two["sigma"], one["sigma"], 1e-6)
         rows = json.loads((folder / "results.json").read_text())["rows"]
@@ -3427,6 +3425,7 @@ def test_fid_refuses_what_would_give_a_wrong_number():
                              "float": {"arr_0": good / 255}, "grey": {"arr_0": good[..., 0]},
                              "minus": {"arr_0": good, "labels": np.full(20, -1)},
                              "marked": {"arr_0": good, "labels": np.zeros(20, np.int64)},
+                             "named": {"arr_0": good, "labels": np.zeros(20, np.int64), "class_names": ["ant", "bee"]},
                              "keys": {"mean": np.zeros(2048)},
                              "width": {"mu": np.zeros(64), "sigma": np.eye(64)},
                              "nan": {"mu": np.zeros(2048), "sigma": np.eye(2048) * np.nan}}.items():
@@ -3436,41 +3435,42 @@ def test_fid_refuses_what_would_give_a_wrong_number():
         packed = bytearray(Path("packed.npz").read_bytes())
         packed[500:600] = bytes(100)  # zlib has errors of its own
         Path("packed.npz").write_bytes(packed)
-        for name, picture in {"rgba": Image.new("RGBA", (16, 16)), "l": Image.new("L", (16, 16)),
-                              "i16": Image.fromarray(np.zeros((16, 16), np.uint16)), "cut": Image.fromarray(good[0]),
-                              "sizes": Image.new("RGB", (20, 16))}.items():
+        for name, picture in {"cut": Image.fromarray(good[0]), "sizes": Image.new("RGB", (20, 16))}.items():
             Path(name).mkdir()
             for i in range(9):
                 Image.fromarray(good[i]).save(f"{name}/a{i}.png")
             picture.save(f"{name}/b.png")
         Path("cut/b.png").write_bytes(Path("cut/b.png").read_bytes()[:300])
-        Path("empty").mkdir(), Path("names.json").write_text('["ant"]')
+        Path("empty").mkdir(), Path("file").touch(), Path("fidelity.pt").write_bytes(Path("width.npz").read_bytes())
         tiny_mar(Path("."))
         for argv, words in {("one.npz",): ["1 image"], ("empty",): ["no images"], ("nowhere",): ["nowhere"],
                             ("none.npz",): ["arr_0", "images"], ("float.npz",): ["float64", "uint8"],
                             ("grey.npz",): ["(20, 16, 16)"], ("text.npz",): ["text.npz"], ("cut.npz",): ["cut.npz"],
                             ("packed.npz",): ["packed.npz"],
-                            ("rgba",): ["b.png", "RGBA"], ("l",): ["b.png is L"], ("i16",): ["b.png", "16"],
-                            ("cut",): ["b.png", "broken"], ("sizes",): ["20 x 16"],
+                            ("cut",): ["b.png", "no whole image"], ("sizes",): ["20 x 16"],
+                            ("good.npz", "--ref", "fidelity.pt"): ["fidelity.pt", "no .npz", "mu and sigma"],
+                            ("good.npz", "--ref", "file"): ["file is no .npz"],
                             ("good.npz", "--ref", "keys.npz"): ["mean", "mu (2048,)"],
                             ("good.npz", "--ref", "width.npz"): ["(64,)", "2048"],
                             ("good.npz", "--ref", "nan.npz"): ["nan.npz", "NaN"],
                             ("good.npz", "--ref", "one.npz"): ["one.npz: 1 image"],
                             ("good.npz", "--judges", "clip"): ["no labels"], (): ["nothing to judge"],
                             ("minus.npz", "--judges", "clip"): ["no labels"],
-                            ("marked.npz", "good.npz", "--judges", "clip", "--class_names", "names.json"):
-                                ["good.npz has no labels"],
+                            ("marked.npz", "good.npz", "--judges", "clip"): ["good.npz has no labels"],
+                            ("named.npz", "marked.npz", "--judges", "clip"): ["marked.npz has other classes"],
+                            ("marked.npz", "--judges", "clip"): ["--get bpe"],
                             ("good.npz", "--judges", "classifier"): ["--data"],
                             ("good.npz", "--ref", "good.npz", "--judges", "clip"): ["inception"],
                             ("good.npz", "minus.npz", "--save_stats", "s.npz"): ["one set"],
-                            ("good.npz", "--save_stats", "names.json/x.npz"): ["names.json"],
+                            ("good.npz", "--save_stats", "file/x.npz"): ["file"],
                             ("good.npz", "--num", "9"): ["--num", "--ckpt"],
                             ("good.npz", "--guidance", "2"): ["--guidance", "--ckpt"],
                             ("--ckpt", "student.pt", "--num", "1"): ["1 image"],
                             ("--ckpt", "student.pt", "--ar_steps", "2", "99"): ["ar_steps 99"],
+                            ("--ckpt", "nowhere.pt"): ["no such file"],
                             ("good.npz", "none.npz"): ["none.npz"]}.items():  # before good.npz is judged
             refused(lambda: judged(*argv), *words)
-        assert not Path("out/fid/results.json").exists()
+        assert not Path("out").exists()  # what is refused makes no folder
         refuses(run("fid.py", Path("one.npz").resolve()), "1 image")  # so it looks from outside: one line, code 2
 
 

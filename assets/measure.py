@@ -498,6 +498,7 @@ def true_size(kind):
 def judges():
     """rl.py with CLIP, PickScore, ImageReward at their true sizes and random weights, tiny student, one update each."""
     figures = []
+    fid.WEIGHTS["pickscore"] = fid.WEIGHTS["pickscore"].replace("model.safetensors", "pytorch_model.bin")
     with scratch() as folder:
         for name in ("clip", "pickscore", "imagereward", "bpe"):
             (folder / PUBLIC[name][1]).parent.mkdir(parents=True, exist_ok=True)
@@ -509,11 +510,7 @@ def judges():
             torch.manual_seed(0)
             state = {name: torch.randn(shape) * (0.02 if len(shape) > 1 else 0.1)
                      + (name.endswith("weight") and len(shape) == 1) for name, shape in true_size(kind).items()}
-            place, count = folder / PUBLIC[kind][1], sum(value.numel() for value in state.values())
-            if kind == "pickscore":
-                heads = {"num_attention_heads": 16, "hidden_act": "gelu"}
-                (place.parent / "config.json").write_text(json.dumps({"vision_config": heads, "text_config": heads}))
-                place = place.parent / "pytorch_model.bin"
+            place, count = folder / fid.WEIGHTS[kind], sum(value.numel() for value in state.values())
             save_checkpoint(state, place)
             del state
             for estimator, calls in (("reinforce", 4 * 3), ("pathwise", 4)):
