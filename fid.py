@@ -1141,10 +1141,10 @@ def main(argv=None):
     results = Path(args.out) / "results.json"
     add_results(results, [])  # complains now, not after the work
     judges = make_judges(args, sources, device, rank, world)
+    if rank == 0 and args.save_stats:
+        check_output(args.save_stats, ".npz")
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
-        if args.save_stats:
-            check_output(args.save_stats, ".npz")
     if images:
         said = collect(images, {"inception": judges["inception"]}, args.batch, rank, world)
         reference = complete_reference(reference, images, said["pool"]) if rank == 0 else {}
