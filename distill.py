@@ -16,7 +16,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
    change nothing; betas (0, .99), as in SiD, because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
-5. at high noise the teacher is not guided: guided there, students lose modes of the data (`guidance_at`).
+5. at high noise the teacher is not guided, and low noise counts a tenth: else students lose modes of the data, such
+   as colours (`guidance_at`, `share_at`).
 
 Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
 rl.py train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data parallelism by hand.
@@ -107,7 +108,7 @@ def critic_loss(eps_q, eps):
 # has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
-T_GUIDED = 500  # the teacher's score is guided below: sigma / alpha 1
+T_LOW, T_GUIDED = 400, 500  # sigma / alpha .74 and 1: see `guidance_at`, `share_at`
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
 
@@ -283,7 +284,8 @@ def distil(args, teacher, data, class_names, run, watch):
                 eps_q = critic.eps(x_t, t, c_q.detach())  # (B, P, C), as eps_p
                 eps_p = guided_eps(teacher, x_t, t, c_p, c_null, guidance_at(t, args.guidance))
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
-            x0.backward(slope / (masked.numel() * args.accumulate))  # of the mean over the update's masked tokens
+            slope = slope * share_at(t) / (masked.numel() * args.accumulate)  # of the mean over the masked tokens
+            x0.backward(slope)
             sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
@@ -322,14 +324,18 @@ def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
     return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
-def guidance_at(t, g):
-    """The scale at t (...): g below T_GUIDED, 1 (none) above -> (..., 1).
+# Modes of the data, such as colours, meet at high noise: scores there say how much each weighs. At low noise a score sees
+# one mode only, so what is learned there lets the weights drift; and guidance at high noise sharpens them.
 
-    At high noise the modes of the data meet, and scores there say how much each of them weighs; at low noise they see
-    one mode only. A score that is guided there sharpens the weights, and the student, which matches it everywhere at
-    once, loses the light modes. Guidance in an interval is Kynkaanniemi et al.'s (2024), for samplers.
-    """
+
+def guidance_at(t, g):
+    """The scale at t (...): g below T_GUIDED, 1 (none) above -> (..., 1). For samplers: Kynkaanniemi et al. 2024."""
     return torch.where(t < T_GUIDED, g, 1.0)[..., None]
+
+
+def share_at(t):
+    """The student's weight of t (...) beside the loss's own: a tenth below T_LOW -> (..., 1)."""
+    return torch.where(t < T_LOW, 0.1, 1.0)[..., None]
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -441,8 +447,8 @@ DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1500, teacher_batch=64, teacher_lr=1e-3,
         teacher_ema=0.995, draws=2,
-        steps=400, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
-        ar_steps=8, eval_every=200, eval_images=1024, save_every=200),
+        steps=1200, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
+        ar_steps=8, eval_every=600, eval_images=1024, save_every=200),
     "cifar10": dict(
         size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
