@@ -324,8 +324,8 @@ def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
     return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
-# Modes of the data, such as colours, meet at high noise: scores there say how much each weighs. At low noise a score sees
-# one mode only, so what is learned there lets the weights drift; and guidance at high noise sharpens them.
+# Modes of the data, such as colours, meet at high noise: scores there say how much each weighs. At low noise a score
+# sees one mode only, so what is learned there lets the weights drift; and guidance at high noise sharpens them.
 
 
 def guidance_at(t, g):
