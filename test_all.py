@@ -228,6 +228,39 @@ def usual_signals():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+class Killed(BaseException):
+    """As good as a kill in this process: nothing is tidied up."""
+
+
+def happens_at(file, name, count, accident):
+    """Within it the count-th call of `file.name` begins with accident()."""
+    real, calls = getattr(file, name), itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == count:
+            accident()
+        return real(*args, **kwargs)
+
+    return mock.patch.object(file, name, call)
+
+
+def killed_at(file, name, count, work):
+    """`work`, a run in this process that is killed when `file.name` is called for the count-th time."""
+    with happens_at(file, name, count, mock.Mock(side_effect=Killed)), contextlib.suppress(Killed):
+        work()
+        raise AssertionError("went on")
+
+
+def signalled_at(file, name, count, work, number=signal.SIGTERM):
+    """`work` likewise, told to stop by a signal when `file.name` is called for the count-th time: -> its exit code."""
+    with happens_at(file, name, count, lambda: signal.raise_signal(number)):
+        try:
+            work()
+        except SystemExit as end:
+            return end.code
+    raise AssertionError("went on")
+
+
 @contextlib.contextmanager
 def scratch():
     """A temporary folder."""
@@ -3639,46 +3672,6 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
         rows = json.loads((folder / "strict" / "results.json").read_text())
         assert "best" not in rows or rows["best"]["fd"] <= rows["before"]["fd"]
         assert ("best" in rows) == (folder / "strict" / "best.pt").exists()
-
-
-class Killed(BaseException):
-    """As good as a kill in this process: nothing is tidied up."""
-
-
-def killed_at(file, name, count, work):
-    """`work`, a run in this process that is killed when `file.name` is called for the count-th time."""
-    real, calls = getattr(file, name), []
-
-    def last(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            raise Killed
-        return real(*args, **kwargs)
-
-    with mock.patch.object(file, name, last):
-        try:
-            work()
-            raise AssertionError("went on")
-        except Killed:
-            pass
-
-
-def signalled_at(file, name, count, work, number=signal.SIGTERM):
-    """`work` likewise, told to stop by a signal when `file.name` is called for the count-th time: -> its exit code."""
-    real, calls = getattr(file, name), []
-
-    def told(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            signal.raise_signal(number)
-        return real(*args, **kwargs)
-
-    with mock.patch.object(file, name, told):
-        try:
-            work()
-        except SystemExit as end:
-            return end.code
-    raise AssertionError("went on")
 
 
 def assert_alike(whole, other):
