@@ -16,7 +16,7 @@ Alphabet, here and in every other file:
     V visible tokens   P tokens to predict   K AR steps   t integer time step 0..999   ... any leading dimensions
     x0 a clean token   n, eps Gaussian noise   c condition   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
     x_t = alpha_t x0 + sigma_t eps   s = t_init, the one t of the one-step form   z = sigma_s n, what it starts from
-    theta the student, p the teacher, q the critic; s_q, s_p scores, -eps / sigma; y = s_q - s_p, d(y) its size
+    theta the student, p the teacher, q the critic; s_q, s_p scores, -eps / sigma; y = s_q - s_p, d(y) its length
 Architecture and file formats: github.com/LTH14/mar (Li et al. 2024). One-step form: MARVAL, arXiv 2511.15190.
 """
 import argparse
@@ -63,7 +63,7 @@ class MARConfig:
     dropout: float = 0.1  # training the teacher only; distillation and sampling run without
     label_drop: float = 0.1  # share of training pictures whose class is hidden: what guidance compares with
     mask_ratio_min: float = 0.7  # training masks are drawn from a normal(1, .25) cut to [this, 1]
-    t_init: int = 755  # where the one-step student starts: sigma/alpha = 2.5 (SiD, SIM); near 999 is unusable
+    t_init: int = 755  # where the one step starts. Errors of eps grow by sigma/alpha: 2.5, as in SiD; at 999, 20,000
 
     @property
     def pixels(self):
@@ -114,7 +114,7 @@ def cosine_schedule(steps=1000):
     t = np.array([round(i * 999 / (steps - 1)) for i in range(steps)]) if steps > 1 else np.array([0])
     abar = abar[t]
     abar_prev = np.append(1.0, abar[:-1])
-    beta = 1 - abar / abar_prev  # from the ratios of the kept abar
+    beta = 1 - abar / abar_prev  # so that products of 1 - beta are the kept abar
     post_var = beta * (1 - abar_prev) / (1 - abar)  # 0 at index 0: its logarithm is that of index 1, as in MAR
     log_post_var = np.log(np.append(post_var[1] if steps > 1 else beta[0], post_var[1:]))
     return {"t": t, "beta": beta, "abar": abar, "abar_prev": abar_prev, "log_beta": np.log(beta),
@@ -190,9 +190,9 @@ ORDERS = "random", "raster", "outward", "inward"
 
 
 def token_orders(keys, seq_len, kind="random"):
-    """An order of the tokens for each picture: (B,) keys -> (B, L) long. The last of an order are drawn first: when m
-    tokens are masked they are its first m. kind: "random", as MAR is trained; for the sampler also by rows, from the
-    centre or from the border. Tokens equally far from the centre come in random order."""
+    """An order of the tokens for each picture: (B,) keys -> (B, L) long. It is drawn from its end: when m tokens are
+    masked, they are its first m. kind: "random", as MAR is trained; for the sampler also by rows, from the centre or
+    from the border. Tokens equally far from the centre come in random order."""
     side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
     row, column = place // side, place % side
     from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
@@ -228,7 +228,7 @@ def modulate(x, shift, scale):
 
 
 class ResBlock(nn.Module):
-    """One block of the head: x (..., W) and its condition y, of a shape that broadcasts to it -> (..., W)."""
+    """One block of the head: x (..., W) and y, the embedded t and c, which broadcasts to it -> (..., W)."""
 
     def __init__(self, width):
         super().__init__()
@@ -268,7 +268,7 @@ class FinalLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """eps and variance of a noisy token. `embed` is apart from `forward` because a chain embeds its condition once."""
+    """eps and variance of a noisy token. `forward` takes t and c embedded, as y: a chain embeds its c only once."""
 
     def __init__(self, token_dim, cond_dim, width, depth):
         super().__init__()
@@ -378,7 +378,7 @@ class MAR(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """MAR's initialisation: Xavier for matrices, normal(.02) for embeddings, zero for the ends of the head's."""
+        """MAR's initialisation: Xavier for matrices, normal(.02) for embeddings, zero for adaLN and the head's end."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -461,13 +461,13 @@ class MAR(nn.Module):
         return self.head_net(x, self.head_net.embed(t, c))
 
     def eps(self, x, t, c):
-        """The score half of the head, (..., C). The variance outputs are no part of a score."""
+        """The half of the head that makes the score, -eps / sigma: (..., C). The variance outputs are no part of it."""
         return self.head(x, t, c)[..., :self.config.token_dim]
 
     def one_step(self, n, c, c_null=None, guidance=1.0):
         """The one-step generator: noise n (..., C), conditions c (..., D) -> x0 = (z - sigma_s eps(z, s, c)) / alpha_s,
         z = sigma_s n, s = t_init. guidance with c_null: the undistilled teacher's one step."""
-        s = torch.full((1,), self.config.t_init, device=n.device)  # one step for all tokens: it is embedded once
+        s = torch.full((1,), self.config.t_init, device=n.device)  # one t for all tokens: it is embedded once
         alpha, sigma = alpha_sigma(s)
         z = sigma * n
         eps = self.eps(z, s, c)
@@ -492,7 +492,7 @@ class MAR(nn.Module):
                 eps = null + guidance * (eps - null)
             x0 = math.sqrt(1 / now["abar"]) * x - math.sqrt(1 / now["abar"] - 1) * eps
             if self.config.pixels:
-                # pixels are known to lie there; without it a small head's errors at t near 999 grow by 20,000 and
+                # pixels are known to lie there; unclamped, a small head's errors at t near 999 grow by 20,000 and
                 # never come back. MAR does not clamp latents, whose range nobody knows. + 0 * x0: infinity becomes NaN,
                 # or a failed head would draw grey pictures
                 x0 = x0.clamp(-1, 1) + 0 * x0
@@ -571,7 +571,7 @@ def reading(path, what, advice=""):
 
 
 def printable(text):
-    """What a terminal would obey instead of showing it becomes an escape: names of classes and files are foreign."""
+    """Control characters become escapes, or a terminal would obey them: names of classes and files are foreign."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -666,7 +666,7 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
 
     get: what data.py --get calls the file. names: substitutions (pattern, replacement), done in order, that make the
     file's name of one of ours; where it is a.{q,k,v}.b, the file has three parts, which are put together. drop: how
-    names begin of which nothing is needed. turned: what the file has transposed.
+    names begin that are left out. turned: the file's names of what it has transposed.
     """
     state = {name: value for name, value in weights_in(read_checkpoint(need_file(path, get))).items()
              if torch.is_tensor(value) and not name.startswith(tuple(drop))}
