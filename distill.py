@@ -13,7 +13,7 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 `gsim_loss` the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
 2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
-   change nothing; betas (0, .99), as in SiD, because the critic's target moves;
+   change nothing; betas (0, .99), as in SiD (Zhou et al. 2024), because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. at high noise the teacher is not guided, and low noise counts a tenth: else students lose modes of the data, such
@@ -51,7 +51,7 @@ from sample import draw_together, image_seeds, save_grid
 
 
 def pseudo_huber(y, r=1e-5):
-    """d(y) = sqrt(|y|^2 + r^2) - r of a token, and its derivative d'(y): (..., C) -> (...), (..., C)."""
+    """d(y) = sqrt(|y|^2 + r^2) - r, a length smooth at 0, and its derivative d'(y): (..., C) -> (...), (..., C)."""
     root = (y.square().sum(-1, keepdim=True) + r * r).sqrt()
     return root[..., 0] - r, y / root
 
@@ -60,14 +60,14 @@ def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
     """Guided score implicit matching, for each token: eps, eps_q, eps_p (..., C) are the noise in x_t and what the
     student's critic and the guided teacher predict of it, both differentiable in x_t; alpha, sigma (..., 1) -> (...).
 
-    The distance of the two distributions is an integral over t of d(s_q - s_p), s_q the student's score (with
-    d = |.|^2, their KL). Its gradient has two parts (the paper's L1 and L2): d itself, differentiated through x_t (L2),
-    and one through s_q's own dependence on the student's weights. That derivative we do not have; integration by parts
-    turns it into one through x_t (L1). Nothing here is detached: s_q and d' are differentiated too.
+    The distance of the two distributions is an integral over t of E d(s_q - s_p): with d = |.|^2, weighted, their KL.
+    The student's weights move x_t: d differentiated through x_t is the paper's L2. They also move s_q at a fixed x_t, a
+    derivative we do not have. But E[u(x_t)^T (s_q + eps / sigma)] is 0 for every u at any weights (by parts), and so is
+    its derivative: with u = d' that turns this part into one through x_t, L1. There s_q and d' are not held fixed.
     """
     s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
     L2, d_prime = distance(s_q - s_p)
-    L1 = -(d_prime * (s_q + eps / sigma)).sum(-1)  # grad log p(x_t | x0) = -eps / sigma
+    L1 = -(d_prime * (s_q + eps / sigma)).sum(-1)  # -eps / sigma: the score of x_t given x0
     # L1 + L2 is of order 1 / sigma, changes over a distance of sigma in x_t, and d x_t / d x0 = alpha: a slope at x0 of
     # order alpha / sigma^2. This weight makes it of order 1 at every t
     return (sigma**2 / alpha)[..., 0] * (L1 + L2)
@@ -108,7 +108,7 @@ def critic_loss(eps_q, eps):
 # has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
-T_LOW, T_GUIDED = 400, 500  # sigma / alpha .74 and 1: see `guidance_at`, `share_at`
+T_LOW, T_GUIDED = 400, 500  # time steps of sigma / alpha .74 and 1: see `share_at`, `guidance_at`
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
 
@@ -140,11 +140,11 @@ def episodes(config, batch, seed, step, run):
 
 
 class OwnPictures(torch.nn.Module):
-    """The student's own pictures, which serve as contexts like real ones: the last POOL drawings of a batch each.
+    """Pictures by the student's averaged weights, contexts like real ones: the last POOL drawings, a batch each.
 
-    GSIM never reads the value of a masked token, so all that data give is what is known; and these contexts, unlike
-    real ones, have what guidance did to them, as those that the student meets when it draws. Nothing drifts with them:
-    the loss is at rest where q = p in whatever context; which contexts come only weighs which conditionals are fitted.
+    GSIM never reads the value of a masked token, so data give it contexts only. The student's own are nearer to those
+    it meets when it draws: real ones lack what guidance did to them. To learn from one's own output is safe here: the
+    loss is at rest where q = p in whatever context; which contexts come only weighs which conditionals are fitted.
     Every rank holds the whole pool, as buffers, so that resume.pt has it too.
     """
 
@@ -170,7 +170,7 @@ class OwnPictures(torch.nn.Module):
                 dist.all_gather(parts, mine.contiguous())
 
     def pictures(self, model, seed, turn, run):
-        """As real_pictures, in turn 0, 1, ...: any of the pool. Every few turns `model` draws some first."""
+        """As real_pictures, but any of the pool. turn counts the calls; at every EVERY-th `model` draws some first."""
         if turn % self.EVERY == 0:
             self.draw(model, seed, turn // self.EVERY, run)
         filled = min(turn // self.EVERY + 1, self.POOL) * self.batch
@@ -181,7 +181,7 @@ class OwnPictures(torch.nn.Module):
 
 def contexts(args, data, pool, ema, step, run):
     """-> tokens (B, L, C), labels (B,): real pictures, or as often as --own says the student's own."""
-    turn = int(args.own * step)  # so many of the updates before took own pictures
+    turn = int(args.own * step)  # how many of the updates before took own pictures
     if int(args.own * (step + 1)) > turn:
         return pool.pictures(ema, args.seed + 2, turn, run)
     return real_pictures(data, ema, args.batch, args.seed + 1, step, run)
@@ -204,7 +204,7 @@ def training_batch(pictures, config, batch, seed, step, run):
 
 
 def micro_batches(batch, parts, gradients):
-    """A batch in `parts`. `gradients` are zeroed first, and told before the last part that its backward sends."""
+    """A batch in `parts`. `gradients` are zeroed first; at the last part they `begin` to be sent to other ranks."""
     for g in gradients:
         g.zero()
     for i, part in enumerate(zip(*(a.chunk(parts) for a in batch))):
@@ -265,7 +265,7 @@ def distil(args, teacher, data, class_names, run, watch):
         # gradients of both networks at the same weights
         parts = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
         for tokens, labels, keys, visible, masked in parts:
-            # 1. what is known -> a condition for each masked token: one pass a network (in all the cost of 8)
+            # 1. what is known -> a condition for each masked token: with backward the cost of 2 + 3 + 3 passes
             c_p, c_null = teacher_conditions(teacher, tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
             c_q = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
@@ -324,17 +324,18 @@ def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
     return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
-# Modes of the data, such as colours, meet at high noise: scores there say how much each weighs. At low noise a score
-# sees one mode only, so what is learned there lets the weights drift; and guidance at high noise sharpens them.
+# Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
+# student of a score guided there makes frequent modes more so and loses rare ones. At low noise a score sees one mode:
+# guidance is safe, but much learning there lets frequencies drift.
 
 
 def guidance_at(t, g):
-    """The scale at t (...): g below T_GUIDED, 1 (none) above -> (..., 1). For samplers: Kynkaanniemi et al. 2024."""
+    """The scale at t (...): g below T_GUIDED, else 1 (none) -> (..., 1). In samplers: Kynkaanniemi et al. 2024."""
     return torch.where(t < T_GUIDED, g, 1.0)[..., None]
 
 
 def share_at(t):
-    """The student's weight of t (...) beside the loss's own: a tenth below T_LOW -> (..., 1)."""
+    """A factor on the student's slope at t (...), not in the log's loss: a tenth below T_LOW -> (..., 1)."""
     return torch.where(t < T_LOW, 0.1, 1.0)[..., None]
 
 
@@ -367,7 +368,6 @@ def train_teacher(args, config, data, run):
     sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
 
     for step in run.steps("teacher", args.teacher_steps, args.teacher_batch):
-        # warm-up, constant, and to 0 over the last share of the stage
         for optimizer in optimizers.values():
             set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, DECAY)
         # dropout's generator starts anew each step: so a resumed run drops the same
@@ -663,7 +663,7 @@ def main(argv=None):
         teacher.config = replace(teacher.config, t_init=args.t_init)
     teacher = teacher.to(device)
 
-    # the chain that is to be matched, and one step of the same network: the student at iteration 0
+    # what the student is compared with: the chain and one step of the teacher, guided by the same g but at every t
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
                    guidance_schedule="constant")
@@ -686,7 +686,7 @@ def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
 
 def teacher_optimizers(model, args):
     """{name: optimiser} of stage 0: AdamW with MAR's betas and weight decay; or, with --teacher_optimizer muon, Muon
-    for the matrices of all blocks, which on small data needs half the updates, and AdamW for what is left."""
+    for the matrices of all blocks, the head's too, which on small data needs half the updates, and AdamW for others."""
     blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
     if args.teacher_optimizer == "adamw":
         return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02)}
@@ -720,7 +720,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x):
     """Matrices x (n, rows, columns) with their singular values moved to about 1: Newton-Schulz steps, X <- a X + b (X
-    X^T) X + c (X X^T)^2 X, whose polynomial takes (0, 1] to .7 .. 1.2 in five (Jordan's a, b, c). In bf16 where
+    X^T) X + c (X X^T)^2 X, whose polynomial takes .0015 .. 1 to .7 .. 1.2 in five (Jordan's a, b, c). In bf16 where
     transformers are: it need not be exact."""
     tall, out = x.shape[1] > x.shape[2], x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     out = (out.mT if tall else out).to(torch.bfloat16 if runs_bf16(x.device) else x.dtype)
@@ -809,7 +809,7 @@ class Run:
         return os.path.join(self.args.out, name)
 
     def start(self):
-        """Own the folder, write config.json, cut off the log what resume.pt does not know of; listen to signals."""
+        """Own the folder, write config.json, cut the log back to where resume.pt was saved; listen to signals."""
         if self.rank == 0:
             lock_folder(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
@@ -818,7 +818,7 @@ class Run:
         if self.world > 1:
             dist.barrier()  # nobody writes into the folder before it is there
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # a shell's wish, for what it starts in the background
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets SIGINT for a background job
                 signal.signal(number, self.hear)
 
     def hear(self, number, frame):
@@ -986,7 +986,7 @@ class Watch:
             self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
         row = self.rows.get(name, {})
         self.show(step or 0)
-        if self.judges and step is not None:  # "reward" in the log is of the pictures trained on, this of the average's
+        if self.judges and step is not None:  # the log's "reward" is of pictures trained on, this of the EMA's
             self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value for key, value in
                                             row.items() if key not in ("seconds_per_image", "made_by")}})
         self.run.agree()
