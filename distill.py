@@ -251,7 +251,7 @@ def distil(args, teacher, data, class_names, run, watch):
     sums = torch.zeros(4, device=run.device)  # for the log: over the updates since its last line
 
     for step in run.steps("student", args.steps, args.batch):
-        # look at the student, before the update: so a look that was broken off is made when the run goes on
+        # a look comes before the update: broken off, it is made anew when the run goes on from the same step
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
         # learning rates: the student's ends at 0, the critic's stays, since its target never comes to rest

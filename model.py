@@ -542,7 +542,7 @@ class MAR(nn.Module):
         how, the rest of `unmask`'s: guidance_schedule "linear" grows it with the share revealed (MAR), "constant" does
         not; temperature scales the chain's noise, or in one step the start noise; seeds (B,) ints or (B, 2) pairs
         (seed, index) fix noise and order of each picture whatever the batch; orders one of ORDERS, or (B, L) long.
-        To redraw a part of a picture: its tokens, given (1 or B, L, C), and redraw (L,) bool on the host, at least K.
+        To redraw a part of a picture: its tokens, given (1 or B, L, C), and redraw (L,) bool on the host, K or more True.
         Cost: K transformer passes and K * head_steps of the head, twice with guidance.
         """
         for tokens, _, _ in self.unmask(labels, ar_steps, head_steps, guidance, **how):
@@ -661,11 +661,11 @@ def load_mar(path, ema=True, **config_overrides):
 
 
 def load_network(build, path, get, names=(), drop=(), turned=()):
-    """A public network on the CPU, in eval mode, frozen, float32. UserError, in the file's own names, where its tensors
-    are not those of build(state), which makes the network for the file's {name: tensor}.
+    """A public network on the CPU, in eval mode, frozen, float32: build(state), given the file's {name: tensor}, makes
+    it. UserError, in the file's own names, where the tensors of the two differ.
 
-    get: what data.py --get calls the file. names: substitutions (pattern, replacement), done in order, that make the
-    file's name of one of ours; where it is a.{q,k,v}.b, the file has three parts, which are put together. drop: how
+    get: what data.py --get calls the file. names: substitutions (pattern, replacement), done in order, that turn
+    our name into the file's; where it is a.{q,k,v}.b, the file has three parts, which are put together. drop: how
     names begin that are left out. turned: the file's names of what it has transposed.
     """
     state = {name: value for name, value in weights_in(read_checkpoint(need_file(path, get))).items()
