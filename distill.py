@@ -16,8 +16,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
    change nothing; betas (0, .99), as in SiD (Zhou et al. 2024), because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
-5. at high noise the teacher is not guided, and low noise counts a tenth: else students lose modes of the data, such
-   as colours (`guidance_at`, `share_at`).
+5. at the small sizes the teacher is guided at t < 500 only and t < 400 counts a tenth: else students lose modes of the
+   data, such as colours (`guidance_at`, `share_at`). For ImageNet that is untried, and the defaults are the paper's.
 
 Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
 rl.py train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data parallelism by hand.
@@ -108,7 +108,7 @@ def critic_loss(eps_q, eps):
 # has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
-T_LOW, T_GUIDED = 400, 500  # time steps of sigma / alpha .74 and 1: see `share_at`, `guidance_at`
+T_LOW = 400  # sigma / alpha .74: see `share_at`
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
 
@@ -282,9 +282,9 @@ def distil(args, teacher, data, class_names, run, watch):
             x_t.requires_grad_()
             with torch.set_grad_enabled(args.loss == "gsim"):  # VSD differentiates no network: no graph is kept
                 eps_q = critic.eps(x_t, t, c_q.detach())  # (B, P, C), as eps_p
-                eps_p = guided_eps(teacher, x_t, t, c_p, c_null, guidance_at(t, args.guidance))
+                eps_p = guided_eps(teacher, x_t, t, c_p, c_null, guidance_at(t, args))
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
-            slope = slope * share_at(t) / (masked.numel() * args.accumulate)  # of the mean over the masked tokens
+            slope = slope * share_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over the masked tokens
             x0.backward(slope)
             sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
 
@@ -329,14 +329,14 @@ def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
 # guidance is safe, but much learning there lets frequencies drift.
 
 
-def guidance_at(t, g):
-    """The scale at t (...): g below T_GUIDED, else 1 (none) -> (..., 1). In samplers: Kynkaanniemi et al. 2024."""
-    return torch.where(t < T_GUIDED, g, 1.0)[..., None]
+def guidance_at(t, args):
+    """The scale at t (...): --guidance below t_guided, else 1, none -> (..., 1). In samplers: Kynkaanniemi et al. 2024."""
+    return torch.where(t < args.t_guided, args.guidance, 1.0)[..., None]
 
 
-def share_at(t):
-    """A factor on the student's slope at t (...), not in the log's loss: a tenth below T_LOW -> (..., 1)."""
-    return torch.where(t < T_LOW, 0.1, 1.0)[..., None]
+def share_at(t, args):
+    """A factor on the student's slope at t (...), not in the log's loss: low_share below T_LOW -> (..., 1)."""
+    return torch.where(t < T_LOW, args.low_share, 1.0)[..., None]
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -447,17 +447,17 @@ DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1500, teacher_batch=64, teacher_lr=1e-3,
         teacher_ema=0.995, draws=2,
-        steps=1200, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0,
+        steps=1200, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_share=0.1,
         ar_steps=8, eval_every=600, eval_images=1024, save_every=200),
     "cifar10": dict(
         size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
-        steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
+        steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0, t_guided=500, low_share=0.1,
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
         size="cifar10_cpu", teacher=None, teacher_optimizer="muon", teacher_steps=8500, teacher_batch=64,
         teacher_lr=1e-3, teacher_ema=0.999, draws=2,
         steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100,
-        ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
+        t_guided=500, low_share=0.1, ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
 }
 
 
@@ -510,8 +510,9 @@ def parse_args(argv=None):
     flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
     flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
     # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
-    # cheap where the head is small. guidance_schedule tells sample.py how to draw with the teacher
-    p.set_defaults(teacher_ema=0.9999, draws=4, guidance_schedule="constant")
+    # cheap where the head is small; where in t the student's target is guided, and how much low t counts.
+    # guidance_schedule tells sample.py how to draw with the teacher
+    p.set_defaults(teacher_ema=0.9999, draws=4, t_guided=1000, low_share=1.0, guidance_schedule="constant")
     args = read_flags(p, argv, recipe, share="ema", one="teacher_batch t_init batch accumulate ar_steps "
                                                         "teacher_head_steps eval_every save_every log_every")
     args.own = float(not args.data) if args.own is None else args.own

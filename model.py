@@ -810,7 +810,7 @@ BF16 = None  # whether transformers multiply in bf16; None: on GPUs. A command's
 def multiplies_bf16():
     """Whether this CPU has instructions for bf16 products: AVX512-BF16, AMX, or ARM's. ATEN_CPU_CAPABILITY=avx2, an
     environment variable of PyTorch's, hides those of x86."""
-    has = torch.cpu.get_capabilities()
+    has = getattr(torch.cpu, "get_capabilities", dict)()
     arm = has.get("bf16") and torch.backends.mkldnn.is_available()  # PyTorch for macOS has no oneDNN to use it with
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return bool(arm or wide and (has.get("avx512_bf16") or has.get("amx_bf16")))
