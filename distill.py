@@ -330,7 +330,7 @@ def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
 
 
 def guidance_at(t, args):
-    """The scale at t (...): --guidance below t_guided, else 1, none -> (..., 1). In samplers: Kynkaanniemi et al. 2024."""
+    """The scale at t (...): --guidance below t_guided, else 1, none -> (..., 1). In samplers: Kynkaanniemi et al."""
     return torch.where(t < args.t_guided, args.guidance, 1.0)[..., None]
 
 
