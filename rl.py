@@ -11,17 +11,18 @@ Must exist: a student from distill.py; for rewards by CLIP, PickScore, ImageRewa
 
 The paper (MARVAL, arXiv 2511.15190) makes a whole picture in K fast AR steps, scores it, and follows the gradient of
 the score. Single steps are never scored: half a picture has no CLIP score, and what a token is worth is decided by the
-tokens that follow. With v a direction in which the reward of the finished picture x rises, the loss is
+tokens that follow. With v a direction in which the reward of the finished picture x rises, a constant, the loss is
 
-    L = -mean <v, x> + kl * KL_path,    KL_path = 1 / (2 s^2 dims) * sum_k |x_k - ref_k|^2
+    L = mean(-<v, x> + kl * KL_path),    KL_path = 1 / (2 s^2 dims) * sum_k |x_k - ref_k|^2
 
-x_k are the tokens of AR step k, ref_k what the start would put there after the student's own earlier tokens. Here
+x_k are the tokens of AR step k; ref_k what the start (the student before its first update) would put there, from the
+same noise and after the same earlier tokens of the student; dims numbers make a picture. What is ours:
 1. the default v needs no gradient of the reward: REINFORCE, with a Gaussian policy on the finished picture (one action
    an episode), in the low frequencies that the generator can follow. Beside it `pathwise_direction`, the paper's;
 2. the textbook form, a Gaussian on each revealed token at each AR step, is left out: it hardly moved;
-3. the KL is that of the two chains, step by step along the student's path: finished pictures of one noise part for good
-   at the first token that differs, and pulling them together then only washes them out;
-4. learning rate, batch, KL weight, which the paper does not state, are ours (assets/measurements.md).
+3. KL_path is the KL that both chains would have with noise s on each token. Finished pictures of one noise part for
+   good at the first token that differs, and pulling them together then only washes them out;
+4. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
 """
 import copy
 import io
@@ -42,12 +43,12 @@ from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, 
 from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan,
                    take, token_orders, write_json)
 
-EXPLORE = TRAIN + 1024  # purpose of the policy's noise (model.py: noise is a function of picture, purpose, place)
+EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # v, the direction in which the reward of a finished picture rises: the one thing in which the estimators differ.
-# Both: score(x (N, c, h, w), labels (N,)) -> (N,); x (B, c, h, w) -> v like x, rewards (B,).
+# Both: score(x (n, c, h, w), labels (n,)) -> (n,); x (B, c, h, w), keys (B,) of its noise -> v like x, rewards (B,).
 
 
 def cosines(side, count):
@@ -55,22 +56,23 @@ def cosines(side, count):
     k, place = torch.arange(count)[:, None], torch.arange(side) + 0.5
     return torch.cos(math.pi / side * k * place) * torch.where(k > 0, 2 / side, 1 / side).sqrt()
 
+
 @torch.no_grad()
 def reinforce_direction(score, x, labels, keys, args):
-    """From rewards alone. The policy is a Gaussian on the finished picture, white in its lowest F x F frequencies:
+    """From rewards alone. The policy is a Gaussian on the finished picture, white in its lowest f x f frequencies:
 
         e_n = z_n Q,  z_n ~ N(0, I),  r_n = r(x + s e_n),     v = 1 / (s (N - 1)) sum_n (r_n - mean r) e_n
 
-    Q's rows are cosines, so E v = Q^T Q (gradient of the reward smoothed by s): unbiased in the subspace. The baseline
-    is the picture's own mean reward, for pictures differ more from each other than from their own neighbours; N - 1
-    makes up for its being taken from the same N. The generator passes little but low frequencies on to its weights:
-    noise in others costs calls and teaches nothing. N + 1 reward calls a picture.
+    Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q (gradient of the reward smoothed by this
+    noise), unbiased in the subspace. The baseline is the picture's own mean reward, for pictures differ more from each
+    other than from their own neighbours; N - 1, not N: each r_n is in the mean too. The generator passes little but low
+    frequencies on to its weights: noise in others costs calls and teaches nothing. N + 1 reward calls a picture.
     """
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
-    Q = cosines(side, min(args.frequencies or side, side)).to(x.device)  # (F, side)
+    Q = cosines(side, min(args.frequencies or side, side)).to(x.device)  # (f, side): the factors of Q's rows
     spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, len(Q), len(Q))), Q, Q)
-    z = gaussian(keys, EXPLORE, torch.arange(N, device=x.device).expand(B, -1), channels * len(Q)**2)  # (B, N, m)
+    z = gaussian(keys, EXPLORE, torch.arange(N, device=x.device).expand(B, -1), channels * len(Q)**2)  # (B, N, c f f)
     r = [score_in_chunks(score, (x[:, None] + s * spread(part)).flatten(0, 1),
                          labels.repeat_interleave(part.shape[1]), args.chunk).view(B, -1)
          for part in z.split(max(1, args.chunk // B), dim=1)]
@@ -101,14 +103,14 @@ def score_in_chunks(score, x, labels, chunk):
 
 
 def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps, before_last=lambda: None):
-    """Backpropagate L = <slope, x> + kl * sum of KL_path over the pictures into the student's .grad; -> the mean
-    KL_path, nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, s the policy's.
+    """Backpropagate <slope, x> + kl * KL_path, summed over the pictures, into the student's .grad; -> the mean KL_path,
+    nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the seeds.
 
     The finished picture is all that had to be kept: no token is ever changed, so it holds the context of every step.
-    The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens is complete:
-    the loss's own part, and what they did to all later tokens, the student's and the start's alike. For ref_k is no
-    constant: it moves with the context as x_k does. This is exact backpropagation through both chains, in the memory of
-    one step whatever K is. It costs a forward and a backward of each; the start's weights get no gradient.
+    The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens has all but
+    the step's own KL: what the caller gave, and what they do as context of later steps, to x_k and to ref_k. For ref_k
+    is no constant: the start, itself frozen, reads tokens that move with the student. This is exact backpropagation
+    through both chains, in the memory of one step whatever K is, at the cost of a forward and a backward of each.
     before_last is called before the last backward: gradients.begin, by which ranks exchange gradients beside it.
     """
     L, C = student.config.seq_len, student.config.token_dim
@@ -135,14 +137,12 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps, befo
 
 def prompt_reward(kind):
     """How well a picture fits the prompt of its class, by one of fid.py's public judges."""
-    def build(args, data, names, device):
-        return prompt_scorer(kind, names, args.prompt, args.folder, device)
-    return build
+    return lambda args, data, names, device: prompt_scorer(kind, names, args.prompt, args.folder, device)
 
 
 def classifier_of(args, data, seed, device):
-    """The data's classifier of this seed: trained where there is none yet and `data` is given; None if it is not, and
-    for latents, of which it knows nothing."""
+    """The data's classifier of this seed, from beside the student; where none is there, trained on `data`, or None.
+    None for latents too, of which it knows nothing."""
     if data:
         return load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", seed, device)
     path = args.pixels and classifier_beside(args.ckpt, seed)
@@ -177,7 +177,7 @@ REWARDS = {
     "imagereward": prompt_reward("imagereward"),  # mean 0, variance 1; corrupts pictures when trained on: watch it
     "classifier": classifier_reward(seed=0),  # the one distill.py shows its figures by
     "judge": classifier_reward(seed=1),  # another one, to watch: what fools one network need not fool two
-    "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),  # nothing to build: the f itself
+    "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),  # needs nothing to be built from
     "red": lambda *_: lambda images, labels: (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)),  # the toy
 }
 
@@ -219,8 +219,7 @@ def guarded(name, f):
 def build_rewards(args, config, data, names, device, rank):
     """-> functions {name: f} of all rewards trained on or watched, weights {name: float} of those trained on.
 
-    Each is tried on two pictures and on one, so that a wrong one ends here and not after the first episode. Rank 0
-    alone watches.
+    Each is tried on one picture and on two: a wrong one ends here, not after an episode. Rank 0 alone watches.
     """
     weights, watched = parse_rewards(args.reward), parse_rewards(args.watch) if rank == 0 else {}
     functions = {name: guarded(name, REWARDS[name](args, data, names, device)) for name in {**weights, **watched}}
@@ -269,7 +268,7 @@ def train(args, start, score, run, watch, class_names):
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, decay=0.5)
 
         # whole pictures, of all classes equally often: a reward easier to earn with some cannot shift the mixture
-        batch = episodes(start.config, args.batch, args.seed + 2, step, run)
+        batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
 
         # the gradient; `accumulate` parts of the batch, one after the other, where memory is short
         gradients.zero()
@@ -278,10 +277,10 @@ def train(args, start, score, run, watch, class_names):
             # 1. an episode: K AR steps of the student, no graph
             keys = image_keys(seeds, run.device)
             x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w)
-            # 2. the direction in which the reward rises: the one line in which the estimators differ
+            # 2. the direction in which the reward rises
             v, r = direction(score, x, labels, keys, args)
-            # 3. L = mean(-<v, x> + kl * KL_path) over the images of all parts, v a constant. Its slope is pushed back
-            #    through the chain, last AR step first, into .grad: down it the reward rises, at the price of the KL
+            # 3. L = mean(-<v, x> + kl * KL_path) over the images of all parts, back through the chain, last AR step
+            #    first, into .grad. Returned, for the log, is KL_path without its weight
             share = 1 / (len(x) * args.accumulate)
             last_part = i == len(parts) - 1
             kl = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
@@ -327,15 +326,11 @@ def is_best(row, rows):
         best = before
     return row[distance] <= (1 + MAX_RISE) * before[distance] and row["reward"] > best["reward"]
 
-# What is watched
-
 
 def make_figures(args, data, functions, weights, device):
-    """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward,
-    their weighted sum "reward", "diversity", and the distance to the data: of pixels "fd" and "accuracy", of latents
-    "fid"."""
-    # FD and accuracy by the classifier of seed 1, which no reward has seen; or by that of seed 0, if it is the only one
-    # and not the reward
+    """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward, the
+    weighted sum "reward" of those trained on, "diversity", and of pixels what fid.judge says, of latents "fid"."""
+    # of seed 1, which only the reward `judge` sees; or of seed 0, if it is the only one and not the reward
     classifier = classifier_of(args, data, 1, device) or (
         None if "classifier" in weights else classifier_of(args, data, 0, device))
     if args.ref:
@@ -373,7 +368,7 @@ def diversity(images, labels):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
-# --kl of a single reward; of others, and of sums, KL_ELSE
+# --kl of a single reward, where none is given; KL_ELSE is that of the others, and of sums
 KL = {"classifier": 0.1, "red": 0.05}
 KL_ELSE = 0.2
 
