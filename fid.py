@@ -279,11 +279,11 @@ def load_inception(path):
 # little about 16 px shapes; a network that has learnt the data's own classes gives features that matter there, and
 # tells besides whether a picture shows the class that was asked for. Its distance is called FD, never FID.
 #
-# A class's features see nothing that a class leaves open, such as colours: pictures that are all yellow can have the
-# best FD and accuracy of all. So two figures look at no class. `fd_thumb` is the Frechet distance of 4 x 4 thumbnails.
-# `modes` is how many modes of the data are drawn: with q and p the shares of generated and real pictures that fall into
-# each of M cells, M exp(-KL(q || p)), which is M where q = p and half of it where half of the cells are lost. For
-# shapes the cells are the 8 pairs of colour and ground; else the 64 signs of a thumbnail's 6 main components.
+# Its features need not see what a class leaves open, such as colours: pictures that are all yellow can have the best FD
+# and accuracy of all. So two figures look at no class. `fd_thumb` is the Frechet distance of 4 x 4 thumbnails. `modes`
+# is by a census: with q and p the shares of generated and real pictures in each of M cells, M exp(-KL(q || p)). It is M
+# where q = p (of 500 pictures chance leaves 60 of 64), half of it where half of p is lost. For shapes the cells are the
+# 8 pairs of colour and ground; else the 64 patterns of signs of a thumbnail's 6 main components.
 
 
 class Classifier(nn.Module):
@@ -292,7 +292,7 @@ class Classifier(nn.Module):
     Five 3x3 convolutions with batch norm and a mean over what is left of the image: small enough to be trained on one
     CPU core in minutes. Features are the 96 averaged channels before the last layer; 2,048 images are 20 times that,
     so their covariance is well determined. They are scaled to a mean variance of 1 on the training images, or the size
-    of a distance would depend on the weight decay: FD 96 is one standard deviation off in every feature.
+    of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96.
     """
 
     def __init__(self, num_classes, img_size, width=24):
@@ -322,7 +322,7 @@ def train_classifier(data, seed, device, batch=128):
     """Train a Classifier on a data set of pixels -> it, in eval mode.
 
     Its `.accuracy` is that on images it has not seen: the test split, or every 20th training image where there is none.
-    Its `.reference` are the statistics of up to 10,000 training images that `figures` compares with.
+    Its `.reference` are the statistics of up to 10,000 training images that `figures_of` compares with.
     """
     indices = np.arange(len(data))
     if len(data) < 2:
@@ -357,7 +357,7 @@ def train_classifier(data, seed, device, batch=128):
     net.eval().requires_grad_(False)
     spread = mean_and_covariance(classify(net, read_in_parts(data, evenly(data, 5000)))[0])[1]
     net.scale.fill_(float((net.last.in_features / np.trace(spread)) ** 0.5))
-    net.made_from = {"data": data.name}
+    net.made_from = {"data": data.name}  # of which statistics_of sees whether they are shapes
     net.reference = statistics_of(net, data)
     logits = classify(net, read_in_parts(test, held))[1]
     net.accuracy = float((logits.argmax(1) == torch.as_tensor(test.labels[held])).float().mean())
@@ -418,8 +418,8 @@ def evenly(data, n=10000):
 
 @torch.no_grad()
 def classify(classifier, batches):
-    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU. None is NaN, which
-    would pass for class 0."""
+    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU. UserError where
+    one is not finite: NaN would pass for class 0."""
     features, logits = zip(*map(classifier, batches))
     return as_features(torch.cat(features)), as_features(torch.cat(logits))
 
@@ -436,8 +436,8 @@ def signs(reference, thumbs):
 
 
 def statistics_of(classifier, data):
-    """What real pictures are like, as a dict of float64 tensors: mean and covariance of the classifier's features, of
-    thumbnails, and the shares of the census's cells with, but for shapes, the directions (48, 6) that define them."""
+    """What real pictures are like, as a dict of float64 tensors: mean and covariance of features ("mu", "sigma") and of
+    thumbnails; "shares" (M,) of the census's cells; but for shapes, "directions" (48, 6), whose signs make cells."""
     features, thumbs, reference = [], [], {}
     for images in read_in_parts(data, evenly(data)):
         features.append(classify(classifier, [images])[0])
