@@ -950,8 +950,8 @@ class Run:
 class Watch:
     """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
 
-    run: a Run. make_figures: called once, on rank 0, if `judges`; what it returns takes images uint8 (N, 3, H, W)
-    and their labels (N,) and gives {name: number}.
+    run: a Run; judges, shows: whether there is a table, a grid. make_figures: called once, on rank 0, if `judges`; what
+    it returns takes images uint8 (N, 3, H, W) and their labels (N,) and gives {name: number}.
     Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
     """
 
@@ -968,8 +968,8 @@ class Watch:
     def look(self, name, model, step=None, **how):
         """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.
 
-        -> the row, with what it was `made_by`; it is not made again where an earlier one was made alike. Cost:
-        eval_images pictures. A row of a step goes to the log too. What came before is saved: so here a run may end.
+        -> the row, with what it was `made_by`; it is not made again where results.json has one made alike. Cost:
+        eval_images pictures. A row of a step goes to the log too. Loops save before they look, so here a run may end.
         """
         args, seed = self.run.args, self.run.args.seed
         self.run.unsaved = False
@@ -992,7 +992,7 @@ class Watch:
                                             row.items() if key not in ("seconds_per_image", "made_by")}})
         self.run.agree()
         self.run.leave_if_told()
-        self.run.unsaved = step is not None  # in a loop an update follows
+        self.run.unsaved = step is not None  # in a loop: what follows is not saved yet
         return row
 
     def show(self, step):
