@@ -20,8 +20,8 @@ same noise and after the same earlier tokens of the student; dims numbers make a
 1. the default v needs no gradient of the reward: REINFORCE, with a Gaussian policy on the finished picture (one action
    an episode), in the low frequencies that the generator can follow. Beside it `pathwise_direction`, the paper's;
 2. the textbook form, a Gaussian on each revealed token at each AR step, is left out: it hardly moved;
-3. KL_path is the KL that both chains would have with noise s on each token. Finished pictures of one noise part for
-   good at the first token that differs, and pulling them together then only washes them out;
+3. KL_path is the KL, a dimension, that both chains would have with noise s on each token. Finished pictures of one
+   noise part for good at the first token that differs, and pulling them together then only washes them out;
 4. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
 """
 import copy
