@@ -1552,7 +1552,7 @@ def test_distill_refuses_bad_input():
 
 
 def test_help_shows_the_defaults_that_hold():
-    for main, argv, wanted in ((distill.main, "--data shapes", "--steps STEPS updates of stage 1 (default: 400)"),
+    for main, argv, wanted in ((distill.main, "--data shapes", "--steps STEPS updates of stage 1 (default: 1200)"),
                                (distill.main, "", "--steps STEPS updates of stage 1 (default: 150000)"),
                                (distill.main, f"--teacher {HERE}/assets/cifar10/teacher.pt",
                                 "scale baked into the student; 1 = none, 1.2 is the paper's: a student wants less than "
