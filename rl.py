@@ -369,7 +369,7 @@ def diversity(images, labels):
 # The command
 
 # --kl of a single reward, where none is given; KL_ELSE is that of the others, and of sums
-KL = {"classifier": 0.1, "red": 0.05}
+KL = {"classifier": 0.5, "red": 0.2}
 KL_ELSE = 0.2
 
 # What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md, "Tried".
