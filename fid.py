@@ -960,7 +960,7 @@ def make_judges(args, sources, device, rank, world):
             judges[name] = Judge(functools.partial(ask_classifier, net), net.made_from["classes"], net)
         else:
             names = classes_of(sources)
-            net = prompt_scorer(name, read_class_names(own=names), args.prompt, args.folder, device)
+            net = prompt_scorer(name, read_class_names(of_data=names), args.prompt, args.folder, device)
             ask = lambda images, labels, name=name, net=net: {
                 name: net(images.to(device).float() / 255, labels.to(device))}
             judges[name] = Judge(ask, names, net)

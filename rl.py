@@ -411,8 +411,8 @@ def parse_args(argv=None):
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
          help="pathwise: differentiate the reward; less noise, differentiable rewards only")
     flag("--calls", type=int, default=128, help="rewards from which a picture's direction is found, 2 or more")
-    flag("--frequencies", type=int, default=8, help="side of the square of lowest frequencies that REINFORCE tries; "
-         "0: all, for rewards of fine texture")
+    flag("--frequencies", type=int, default=None, help="side of the square of lowest frequencies that REINFORCE tries; "
+         "0: all, for rewards of fine texture (left out: 8, with jpeg 0)")
     flag("--noise_std", type=float, default=0.1, help="s, of the policy in each of its frequencies, and of the KL; "
          "pixels lie in [-1, 1], latents have std 1")
     flag("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
@@ -441,9 +441,11 @@ def parse_args(argv=None):
         raise UserError(f"--calls {args.calls}: a direction is found by comparing rewards, two at least")
     if args.noise_std == 0:
         raise UserError("--noise_std 0: a policy without noise tries nothing; 0.1 is a good start")
+    names = list(parse_rewards(args.reward))
     if args.kl is None:
-        names = list(parse_rewards(args.reward))
         args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE
+    if args.frequencies is None:
+        args.frequencies = 0 if "jpeg" in names else 8
     # what is shipped is not written into: assets/cifar10 -> out/cifar10/rl
     args.out = args.out or os.path.join(re.sub(r"^assets\b", "out", os.path.dirname(args.ckpt)), "rl")
     return args

@@ -3424,7 +3424,7 @@ def test_fid_judges_checkpoints_and_folders_by_the_classifier():
         rows = judged(*draws, "--head_steps", 5, *flags)  # a student has a guidance and head steps of its own
         assert [[row["made_by"][flag] for flag in ("ar_steps", "guidance", "head_steps")] for row in rows] == [
             [2, 1, 5], [2, 3, 5], [4, 1, 5], [4, 3, 5], [2, 1, 1], [4, 1, 1]]
-        assert len({row["fd"] for row in rows}) == 6 and "head_steps 5, guidance 3.0" in rows[1]["name"]
+        assert len({row["fd"] for row in rows}) == 6 and "guidance 3.0, head_steps 5" in rows[1]["name"]
         for kind in ("disc", "square"):  # two of the eight classes: 0 and 1 to the folder, 0 and 2 to the judge
             for i in range(8):
                 path = Path("folder", kind, "deeper", f"{i}.png")
@@ -3818,7 +3818,8 @@ def test_rl_every_reward_runs_with_both_estimators():
 def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
     """A student of ImageNet has classes n01440764 and so on; prompts must be of the names in assets/."""
     asked = []
-    with scratch() as folder, mock.patch.object(rl, "prompt_scorer", lambda kind, names, *_: asked.append(names) or (
+    with scratch() as folder, mock.patch.object(rl, "check_names"), mock.patch.object(
+            rl, "prompt_scorer", lambda kind, names, *_: asked.append(names) or (
             lambda images, labels: images.mean((1, 2, 3)))):
         path = write_student(folder)
         save_checkpoint({**read_checkpoint(path), "class_names": [f"n{i:08}" for i in range(8)]}, path)
@@ -3849,7 +3850,7 @@ def test_rl_red_and_jpeg_mean_what_they_say():
     close(size, size.round(), 1e-5)
     assert rl.parse_rewards(["jpeg:-1", "red"]) == {"jpeg": -1.0, "red": 1.0}  # larger files and more red
     kls = [rl.parse_args(["--reward", *words]).kl for words in (["red"], ["classifier"], ["jpeg"], ["red", "jpeg"])]
-    assert kls == [0.05, 0.1, 0.2, 0.2], kls
+    assert kls == [0.2, 0.5, 0.2, 0.2], kls
 
 
 class TinyVAE(torch.nn.Module):
