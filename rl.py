@@ -312,19 +312,20 @@ def evaluate(run, watch, ema, step, class_names):
         print(f"best.pt is now that of step {step}", flush=True)
 
 
-MAX_RISE = 0.2  # share by which the distance to the data may lie above the start's in best.pt
+MAX_RISE, MAX_LOSS = 0.2, 0.1  # shares of the start's by which, in best.pt, a distance may rise and modes be lost
 
 
 def is_best(row, rows):
-    """The most reward yet, at a distance to the data not too far above the start's: what costs more was hacked. Where
-    no distance is measured (or not on this rank), nothing is best."""
+    """The most reward yet, at a distance to the data not too far above the start's and with its modes: what costs more
+    was hacked. Where no distance is measured (or not on this rank), nothing is best."""
     distance = "fd" if "fd" in row else "fid"
     if distance not in row:
         return False
     before, best = rows["before"], rows.get("best", rows["before"])
     if {**best["made_by"], "step": None} != before["made_by"]:  # made before a --resume with other --seed, ...
         best = before
-    return row[distance] <= (1 + MAX_RISE) * before[distance] and row["reward"] > best["reward"]
+    varied = row.get("modes", 0) >= (1 - MAX_LOSS) * before.get("modes", 0)
+    return varied and row[distance] <= (1 + MAX_RISE) * before[distance] and row["reward"] > best["reward"]
 
 
 def make_figures(args, data, functions, weights, device):

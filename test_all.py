@@ -3647,7 +3647,7 @@ def rl_error(folder, *flags):
 def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
     with scratch() as folder:
         write_student(folder)
-        with mock.patch.object(rl, "MAX_RISE", 9):
+        with mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
             run_rl(folder, "--steps", "12", "--eval_every", "6", "--lr", "3e-3", "--ema", "0.5", "--kl", "0",
                    "--calls", "64")
         rows = json.loads((folder / "rl" / "results.json").read_text())
@@ -3697,7 +3697,7 @@ def assert_alike(whole, other):
 def test_rl_resumes_bit_exactly():
     """Killed in one of three steps, while a checkpoint or best.pt is saved, or a row is written."""
     flags = ("--steps", 6, "--eval_every", 3, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
-    with scratch() as folder, mock.patch.object(rl, "MAX_RISE", 9):
+    with scratch() as folder, mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         write_student(folder)
         run_rl(folder, *flags, "--out", folder / "whole")
         for file, name, count, step in ((rl, "update_ema", 3, 2), (rl, "update_ema", 4, 3), (rl, "update_ema", 5, 4),
@@ -3717,7 +3717,7 @@ def test_rl_goes_on_with_an_evaluation_that_a_signal_broke_off():
     """SIGTERM while the row of step 2, in the middle, or of step 3, at the end, is drawn: the run ends there, --resume
     makes the row, and weights, log, table and best.pt are those of a run left alone."""
     flags = ("--steps", 3, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
-    with scratch() as folder, mock.patch.object(rl, "MAX_RISE", 9):
+    with scratch() as folder, mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         write_student(folder)
         run_rl(folder, *flags, "--out", folder / "whole")
         for count, step in ((4, 2), (6, 3)):  # each row takes two drawings, grid and table; the first is "before"
@@ -3754,6 +3754,8 @@ def test_best_has_the_most_reward_at_a_bounded_distance():
                                (row(1, 9), {"best": row(2, 10, n=32)}, True), ({"reward": 3}, {}, False),
                                ({}, {}, False)):
         assert rl.is_best(new, {"before": before, **rows}) == verdict, (new, rows)
+    for modes, verdict in ((7.3, True), (7.1, False)):  # of 8: a reward that costs colours is hacked at any FD
+        assert rl.is_best({**row(1, 9), "modes": modes}, {"before": {**before, "modes": 8}}) == verdict
 
 
 def test_rl_two_processes_make_the_update_of_one():
