@@ -3307,7 +3307,7 @@ def test_judged_labels_have_the_shares_of_the_data():
             assert torch.bincount(watch(source)).tolist() == [380, 20]
             assert torch.equal(watch(source, 3), watch(None, 3)) and torch.bincount(watch(source, 3)).max() == 134
             drawn = [fid.judge(seeing, real(labels, 80000), labels) for labels in (watch(source), watch(None))]
-            assert 10 * drawn[0]["fd"] < drawn[1]["fd"], drawn
+            assert 8 * drawn[0]["fd"] < drawn[1]["fd"], drawn
         # fid.py, whose checkpoint may have the classes in another order; and a file that holds no counts
         write_student(folder, num_classes=2, img_size=16)
         file = read_checkpoint(folder / "student.pt")
