@@ -3309,12 +3309,12 @@ def test_judged_labels_have_the_shares_of_the_data():
             drawn = [fid.judge(seeing, real(labels, 80000), labels) for labels in (watch(source), watch(None))]
             assert 8 * drawn[0]["fd"] < drawn[1]["fd"], drawn
         # fid.py, whose checkpoint may have the classes in another order; and a file that holds no counts
-        write_student(folder, num_classes=2, img_size=16)
+        tiny_mar(folder, num_classes=2)
         file = read_checkpoint(folder / "student.pt")
         save_checkpoint({**file, "class_names": ["square", "disc"]}, folder / "other.pt")
         args = fid.parse_args(["--ckpt", "x", "--judges", "classifier", "--data", "x", "--num", "400"])
         (source,) = fid.checkpoint_pictures(folder / "other.pt", args, "cpu", None, net)
-        assert np.bincount(source.labels).tolist() == [20, 380]
+        assert abs((source.labels == 0).sum() - 20) <= 2, source.labels  # squares
         file = read_checkpoint(folder / "classifier_0.pt")
         save_checkpoint({**file, "reference": {k: v for k, v in file["reference"].items() if k != "classes"}},
                         folder / "alike.pt")
