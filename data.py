@@ -398,6 +398,7 @@ class Data:
     pixels: bool = True
 
     num_classes = property(lambda self: len(self.class_names))
+    counts = property(lambda self: torch.from_numpy(np.bincount(self.labels, minlength=self.num_classes)))  # (classes,)
 
     def __len__(self):
         return len(self.labels)

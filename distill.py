@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
                   read_class_names, run_main, setup, train_indices)
-from fid import classifier_beside, judge, load_classifier, load_or_train_classifier
+from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, say, schedule_tables,
                    take, token_orders, uniform, write_json)
@@ -655,7 +655,8 @@ def main(argv=None):
                       load_classifier(beside, device))
         return lambda images, labels: judge(classifier, images, labels)
 
-    watch = Watch(run, config, make_figures, judges=config.pixels and bool(data or beside),
+    real = data or (load_classifier(beside) if beside and config.pixels else None)
+    watch = Watch(run, config, real, make_figures, judges=config.pixels and bool(data or beside),
                   shows=config.pixels or vae is not None, vae=vae)
 
     if teacher is None:
@@ -951,15 +952,17 @@ class Run:
 class Watch:
     """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
 
-    run: a Run; judges, shows: whether there is a table, a grid. make_figures: called once, on rank 0, if `judges`; what
-    it returns takes images uint8 (N, 3, H, W) and their labels (N,) and gives {name: number}.
+    run: a Run; judges, shows: whether there is a table, a grid. real: Data or Classifier whose mixture of classes the
+    table has; None: alike often. make_figures: called once, on rank 0, if `judges`; what it returns takes images uint8
+    (N, 3, H, W) and their labels (N,) and gives {name: number}.
     Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
     """
 
-    def __init__(self, run, config, make_figures, judges=True, shows=True, vae=None):
+    def __init__(self, run, config, real, make_figures, judges=True, shows=True, vae=None):
         self.run, self.judges, self.shows, self.vae = run, judges, shows, vae
         self.figures = make_figures() if judges and run.rank == 0 else None
-        self.labels = torch.arange(run.args.eval_images) % config.num_classes  # of the table
+        fits = real and len(real.counts) == config.num_classes
+        self.labels = labels_like(real.counts if fits else torch.ones(config.num_classes), run.args.eval_images)
         self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
         if run.resumed and os.path.exists(run.path("results.json")):

@@ -382,8 +382,10 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
                          "reference": net.reference}, path)
         print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
     net = load_classifier(path, device)
-    if net.made_from != made_from:
-        raise UserError(f"{path} was made from {net.made_from}, wanted is {made_from}: delete that file")
+    other = {key: value for key, value in made_from.items() if net.made_from.get(key) != value and key != "data"}
+    if other:  # than its folder's name
+        raise UserError(f"{path} is of other data than {data.name}, whose {other}: judge by that file without --data, "
+                        "or choose another folder (rl.py: copy the student there) for a classifier of this data")
     return net
 
 
@@ -397,6 +399,7 @@ def load_classifier(path, device="cpu"):
     net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
     net.made_from, net.accuracy = made_from, saved["accuracy"]
     net.reference = saved["reference"]
+    net.class_names, net.counts = made_from["classes"], net.reference.get("classes", torch.ones(net.num_classes))
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -404,6 +407,15 @@ def classifier_beside(checkpoint, seed=0):
     """The file of the data's classifier that lies beside a checkpoint: classifier_<seed>.pt, or None."""
     path = Path(checkpoint).with_name(f"classifier_{seed}.pt")
     return path if path.exists() else None
+
+
+def labels_like(counts, n):
+    """(n,) labels with the shares of `counts` (classes,): a distance to data compares how classes are mixed too."""
+    if counts.max() <= 1.01 * counts.min():
+        return torch.arange(n) % len(counts)
+    ends = counts.double().cumsum(0)
+    # steps of the golden ratio fill [0, 1) evenly, however many: picture i is of one class whatever n is
+    return torch.searchsorted(ends / ends[-1], torch.arange(n).double() * (5**0.5 - 1) / 2 % 1, right=True)
 
 
 def read_in_parts(data, indices):
@@ -437,8 +449,9 @@ def signs(reference, thumbs):
 
 def statistics_of(classifier, data):
     """What real pictures are like, as a dict of float64 tensors: mean and covariance of features ("mu", "sigma") and of
-    thumbnails; "shares" (M,) of the census's cells; but for shapes, "directions" (48, 6), whose signs make cells."""
-    features, thumbs, reference = [], [], {}
+    thumbnails; "shares" (M,) of the census's cells; but for shapes, "directions" (48, 6), whose signs make cells. And
+    "classes", int64: how many pictures each has."""
+    features, thumbs, reference = [], [], {"classes": data.counts}
     for images in read_in_parts(data, evenly(data)):
         features.append(classify(classifier, [images])[0])
         thumbs.append(thumbnails(images))
@@ -877,14 +890,18 @@ def folder_pictures(path, size=None):
     return Pictures(name, len(files), side, *((labels, read, classes) if len(classes) > 1 else (None, read)))
 
 
-def checkpoint_pictures(path, args, device, vae):
+def checkpoint_pictures(path, args, device, vae, real=None):
     """Yields Pictures for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
 
-    Image i is that of (seed, i), with class i % classes, so that every stretch is balanced.
+    Image i is that of (seed, i), its class by `labels_like`. real: Data or Classifier whose mixture it is; or None.
     """
     model = load_mar(path)
     check_vae(model, vae)
-    labels = np.arange(args.num) % model.config.num_classes
+    many = dict(zip(real.class_names, real.counts.tolist())) if real else {}
+    names, counts = model.class_names or [*many], torch.ones(model.config.num_classes)
+    if len(names) == len(counts) and set(names) <= many.keys():
+        counts = torch.tensor([many[name] for name in names])
+    labels = labels_like(counts, args.num).numpy()
     for way in ways_to_draw(args, model):
         how = {**way, "seed": args.seed}
 
@@ -943,8 +960,8 @@ Judge = namedtuple("Judge", "ask classes net")
 # numbers of
 
 
-def make_judges(args, sources, device, rank, world):
-    """--judges -> {name: Judge}."""
+def make_judges(args, sources, real, device, rank, world):
+    """--judges -> {name: Judge}. real: the Data of --data, or the Classifier in a file."""
     judges = {}
     for name in args.judges:
         if name == "inception":
@@ -953,8 +970,8 @@ def make_judges(args, sources, device, rank, world):
         elif name == "classifier":
             if rank > 0:
                 dist.barrier()  # rank 0 trains it where there is none, the others read the file
-            net = (load_or_train_classifier(open_data(args.data), args.classifier or f"out/{Path(args.data).name}", 0,
-                                            device) if args.data else load_classifier(args.classifier, device))
+            folder = args.classifier or f"out/{Path(args.data).name}"
+            net = load_or_train_classifier(real, folder, 0, device) if args.data else real
             if rank == 0 and world > 1:
                 dist.barrier()
             judges[name] = Judge(functools.partial(ask_classifier, net), net.made_from["classes"], net)
@@ -1080,7 +1097,7 @@ def parse_args(argv=None):
     p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     p.add_argument("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
     # images drawn from --ckpt; what is not given is as the checkpoint was made for
-    p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, all classes alike often")
+    p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as in --data")
     drawing_flags(p.add_argument)
     # the judges' weights and words
     p.add_argument("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
@@ -1127,11 +1144,12 @@ def main(argv=None):
     args = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
     vae = load_vae(args.vae).to(device) if args.vae else None
+    real = open_data(args.data) if args.data else args.classifier and load_classifier(args.classifier, device)
     # all that is judged is checked before hours go into the first of it, and before a folder is made
     sources = [folder_pictures(path, args.size) if os.path.isdir(path) else npz_pictures(path, read_npz(path))
                for path in args.samples]
     for path in args.ckpt:
-        sources += checkpoint_pictures(path, args, device, vae)
+        sources += checkpoint_pictures(path, args, device, vae, real)
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
     reference, images = open_reference(args.ref, sources[0].side) if args.ref else ({}, None)
@@ -1140,7 +1158,7 @@ def main(argv=None):
             raise UserError(f"{pictures.name}: {pictures.count} image(s) are no distribution: 10 at least")
     results = Path(args.out) / "results.json"
     add_results(results, [])  # complains now, not after the work
-    judges = make_judges(args, sources, device, rank, world)
+    judges = make_judges(args, sources, real, device, rank, world)
     if rank == 0 and args.save_stats:
         check_output(args.save_stats, ".npz")
     if rank == 0:

@@ -502,7 +502,8 @@ def main(argv=None):
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device, rank)
-    watch = Watch(run, config, lambda: make_figures(args, data, functions, weights, device), vae=vae)
+    real = data or classifier_of(args, None, 1, device) or classifier_of(args, None, 0, device)
+    watch = Watch(run, config, real, lambda: make_figures(args, data, functions, weights, device), vae=vae)
     if rank == 0 and world > 1:
         dist.barrier()
     run.start()

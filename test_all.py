@@ -1334,11 +1334,12 @@ def test_own_contexts_are_the_students_pictures_and_no_data_are_read():
 
     with scratch() as folder:
         teacher = tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=4)
-        (folder / "classifier_0.pt").write_bytes(b"the judge")
+        judge = (HERE / "assets/cifar10/classifier_0.pt").read_bytes()
+        (folder / "classifier_0.pt").write_bytes(judge)
         with mock.patch.object(distill, "open_data", no_data), mock.patch.object(distill, "Watch", Blind):
             distill.main(["--teacher", f"{folder}/teacher.pt", "--device", "cpu", "--steps", "17", "--batch", "8",
                           "--out", f"{folder}/run", "--lr", "1e-3", "--warmup", "0", "--ema", "0.5", "--seed", "5"])
-        assert (folder / "run" / "classifier_0.pt").read_bytes() == b"the judge"  # rl.py looks for it there
+        assert (folder / "run" / "classifier_0.pt").read_bytes() == judge  # rl.py looks for it there
         file = read_checkpoint(folder / "run" / "resume.pt")
         pool, labels = file["pool"]["tokens"], file["pool"]["labels"]
         assert labels.view(-1, 8)[:3].sort(1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 3  # updates 0, 8, 16
@@ -3235,11 +3236,11 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from()
     with scratch() as folder:
         (folder / "classifier_0.pt").write_bytes(shapes_classifier())
         small = open_data("shapes", img_size=8)
-        refused(lambda: fid.load_or_train_classifier(small, folder), "classifier_0.pt", "'img_size': 8", "delete")
+        refused(lambda: fid.load_or_train_classifier(small, folder), "classifier_0.pt", "'img_size': 8", "another")
         images = type(data).images
         with mock.patch.object(type(data), "images", lambda self, picks: 255 - images(self, picks)):
             changed = open_data("shapes")
-            refused(lambda: fid.load_or_train_classifier(changed, folder), "classifier_0.pt", "sha256", "delete")
+            refused(lambda: fid.load_or_train_classifier(changed, folder), "classifier_0.pt", "sha256", "another")
         file = read_checkpoint(folder / "classifier_0.pt")
         save_checkpoint({name: file[name] for name in ("made_from", "model", "accuracy")}, folder / "old.pt")
         refused(lambda: fid.load_classifier(folder / "old.pt"), "old.pt", "earlier version", "delete")
@@ -3259,6 +3260,66 @@ def test_the_classifier_beside_a_checkpoint_is_found():
         assert fid.classifier_beside(folder / "teacher.pt", 1) == folder / "classifier_1.pt"
         assert fid.classifier_beside(folder / "student.pt") is None
     assert fid.classifier_beside(HERE / "assets/cifar10/student.pt")
+
+
+def test_the_same_pictures_in_a_folder_of_another_name_have_the_same_classifier():
+    with scratch() as folder, all_tiny():
+        fid.load_or_train_classifier(open_data(make_folder(folder / "one")), folder)
+        before = (folder / "classifier_0.pt").read_bytes()
+        again = open_data(make_folder(folder / "two"))
+        assert fid.load_or_train_classifier(again, folder).made_from["data"] == "one"
+        picture = Image.open(folder / "two/train/ant/0.png").convert("RGB")
+        picture.putpixel((0, 0), tuple(255 - value for value in picture.getpixel((0, 0))))
+        picture.save(folder / "two/train/ant/0.png")
+        other = open_data(folder / "two")
+        error = refused(lambda: fid.load_or_train_classifier(other, folder), "classifier_0.pt", other.sha256, "copy")
+        assert "delete" not in str(error) and "class" not in re.findall("{(.*)}", str(error))[0], error
+        assert (folder / "classifier_0.pt").read_bytes() == before
+
+
+def test_judged_labels_have_the_shares_of_the_data():
+    """Real pictures of a set that is 95 % discs lie near it where labels are drawn alike, and far from it where each
+    class is drawn as often as the other. Classes that are as frequent take turns."""
+    for counts in ([6250] * 8, [1000, 1004, 996], [1.0]):
+        assert fid.labels_like(torch.tensor(counts), 100).tolist() == [i % len(counts) for i in range(100)]
+    for counts in ([1, 5, 0, 94], [102, 100], [1300, 732, 1000] * 300):
+        counts = torch.tensor(counts)
+        labels = fid.labels_like(counts, 20000)
+        for n in (500, 20000):
+            drawn = torch.bincount(fid.labels_like(counts, n), minlength=len(counts))
+            assert (drawn - n * counts / counts.sum()).abs().max() < 4, (n, drawn)
+            assert torch.equal(fid.labels_like(counts, n), labels[:n])
+    real = lambda labels, first: data.draw_shapes(first + 8 * np.arange(len(labels)) + 2 * np.asarray(labels), 32)
+    seeing = fid.load_classifier(HERE / "assets/cifar10/classifier_0.pt")  # its features tell discs from squares too
+    with scratch() as folder, all_tiny():
+        labels = np.array([0] * 380 + [1] * 20)  # discs, squares
+        for i, picture in enumerate(real(labels, 0)):
+            path = folder / "set/train" / ("disc", "square")[labels[i]] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+        pictures = open_data(folder / "set")
+        net = fid.load_or_train_classifier(pictures, folder)
+        assert net.reference["classes"].tolist() == net.counts.tolist() == [380, 20]
+        seeing.reference = fid.statistics_of(seeing, pictures)
+        run = argparse.Namespace(args=argparse.Namespace(eval_images=400), rank=0, resumed=None)
+        watch = lambda real, classes=2: distill.Watch(run, argparse.Namespace(num_classes=classes), real, dict).labels
+        for source in (pictures, fid.load_classifier(folder / "classifier_0.pt")):
+            assert torch.bincount(watch(source)).tolist() == [380, 20]
+            assert torch.equal(watch(source, 3), watch(None, 3)) and torch.bincount(watch(source, 3)).max() == 134
+            drawn = [fid.judge(seeing, real(labels, 80000), labels) for labels in (watch(source), watch(None))]
+            assert 8 * drawn[0]["fd"] < drawn[1]["fd"], drawn
+        # fid.py, whose checkpoint may have the classes in another order; and a file that holds no counts
+        tiny_mar(folder, num_classes=2)
+        file = read_checkpoint(folder / "student.pt")
+        save_checkpoint({**file, "class_names": ["square", "disc"]}, folder / "other.pt")
+        args = fid.parse_args(["--ckpt", "x", "--judges", "classifier", "--data", "x", "--num", "400"])
+        (source,) = fid.checkpoint_pictures(folder / "other.pt", args, "cpu", None, net)
+        assert abs((source.labels == 0).sum() - 20) <= 2, source.labels  # squares
+        file = read_checkpoint(folder / "classifier_0.pt")
+        save_checkpoint({**file, "reference": {k: v for k, v in file["reference"].items() if k != "classes"}},
+                        folder / "alike.pt")
+        assert torch.equal(watch(fid.load_classifier(folder / "alike.pt")), torch.arange(400) % 2)
+    return f"FD of real pictures {drawn[0]['fd']:.2f}, of as many of each class {drawn[1]['fd']:.2f}"
 
 
 def test_classifier_keeps_the_statistics_of_its_data():
