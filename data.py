@@ -959,6 +959,7 @@ def take_moments(args):
 
 
 def parse_args(argv=None):
+    """The flags, contradictions refused."""
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
     # the cache

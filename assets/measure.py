@@ -575,6 +575,7 @@ MEASUREMENTS = {measurement.__name__: measurement for measurement in (
 
 
 def main():
+    """Run the measurement that is named, in one thread, and print its figures."""
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["--rank"]:  # a process that a measurement started
         return globals()[sys.argv[2]]()
