@@ -8,7 +8,6 @@ Images below 64 px are used as pixels and decoded into memory at each start. Lar
     python data.py --get kl16
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt                              # one process
     torchrun --nproc_per_node=8 data.py --data PATH --vae pretrained_models/vae/kl16.ckpt         # all GPUs
-    python data.py --data NPZ_FOLDER                         # or taken over from MAR's main_cache.py: <class>/*.npz
 Killed at any moment, the same command goes on where it stopped. Nothing is downloaded unless --get names it.
 """
 import argparse
@@ -24,7 +23,6 @@ import shlex
 import shutil
 import socket
 import sys
-import threading
 import traceback
 import urllib.request
 import warnings
@@ -36,7 +34,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -124,34 +121,17 @@ def shape_modes(images):
 PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
 SPLITS = {"train": ["train"], "test": ["test", "val", "validation"]}  # names of the folder, the first that is there
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .mpo .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
+LAYOUT = "wanted are DATA/train/<class>/*.jpg, also where a class is called train; DATA is what --data names"
 
 # Above 90 megapixels a picture is refused by name: decoded, each thread's would take half a gigabyte and more
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-
-def command(*words):
-    """A line to paste into a shell."""
-    return f"python data.py {shlex.join(map(str, words))}"
 
 
 def split_folder(path, split):
     for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
-    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it, with <class>/*.jpg"
-                    f"{deeper(path)}; of MAR's latents, <class>/*.npz, {command('--data', path)} makes a cache")
-
-
-def deeper(path):
-    """Advice where classes, one of them perhaps called train, seem to lie in the place of the splits."""
-    names = sorted(folder.name for folder in Path(path).glob("[!.]*/"))
-    if is_split(*names):
-        return ""
-    return f"; if {', '.join(names[:4])} are classes, they belong a folder deeper, DATA/train/{names[0]}/*.jpg"
-
-
-def is_split(*names):
-    return set(names) <= {name for folders in SPLITS.values() for name in folders}
+    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it; {LAYOUT}")
 
 
 def walk(folder, above=()):
@@ -167,17 +147,17 @@ def walk(folder, above=()):
             yield from walk(entry.path, above)
 
 
-def find_images(folder, suffixes=SUFFIXES):
+def find_images(folder):
     """-> (class names, files, labels int64 (N,)): the one reader of image folders, for training and for judging.
 
     The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). Pictures in no
-    folder are of the class "", unless some lie in one. Sorted by class, then by name: the same on every machine and
-    rank, and for ImageNet's wnids the usual label order. One line says what was passed over.
+    folder are of the class "", unless some lie in one. Sorted by class, then by name: the same on every machine, and
+    for ImageNet's wnids the usual label order.
     """
     found, passed, start = {}, [], len(os.path.join(folder, ""))
     for file in walk(folder):
         name, _, below = file[start:].partition(os.sep)
-        if file.lower().endswith(suffixes):
+        if file.lower().endswith(SUFFIXES):
             found.setdefault(name if below else "", []).append(file)
         else:
             passed.append(file)
@@ -186,8 +166,8 @@ def find_images(folder, suffixes=SUFFIXES):
     if passed:
         say(f"{folder}: {len(passed):,} files are no images, or in no class folder, and passed over: {passed[0]}, ...")
     if not found:
-        raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
-    if is_split(*found):
+        raise UserError(f"{folder}: no images in it")
+    if set(found) <= {name for names in SPLITS.values() for name in names}:
         raise UserError(f"{folder}: {', '.join(found)} are no classes: give the folder of one, {folder}/{[*found][0]}")
     for name in sorted(os.listdir(folder)) if "" not in found else []:
         if name not in found and name[0] != "." and os.path.isdir(os.path.join(folder, name)):
@@ -200,20 +180,18 @@ def list_images(folder):
     """find_images for training: there must be classes."""
     class_names, files, labels = find_images(folder)
     if class_names == [""]:
-        raise UserError(f"{folder}: its images lie in no class folder; they belong in {folder}/<class>/*.jpg"
-                        f"{deeper(Path(folder).parent)}")
+        raise UserError(f"{folder}: its images lie in no class folder; {LAYOUT}")
     return class_names, files, labels
 
 
 def native_size(path, split, pixels=False):
-    """px at which a folder is used unless told otherwise: its first image's if below 64 or if they are to be used as
-    `pixels`, else 256, the public MAR's."""
+    """px at which a folder is used unless told otherwise: its first image's if below 64 or if `pixels`, else 256."""
     folder = split_folder(path, split)
     for file in walk(folder):  # stops at the first: to list all of ImageNet takes long
         if file.lower().endswith(SUFFIXES):
             with contextlib.suppress(UserError), reading(file, "image"), Image.open(file) as image:
                 return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256
-    raise UserError(f"{folder}: no images in it; they belong in {folder}/<class>/*.jpg")
+    raise UserError(f"{folder}: no images in it")
 
 
 def is_small(path):
@@ -221,6 +199,9 @@ def is_small(path):
     with contextlib.suppress(UserError):  # a latent cache has no images; of other faults open_data speaks
         return native_size(path, "train") < PIXEL_LIMIT
     return False
+
+
+say_once = functools.cache(say)  # threads that meet here may say it twice
 
 
 def to_rgb(image):
@@ -248,11 +229,7 @@ def adm_crop(image, size):
 
 
 def read_image(path, size, upright=False):
-    """-> uint8 (3, size, size). UserError naming the file when it cannot be decoded.
-
-    As it is stored, as ADM and MAR train: what a camera notes of its being turned (EXIF) is not heeded. upright: turned
-    as a viewer shows it, for a picture that someone gives to edit.
-    """
+    """-> uint8 (3, size, size), as it is stored; upright: turned as a camera's note (EXIF) says and viewers show it."""
     with reading(path, "image", ": mend it or remove it"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image) if upright else image
         return np.array(adm_crop(to_rgb(image), size)).transpose(2, 0, 1)  # (3, size, size)
@@ -262,21 +239,21 @@ def read_image(path, size, upright=False):
 # The latent cache
 
 # A folder with moments.npy  float16 (N, 2, 32, h, w), a row a picture: [0] of it, [1] of its mirror image
-#               done.npy     uint8 (N,): 1 once the row is on the disk, 2 for a picture that cannot be decoded
+#               done.npy     uint8 (N,): LACKING, DONE once the row is on the disk, BROKEN: it cannot be decoded
 #               cache.json   what it is made of: settings, {class: how many}, a digest of names, sizes and times
 # Rows are in the order of find_images, so a cache is of one list of pictures.
 
 LACKING, DONE, BROKEN = 0, 1, 2
 
 
-def made_of(folder, pictures, settings):
-    """cache.json of the pictures in `folder`. Half a minute for ImageNet on a local disk; on a network disk minutes."""
+def made_of(folder, pictures):
+    """What cache.json says of the pictures in `folder`. Half a minute for ImageNet on a local disk."""
     class_names, files, labels = pictures
     digest, start = hashlib.sha256(), len(os.path.join(folder, ""))
     for file in files:
         stat = os.stat(file)
         digest.update(b"%s %d %d\n" % (os.fsencode(file[start:]), stat.st_size, stat.st_mtime_ns))  # no UTF-8, maybe
-    return {**settings, "classes": dict(zip(class_names, np.bincount(labels).tolist())), "digest": digest.hexdigest()}
+    return {"classes": dict(zip(class_names, np.bincount(labels).tolist())), "digest": digest.hexdigest()}
 
 
 def default_cache(path, img_size):
@@ -291,63 +268,65 @@ def read_meta(folder):
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def start_cache(out, meta, shape):
-    """Make the files of a cache with rows of `shape`, unless a killed build has left them."""
+def start_cache(out, meta):
+    """Make the files of a cache, unless a killed build has left them."""
     lock_folder(out)  # two builders would write over each other's rows
-    found, count = read_meta(out), sum(meta["classes"].values())
+    found, count, side = read_meta(out), sum(meta["classes"].values()), meta["img_size"] // 16
     if found and found != meta:
         raise UserError(f"{out} is of other pictures, or made otherwise ({found.get('img_size')} px, VAE "
                         f"{found.get('vae_sha256')}): delete it, or give another --out")
-    need, free = count * 2 * math.prod(shape), shutil.disk_usage(out).free
+    need, free = count * 2 * 32 * side**2 * 2, shutil.disk_usage(out).free  # bytes
     say(f"{out}: {count:,} pictures, {need / 1e9:.2f} GB; if stopped, the same command goes on")
     if found:
         return
     if need > free:
         raise UserError(f"{out}: only {free / 1e9:.2f} GB are free: make room, or give another --out")
-    for name, dtype, row in (("done", np.uint8, ()), ("moments", np.float16, shape)):
-        path = out / f"{name}.npy"
-        np.lib.format.open_memmap(path, "w+", dtype, (count, *row))
-        if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill us, through the memory map (SIGBUS)
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    np.lib.format.open_memmap(out / "done.npy", "w+", np.uint8, (count,))
+    np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, (count, 2, 32, side, side))
     write_json(out / "cache.json", meta)
 
 
-def build_cache(args, folder, pictures, settings, read, encode):
-    """Fill the rows that lack, each rank its share of them. A picture that cannot be decoded is named and left out.
-
-    args: data, split, out, batch. pictures: of find_images. read: file -> array. encode: n of them -> (n, 2, 32, h, w).
-    """
-    out, files = Path(args.out or default_cache(args.data, settings["img_size"])) / args.split, pictures[1]
-    (rank, world), side = rank_and_world(), settings["img_size"] // 16
+def build_cache(args):
+    """--data PATH --vae FILE: fill the rows that lack, each rank its share of them. A picture that cannot be decoded is
+    named and left out."""
+    folder, size = split_folder(args.data, args.split), args.img_size or native_size(args.data, args.split)
+    if size < PIXEL_LIMIT:
+        raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
+    if not args.vae or size % 16:
+        raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
+    out, pictures = Path(args.out or default_cache(args.data, size)) / args.split, list_images(folder)
+    device, rank, world = setup(args.device)
+    vae, files = load_vae(args.vae).to(device), pictures[1]
     barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0:
-        start_cache(out, made_of(folder, pictures, settings), (2, 32, side, side))
+        start_cache(out, {"img_size": size, "vae_sha256": file_hash(args.vae)[:16], **made_of(folder, pictures)})
     barrier()
     with reading(out, "latent cache", ": delete it"):
         moments, done = (np.load(out / f"{name}.npy", "r+") for name in ("moments", "done"))
     lacking = np.array_split(np.flatnonzero(done == LACKING), world)[rank]  # neighbours: a disk likes that better
     barrier()  # every rank knows what is lacking before one changes it
 
-    def read_row(row):
+    def read(row):
         try:
-            return read(files[row])
+            return read_image(files[row], size), DONE
         except UserError as error:
             tqdm.write(printable(f"left out: {error}"), file=sys.stderr)
+            return np.zeros((3, size, size), np.uint8), BROKEN
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(lacking), disable=rank > 0 or None, unit="img") as bar:
         for start in range(0, len(lacking), args.batch):
             rows = lacking[start:start + args.batch]
-            arrays = list(pool.map(read_row, rows))
-            whole = np.array([array is not None for array in arrays])
-            if whole.any():
-                moments[rows[whole]] = encode(np.stack([array for array in arrays if array is not None]))
-                moments.flush()
-            done[rows] = np.where(whole, DONE, BROKEN)  # only now: a row that is done is whole
+            images, states = zip(*pool.map(read, rows))
+            x = torch.from_numpy(np.stack(images)).to(device).float() / 127.5 - 1  # (n, 3, H, W)
+            both = [vae.moments(x), vae.moments(x.flip(-1))]  # the VAE is not symmetric: mirrored latents would differ
+            moments[rows] = torch.stack(both, 1).half().cpu().numpy()
+            moments.flush()
+            done[rows] = states  # only now: a row that is done is whole
             bar.update(len(rows))
     done.flush()
     barrier()
-    say(f"{out.parent} is finished, {(done == BROKEN).sum():,} pictures left out: --data takes it, or {args.data}")
+    say(f"{out.parent} is finished, {(done == BROKEN).sum():,} pictures left out: --data takes it"
+        f"{'' if args.out else f', or {args.data}'}")
 
 
 def open_cache(folder, name, img_size=None):
@@ -372,19 +351,20 @@ def open_cache(folder, name, img_size=None):
 def open_latents(name, split, img_size):
     """The latents of an image folder, from the cache that data.py made of it -> Data. UserError where they differ."""
     source, folder = split_folder(name, split), default_cache(name, img_size) / split
-    build = command("--data", name, "--split", split, "--img_size", img_size, "--vae", PUBLIC["kl16"][1])
+    build = (f"python data.py --data {shlex.quote(name)} --split {split} --img_size {img_size} "
+             f"--vae {PUBLIC['kl16'][1]}")
     meta = read_meta(folder)
     if not meta:
         raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {build}; or use them "
                         "as pixels (distill.py --pixels; fid.py --classifier FILE)")
-    if made_of(source, list_images(source), {})["digest"] != meta.get("digest"):
+    if made_of(source, list_images(source))["digest"] != meta.get("digest"):
         raise UserError(f"{name}: its pictures are no longer those of {folder}: delete that, then {build}; or use it "
                         f"as it is, by --data {folder.parent}")
     return open_cache(folder, name, img_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data sets and their batches
+# Data sets, their batches, words for their classes
 
 
 @dataclass
@@ -439,8 +419,8 @@ def open_data(name, split="train", img_size=None, pixels=False):
     size with `pixels`, are decoded into memory; for others data.py must have computed the latents.
     """
     name = str(name)
-    if beside(name):
-        say(f"--data {name} is data that this program knows{beside(name)}")
+    if name in ("shapes", "cifar10") and Path(name, "train").is_dir():
+        say(f"--data {name} is data that this program knows; the folder of that name here is --data ./{name}")
     if name == "shapes":
         first, count = (0, 50_000) if split == "train" else (2**32, 10_000)
         read = lambda indices: draw_shapes(first + indices, img_size or 16)
@@ -456,27 +436,16 @@ def open_data(name, split="train", img_size=None, pixels=False):
     return (open_images if pixels or img_size < PIXEL_LIMIT else open_latents)(name, split, img_size)
 
 
-def beside(name):
-    """A hint where a folder is called as data that are built in."""
-    known = name in ("shapes", "cifar10") and Path(name, "train").is_dir()
-    return f"; the folder of that name here is --data ./{name}" if known else ""
-
-
 def open_images(name, split, img_size):
-    """The pictures of a folder, in memory -> Data. Nothing is kept on the disk, so nothing can be out of date. Every
-    process decodes all of them at each start, and holds N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a
-    minute and 154 MB."""
+    """The pictures of a folder, in memory -> Data. Every process decodes all of them at each start and holds
+    N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a minute and 154 MB."""
     class_names, files, labels = list_images(split_folder(name, split))
     images = np.empty((len(files), 3, img_size, img_size), np.uint8)
-
-    def decode(start):
-        for i, file in enumerate(files[start:start + 100], start):
-            images[i] = read_image(file, img_size)
-
-    with (ThreadPoolExecutor() as pool,  # Pillow lets go of Python's lock
-          tqdm(total=len(files), desc=f"decoding {name}", leave=False, disable=rank_and_world()[0] > 0 or None) as bar):
-        for _ in pool.map(decode, range(0, len(files), 100)):  # raises what decode raised
-            bar.update(min(100, len(files) - bar.n))
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
+        decoded = pool.map(lambda file: read_image(file, img_size), files)
+        for i, image in enumerate(tqdm(decoded, f"decoding {name}", len(files), leave=False,
+                                       disable=rank_and_world()[0] > 0 or None)):
+            images[i] = image
     return Data(name, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
 
 
@@ -493,8 +462,7 @@ def open_cifar10(split, img_size=None, root="data"):
         records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(10_000, 3073) for name in names])
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: missing or not whole ({error}): run python data.py --get cifar10 (the Python "
-                        "version, cifar-10-batches-py, is not read: it is a pickle, which can run code)"
-                        f"{beside('cifar10')}") from None
+                        "version, cifar-10-batches-py, is a pickle, which can run code)") from None
     images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3073) -> (N, 3, 32, 32)
     return Data("cifar10", CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
 
@@ -521,9 +489,6 @@ def train_indices(n, batch, step, seed, rank=0, world=1):
     return indices, flips[rank * share:(rank + 1) * share]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Words for classes
-
 IMAGENET_NAMES = Path(__file__).parent / "assets" / "imagenet_class_names.json"  # 1,000, in label order
 
 
@@ -536,9 +501,11 @@ def read_class_names(path=None, of_data=None):
     with reading(path, "list of class names", ": wanted is a name a line, or a JSON list of names"):
         text = Path(path).read_text("utf-8-sig")  # some editors of Windows begin a file by a mark
         names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
-        if not names or not isinstance(names, list) or not all(names):  # an empty line would shift all that follow
-            raise ValueError("no names, or an empty one")
+        if isinstance(names, dict):
+            raise ValueError("no list")
         names = [re.sub(r"^n\d{8}\s+", "", name.strip()) for name in names]  # "n01440764 tench"
+        if not names or not all(names):  # an empty line would shift all that follow
+            raise ValueError("no names, or an empty one")
     if of_data and len(of_data) != len(names):
         raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)} ({of_data[0]}, ...): give "
                         "--class_names")
@@ -668,33 +635,38 @@ def load_vae(path):
 # Each can be fetched by hand from its url and put into its place; the same command then checks it.
 # name: (url, place, bytes (about), checksum as published). A checksum shorter than its hash is a prefix: torch hub puts
 # one into file names. "sha256:" alone: none is published.
-HUB = "https://huggingface.co"
-CLIP_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 DROPBOX = "https://www.dropbox.com/scl/fi"
+HUB = "https://huggingface.co"
+OPENAI = "https://openaipublic.azureedge.net/clip/models"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
-MARS = {"mar_base": ("f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb", 1587 << 20),
-        "mar_large": ("pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt", 3650 << 20),
-        "mar_huge": ("1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o", 7191 << 20)}
+CLIP_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 PUBLIC = {
     "kl16": (f"{DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
              "pretrained_models/vae/kl16.ckpt", 254 << 20, "sha256:"),
-    **{name: (f"{DROPBOX}/{file}&dl=0", f"pretrained_models/mar/{name}/checkpoint-last.pth", size, "sha256:")
-       for name, (file, size) in MARS.items()},
+    "mar_base": (f"{DROPBOX}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=0",
+                 "pretrained_models/mar/mar_base/checkpoint-last.pth", 1587 << 20, "sha256:"),
+    "mar_large": (f"{DROPBOX}/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=0",
+                  "pretrained_models/mar/mar_large/checkpoint-last.pth", 3650 << 20, "sha256:"),
+    "mar_huge": (f"{DROPBOX}/1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=0",
+                 "pretrained_models/mar/mar_huge/checkpoint-last.pth", 7191 << 20, "sha256:"),
     "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                   "weights-inception-2015-12-05-6726825d.pth",
                   "pretrained_models/fid/weights-inception-2015-12-05-6726825d.pth", None, "sha256:6726825d"),
     "adm_reference": (f"{ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
                       "pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz", None, "sha256:"),
-    "clip": (f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-L-14.pt",
+    "clip": (f"{OPENAI}/{CLIP_SHA256}/ViT-L-14.pt",
              "pretrained_models/clip/ViT-L-14.pt", None, f"sha256:{CLIP_SHA256}"),
     "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
             "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
             "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
-    **{name: (f"{HUB}/{file}", f"pretrained_models/{name.split('_')[0]}/{file.split('/')[-1]}", None, "sha256:")
-       for name, file in {"pickscore": "yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
-                          "pickscore_config": "yuvalkirstain/PickScore_v1/resolve/main/config.json",
-                          "imagereward": "THUDM/ImageReward/resolve/main/ImageReward.pt",
-                          "imagereward_vocab": "bert-base-uncased/resolve/main/vocab.txt"}.items()},
+    "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
+                  "pretrained_models/pickscore/model.safetensors", None, "sha256:"),
+    "pickscore_config": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/config.json",
+                         "pretrained_models/pickscore/config.json", None, "sha256:"),
+    "imagereward": (f"{HUB}/THUDM/ImageReward/resolve/main/ImageReward.pt",
+                    "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
+    "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
+                          "pretrained_models/imagereward/vocab.txt", None, "sha256:"),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "data/cifar-10-binary.tar.gz",
                 170_052_171, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
 }
@@ -750,7 +722,7 @@ def get(names, folder="."):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How a command starts: flags, errors, processes. Here, for data.py is the lowest file that is one.
+# How a command starts: flags, errors, processes. The same for all; data.py is the lowest file that is a command
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -781,17 +753,6 @@ def check_numbers(args, one="", two="", share=""):
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
 
 
-SAID, SPEAKING = set(), threading.Lock()
-
-
-def say_once(text):
-    """The same from many threads and for many pictures: once."""
-    with SPEAKING:
-        if text not in SAID:
-            say(text)
-        SAID.add(text)
-
-
 def run_main(main):
     """main() as a command: what a user can mend becomes one line on stderr and exit code 2."""
     code = 0
@@ -799,9 +760,6 @@ def run_main(main):
         if hasattr(stream, "reconfigure"):  # a console's code page need not have every letter of a name
             stream.reconfigure(errors="backslashreplace")
     try:
-        if sys.version_info < (3, 11, 4) or tuple(map(int, PIL.__version__.split(".")[:2])) < (10, 1):
-            raise UserError("Python 3.11.4 and Pillow 10.1 are the least that works, here are "
-                            f"{sys.version.split()[0]} and {PIL.__version__}: upgrade")
         main()
     except UserError as error:
         code = f"error: {error}"
@@ -809,7 +767,7 @@ def run_main(main):
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = error.filename or f"{type(error).__name__} in line {place.lineno} of {os.path.basename(place.filename)}"
         code = f"error: {where}: {error.strerror or error}; what was written before is kept"
-    except KeyboardInterrupt:  # where no `Run` saves first (distill.py): nothing is left half-written
+    except KeyboardInterrupt:  # before a run listens (distill.py), or where none does
         code = 130
     except SystemExit as end:  # --help, a stopped run
         code = end.code or 0
@@ -832,8 +790,8 @@ LOCKS = {}  # {folder of this process: its lock, open}
 
 
 def lock_folder(folder):
-    """Make `folder`, and keep other commands out of it until this one ends, however that may be. UserError where
-    another has it. What was half-written when a process was killed goes."""
+    """Make `folder` and keep other commands out of it until this one ends; UserError where another has it. What was
+    half-written when a process was killed goes."""
     os.makedirs(folder, exist_ok=True)
     if os.path.abspath(folder) in LOCKS:
         return
@@ -855,8 +813,7 @@ def lock_folder(folder):
 
 
 def take_lock(file):
-    """The system's lock of an open file, which ends with the process; BlockingIOError or PermissionError where another
-    has it."""
+    """The system's lock of an open file, which ends with the process. The two errors above: another has it."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -873,8 +830,8 @@ def setup(device="auto", dtype="auto"):
     """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
     of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
     rank, world = rank_and_world()
+    local = int(os.environ.get("LOCAL_RANK") or 0)
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    local, fast = int(os.environ.get("LOCAL_RANK") or 0), device == "cuda"
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(f"--device cuda: PyTorch sees {torch.cuda.device_count()} GPU(s) here, and each process "
@@ -882,24 +839,24 @@ def setup(device="auto", dtype="auto"):
         # every step masks another number of tokens, and blocks of fixed size leave gaps between them (not measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         torch.cuda.set_device(local)
-        # float32 products (head, VAE, reward networks) by TF32: 10 bits of mantissa where bf16 has 7, at about eight
-        # times the rate. Else the head, a quarter of the arithmetic, would take most of a step. Inception opts out.
+        # float32 products (head, VAE, reward networks) by TF32: the head, a quarter of the arithmetic, would else take
+        # most of a step. Inception opts out
         torch.set_float32_matmul_precision("high")
     elif device == "cpu":
         torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
-        fast = model.multiplies_bf16()
     elif device != "mps" or world > 1 or not torch.backends.mps.is_available():
         raise UserError(f"--device {device}: auto, cpu or cuda (CUDA_VISIBLE_DEVICES picks one); mps in one process, "
                         "where PyTorch has it")
     if world > 1 and not dist.is_initialized():
         join_processes("nccl" if device == "cuda" else "gloo", rank, world)
+    fast = device == "cuda" or device == "cpu" and model.multiplies_bf16()
     model.BF16 = dtype == "bfloat16" or dtype == "auto" and fast
     if device == "cpu" and model.BF16:
         say("the transformer multiplies in bf16 (--dtype float32: not)")
         # oneDNN, which makes these products, keeps buffers for each of the last 1,024 shapes it met: gigabytes where
         # every step masks another number of tokens. Read at its first product
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    return torch.device("cuda", local) if device == "cuda" else torch.device(device), rank, world
+    return torch.device(device, local) if device == "cuda" else torch.device(device), rank, world
 
 
 def join_processes(backend, rank, world):
@@ -908,8 +865,8 @@ def join_processes(backend, rank, world):
         store = next(rendezvous("env://"))[0]
     except ValueError:  # not torchrun's doing
         raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start with torchrun, or unset it") from None
-    # torchrun (PyTorch 2.13) keeps its store over --max-restarts: there a new life finds the addresses of the dead
-    # one. Hence a prefix; on several nodes the counts may differ: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (README)
+    # torchrun keeps its store over a restart, so a new life would find the dead one's addresses: hence a prefix. On
+    # several nodes the counts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes the store anew (README)
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
     # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead rank is
@@ -922,48 +879,12 @@ def join_processes(backend, rank, world):
 # Command line
 
 
-def build_latents(args):
-    """--data PATH --vae FILE: both flips of every image as VAE moments."""
-    folder, size = split_folder(args.data, args.split), args.img_size or native_size(args.data, args.split)
-    if size < PIXEL_LIMIT:
-        raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
-    if not args.vae or size % 16:
-        raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
-    device, _, _ = setup(args.device)
-    vae = load_vae(args.vae).to(device)
-
-    def encode(images):
-        # both flips: the VAE is not exactly symmetric, so mirrored latents are not the latents of the mirror image
-        x = torch.from_numpy(images).to(device).float() / 127.5 - 1  # (n, 3, H, W); bytes travel
-        moments = vae.moments(torch.cat([x, x.flip(-1)]))  # (2n, 32, h, w)
-        return moments.unflatten(0, (2, -1)).transpose(0, 1).half().cpu().numpy()  # (n, 2, 32, h, w): [i, flip]
-
-    settings = {"img_size": size, "vae_sha256": file_hash(args.vae)[:16]}
-    build_cache(args, folder, list_images(folder), settings, lambda file: read_image(file, size), encode)
-
-
-def take_moments(args):
-    """--data NPZ_FOLDER: what MAR's main_cache.py wrote becomes a cache like any other."""
-    def read(path, side=None):
-        with reading(path, "file of main_cache.py"), np.load(path) as arrays:
-            moments = np.stack([arrays["moments"], arrays["moments_flip"]]).astype(np.float16)
-            side = side or moments.shape[-1]  # of the first, it is that of all
-            if moments.shape != (2, 32, side, side) or not np.isfinite(moments).all():
-                raise ValueError(f"moments of {moments.shape}, wanted are (2, 32, {side}, {side}), all finite")
-            return moments
-
-    setup("cpu")
-    pictures = find_images(args.data, (".npz",))
-    side = read(pictures[1][0]).shape[-1]
-    build_cache(args, args.data, pictures, {"img_size": 16 * side}, lambda file: read(file, side), np.asarray)
-
-
 def parse_args(argv=None):
     """The flags, contradictions refused."""
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
     # the cache
-    flag("--data", help="image folder with train/<class>/*, or MAR's latents, <class>/*.npz")
+    flag("--data", help="image folder with train/<class>/*")
     flag("--split", choices=list(SPLITS), default="train", help="test reads test, val or validation")
     flag("--vae", help="KL-16 VAE file (--get kl16)")
     flag("--img_size", type=int, help="px a side; default 256")
@@ -987,8 +908,7 @@ def main(argv=None):
     if args.data:
         if not Path(args.data).is_dir():
             raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
-        build = take_moments if next(Path(args.data).glob("*/*.npz"), None) else build_latents
-        build(args)
+        build_cache(args)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ import threading
 import time
 import traceback
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -2062,7 +2061,8 @@ def test_image_folder_is_held_in_memory():
 
 
 def test_every_kind_of_image_becomes_rgb():
-    with scratch() as tmp, mock.patch.object(data, "SAID", set()), contextlib.redirect_stdout(io.StringIO()) as said:
+    data.say_once.cache_clear()
+    with scratch() as tmp, contextlib.redirect_stdout(io.StringIO()) as said:
         grey16 = np.full((4, 4), 257 * 100, np.uint16)
         clear = np.zeros((4, 4, 4), np.uint8)  # black, but wholly transparent
         palette = Image.new("P", (4, 4), 1)
@@ -2076,8 +2076,6 @@ def test_every_kind_of_image_becomes_rgb():
             image.save(tmp / f"{name}.png")
             pixels = data.read_image(tmp / f"{name}.png", 4)
             assert pixels.shape == (3, 4, 4) and tuple(pixels[:, 0, 0]) == colour, (name, pixels[:, 0, 0])
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: data.read_image(tmp / "clear.png", 4), range(64)))
     lines = said.getvalue().splitlines()  # other loaders show other pixels, so it is said, once
     assert len(lines) == 2 and "16-bit" in lines[0] and "transparent" in lines[1] and "torchvision" in lines[1], lines
 
@@ -2126,18 +2124,15 @@ def test_bad_image_folders_are_refused():
         (spoil("train/bee/1.png", size(13000, 13000)), "", "train/bee/1.png", "169000000 pixels"),
         (spoil("train/bee/1.png", size(20000, 15000)), "", "train/bee/1.png", "300000000 pixels"),
         # classes in the place of the splits; one may be called train
-        (spoil("bus/1.png", png), "train", "no folder 'train'", "if ant, bee are classes", "DATA/train/ant/*.jpg"),
-        (spoil("v/bus/1.png", png), "v", "no folder 'train'", "if bus are classes", "DATA/train/bus/*.jpg"),
+        (spoil("bus/1.png", png), "train", "no folder 'train'", "DATA/train/<class>/*.jpg"),
+        (spoil("v/bus/1.png", png), "v", "no folder 'train'", "DATA/train/<class>/*.jpg"),
         (lambda x: [spoil(f"v/{name}/1.png", png)(x) for name in ("car", "train", "bus")], "v", "no class folder",
-         "if bus, car, train are classes", "DATA/train/bus/*.jpg"),
-        (lambda x: [spoil(f"v/{name}/1.png", png)(x) for name in ("ant", "test")], "v", "no folder 'train'",
-         "if ant, test are classes")]
+         "DATA/train/<class>/*.jpg", "where a class is called train")]
     for change, place, *words in table:
         with scratch() as tmp:
             folder = make_folder(tmp / "bugs")
             change(folder)
-            said = refused(lambda: data.open_data(folder / place), *words)
-            assert not ("are classes" in said and "if " not in " ".join(words)), said
+            refused(lambda: data.open_data(folder / place), *words)
     with scratch() as tmp:
         folder = make_folder(tmp / "bugs")
         (folder / "train/.checkpoints").mkdir()  # hidden: no class
@@ -2190,7 +2185,7 @@ def test_a_folder_called_as_built_in_data_is_named():
                 if name == "shapes":
                     assert data.open_data(name).class_names[:2] == words
                 else:
-                    refused(lambda: data.open_data(name), "--get cifar10", "--data ./cifar10")
+                    refused(lambda: data.open_data(name), "--get cifar10")
             assert said.getvalue().count("\n") == 1 and f"--data ./{name}" in said.getvalue()
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 assert data.open_data(f"./{name}").class_names == ["ant", "bee"] and not said.getvalue()
@@ -2206,13 +2201,14 @@ def test_images_of_64_px_are_pixels_when_told_so():
         assert not data.is_small(folder) and data.is_small(make_folder(tmp / "small"))
 
 
-def averages(images):
-    """In place of the VAE: the mean of each channel, (n, 3, 16, 16) -> (n, 2, 32, 1, 1)."""
-    return np.tile(images.mean((2, 3)).astype(np.float16)[:, None, :, None, None], (1, 2, 11, 1, 1))[:, :, :32]
+class StubVAE(torch.nn.Module):
+    """In place of the VAE: averages of 16 x 16 px, (n, 3, H, W) -> (n, 32, H / 16, W / 16)."""
+    def moments(self, x):
+        return F.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
 
 
 def build_bugs(folder, out, stop=99):
-    """Make the latent cache of an image folder of 16 px in out/train, killed before the `stop`-th call that changes
+    """Make the latent cache of an image folder of 64 px in out/train, killed before the `stop`-th call that changes
     something. -> how many pictures were encoded, None if it was killed."""
     calls, encoded = [], []
 
@@ -2224,46 +2220,47 @@ def build_bugs(folder, out, stop=99):
             return real(*args, **kwargs)
         return change
 
-    def encode(images):
-        encoded.append(len(images))
-        return averages(images)
+    def moments(self, x, real=StubVAE.moments):
+        encoded.append(len(x))
+        return real(self, x)
 
-    args = argparse.Namespace(data=folder, out=out, split="train", batch=3)
+    vae = folder / "vae"
+    vae.touch()
     flush = mock.patch.object(np.memmap, "flush", killed(np.memmap.flush))
     with (mock.patch.object(np.lib.format, "open_memmap", killed(np.lib.format.open_memmap)), flush,
           mock.patch.object(data, "write_json", killed(data.write_json)), contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(io.StringIO())):
+          mock.patch.object(StubVAE, "moments", killed(moments)), contextlib.redirect_stderr(io.StringIO()),
+          mock.patch.object(data, "load_vae", lambda path: StubVAE())):
         try:
-            data.build_cache(args, folder / "train", data.list_images(folder / "train"), {"img_size": 16},
-                             lambda file: data.read_image(file, 16), killed(encode))
-            return sum(encoded)
+            data_main("--data", folder, "--out", out, "--vae", vae, "--img_size", 64, "--batch", 3, "--device", "cpu")
+            return sum(encoded) // 2  # each and its mirror image
         except KeyboardInterrupt:
             return None
 
 
 def test_a_cache_that_is_killed_while_it_is_made_goes_on():
     with scratch() as tmp:
-        folder = make_folder(tmp / "bugs", size=(16, 16), each=4)
+        folder = make_folder(tmp / "bugs", size=(64, 64), each=4)
         (folder / "train/bee/2.png").write_bytes(b"not a picture")
-        whole = np.stack([averages(data.read_image(file, 16)[None])[0] for i, file in
-                          enumerate(data.list_images(folder / "train")[1]) if i != 6])
-        # done.npy, moments.npy, cache.json made; both opened; 3 times encoded, flushed; done.npy flushed
-        for stop, again in enumerate([7] * 7 + [4, 4, 1, 1, 0, None]):
+        files = [file for i, file in enumerate(data.list_images(folder / "train")[1]) if i != 6]
+        x = torch.from_numpy(np.stack([data.read_image(file, 64) for file in files])).float() / 127.5 - 1
+        # done.npy, moments.npy, cache.json made; both opened; 3 times encoded twice, flushed; done.npy flushed
+        for stop, again in enumerate([8] * 8 + [5] * 3 + [2] * 3 + [0, None]):
             out = tmp / f"{stop}"
             assert (build_bugs(folder, out, stop) is None) == (again is not None), stop
-            if 2 < stop < 11:
+            if 2 < stop < 14:
                 refused(lambda: data.open_data(out), "not finished")
             assert build_bugs(folder, out) == (again or 0), "what is done is not done again"
             built = data.open_data(out)
-            assert (built.class_names, built.labels.tolist(), built.img_size) == (["ant", "bee"], [0] * 4 + [1] * 3, 16)
-            for flip in (0, 1):
-                assert (built.read(np.arange(7), np.full(7, flip)).numpy() == whole[:, flip]).all()
+            assert (built.class_names, built.labels.tolist(), built.img_size) == (["ant", "bee"], [0] * 4 + [1] * 3, 64)
+            for flip, images in enumerate((x, x.flip(-1))):
+                assert torch.equal(built.read(np.arange(7), np.full(7, flip)), StubVAE().moments(images).half())
 
 
 def test_a_damaged_cache_is_not_believed():
     """Something has cut, removed or exchanged a file: zeros would pass for pictures."""
     with scratch() as tmp:
-        folder = make_folder(tmp / "bugs", size=(16, 16))
+        folder = make_folder(tmp / "bugs", size=(64, 64))
         for name, content in itertools.product(("moments.npy", "done.npy", "cache.json"), (None, b"", b"cut", b"[1]")):
             build_bugs(folder, tmp / "cache")
             here = tmp / "cache/train"
@@ -2365,12 +2362,6 @@ def test_latent_cache_by_command():
         refused(lambda: data.open_data(tmp / "lat", img_size=128), "64 px, not 128")
 
 
-class StubVAE(torch.nn.Module):
-    """Averages in place of the encoder."""
-    def moments(self, x):
-        return torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
-
-
 def test_latents_of_other_pictures_are_not_believed():
     """A picture that changes, comes or goes is noticed; the cache by its own path is what it was."""
     changes = {"changed": lambda bugs: Image.new("RGB", (64, 64), "red").save(bugs / "ant/1.png"),
@@ -2406,35 +2397,10 @@ def test_latents_of_other_pictures_are_not_believed():
 
 
 def test_a_cache_wants_room_before_it_is_made():
-    with scratch() as tmp, mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=700)):
-        folder = make_folder(tmp / "bugs", size=(16, 16))  # 6 rows of 2 x 32 float16 are 768 bytes
+    with scratch() as tmp, mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=12_000)):
+        folder = make_folder(tmp / "bugs", size=(64, 64))  # 6 rows of 2 x 32 x 4 x 4 float16 are 12,288 bytes
         refused(lambda: build_bugs(folder, tmp / "out"), "0.00 GB are free", "make room")
         assert os.listdir(tmp / "out/train") == [".lock"]
-
-
-def test_the_latents_of_mars_main_cache_become_a_cache():
-    with scratch() as tmp:
-        rng, want = np.random.default_rng(0), []
-        for name in ("n01440764", "n01443537"):
-            (tmp / "npz" / name).mkdir(parents=True)
-            for i in range(2):
-                pair = rng.normal(size=(2, 32, 4, 4)).astype(np.float32)
-                np.savez(tmp / f"npz/{name}/{i}.JPEG.npz", moments=pair[0], moments_flip=pair[1])
-                want.append(pair.astype(np.float16))
-        refused(lambda: data.open_data(tmp / "npz"), f"python data.py --data {tmp / 'npz'}")
-        (tmp / "bad/n01440764").mkdir(parents=True)
-        (tmp / "bad/n01440764/cut.npz").write_bytes(b"PK")
-        refused(lambda: data_main("--data", tmp / "bad"), "cut.npz is no whole file of main_cache.py")
-        for i, spoilt in enumerate((pair * np.nan, np.zeros((2, 32, 8, 8)), np.zeros((2, 16, 4, 4)))):
-            np.savez(tmp / f"npz/n01440764/{i}.z.npz", moments=spoilt[0], moments_flip=spoilt[1])
-        (tmp / "npz/n01443537/cut.npz").write_bytes(b"PK")
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            data_main("--data", tmp / "npz", "--out", tmp / "lat", "--device", "cpu")
-        assert said.getvalue().count("left out") == 4 and "finite" in said.getvalue(), said.getvalue()
-        latents = data.open_data(tmp / "lat")
-        assert (latents.img_size, latents.pixels, latents.labels.tolist()) == (64, False, [0, 0, 1, 1])
-        for flip in (0, 1):
-            assert (latents.read(np.arange(4), np.full(4, flip)).numpy() == np.stack(want)[:, flip]).all()
 
 
 def test_class_names_are_read_as_people_write_them():
@@ -2445,8 +2411,9 @@ def test_class_names_are_read_as_people_write_them():
             names.write_bytes(text.encode())
             assert data.read_class_names(names, ["a", "b"]) == ["tench", "shark"], text
         refused(lambda: data.read_class_names(names, ["a", "b", "c"]), "2 classes, here are 3", "--class_names")
-        for text in (b"", b"tench\n\nshark", b'["a", ""]', b'{"0": "tench", "1": "shark"}', b"[1, 2]", b"{0: 'tench'}",
-                     b'[["n01440764", "tench"]]', b'["tench"', b"[]", b"\xff\xfet\0"):  # the last is UTF-16
+        for text in (b"", b"tench\n\nshark", b"tench\n \nshark", b'["a", ""]', b'{"0": "tench", "1": "shark"}',
+                     b"[1, 2]", b"{0: 'tench'}", b'[["n01440764", "tench"]]', b'["tench"', b"[]",
+                     b"\xff\xfet\0"):  # UTF-16
             names.write_bytes(text)
             refused(lambda: data.read_class_names(names), str(names), "class names", "a name a line, or a JSON list")
 
@@ -2595,12 +2562,6 @@ def test_setup_refuses_what_is_not_there():
         with mock.patch("torch.backends.mps.is_available", lambda: True):
             refused(lambda: setup("mps"), "one process")
         refused(lambda: setup("cpu"), "MASTER_ADDR")
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), mock.patch.object(data.PIL, "__version__", "9.5.0"):
-        try:
-            run_main(lambda: None)
-        except SystemExit as end:
-            assert end.code == 2 and "Pillow 10.1" in said.getvalue() and said.getvalue().count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
