@@ -343,8 +343,8 @@ def test_gsim_is_the_gradient_of_the_score_divergence():
     weight, v = sigma**2 / alpha, alpha**2 * 0.25 + sigma**2
     exact = torch.stack([(weight * 2 * alpha**2 * 0.7).mean(), (weight * (1 - 1 / v**2) * 2 * alpha**2 * 0.5).mean()])
     both = gsim_monte_carlo(lambda y: (y.square()[:, 0], 2 * y))
-    only_1 = gsim_monte_carlo(lambda y: (0 * y[:, 0], 2 * y))
-    only_2 = gsim_monte_carlo(lambda y: (y.square()[:, 0], 0 * y))
+    only_1 = gsim_monte_carlo(lambda y: (0 * y[:, 0], 2 * y), 400_000)
+    only_2 = gsim_monte_carlo(lambda y: (y.square()[:, 0], 0 * y), 400_000)
     close(both, exact, 0.02)
     for part in (only_1, only_2):
         assert ((part - exact).abs() > 0.1 * exact.abs()).all(), (part, exact)  # either alone is another gradient
@@ -495,7 +495,7 @@ def test_reinforce_finds_the_gradient_of_linear_and_quadratic_rewards():
     for score in (linear, quadratic):
         truth, r_truth = rl.pathwise_direction(score, z, labels, None, direction_args())
         for count in (0, 2):
-            args = direction_args(calls=400_000, frequencies=count, chunk=1_200_000)
+            args = direction_args(calls=100_000 if count else 400_000, frequencies=count, chunk=1_200_000)
             v, r = rl.reinforce_direction(score, z, labels, image_keys(range(3)), args)
             Q = rl.cosines(4, count or 4)
             close(r, r_truth, 1e-5), close(v, Q.T @ (Q @ truth @ Q.T) @ Q, 0.02)
@@ -1331,20 +1331,6 @@ def apart(ours, theirs):
     """|ours - theirs| / |theirs| of two state dicts, all tensors together."""
     squares = lambda state: sum(value.double().square().sum() for value in state.values())
     return (squares({name: ours[name] - theirs[name] for name in theirs}) / squares(theirs)).sqrt().item()
-
-
-def test_two_processes_train_as_one():
-    """The whole program on one process and on two. What holds to 1e-6, and why the student's bound is looser here, is
-    the next test's."""
-    with scratch() as folder:
-        on_ranks(2, lambda: tiny_distill(folder))
-        # Two teachers that differ by rounding, 3e-8: the student's first gradient is the difference that the class
-        # makes in the teacher's scores, which after 6 steps of training is a thousandth of them. One process with a
-        # teacher moved by 6e-8 is as far off: 8e-5.
-        bounds = (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3))
-        for name, key, bound in bounds:
-            one, two = weights(whole_run(), name, key), weights(folder, name, key)
-            assert apart(two, one) < bound, (name, key, apart(two, one))
 
 
 def one_and_twenty_steps_of_everything(folder, out):
