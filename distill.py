@@ -17,7 +17,7 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. for shapes the teacher is guided at t < 500 only and t < 400 counts a tenth: else the student loses modes of the
-   data, such as colours (`guidance_at`, `share_at`). CIFAR-10 then loses its classes, and ImageNet is untried: there
+   data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 then loses its classes, and ImageNet is untried: there
    the target is the paper's at all t.
 
 Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
@@ -109,7 +109,7 @@ def critic_loss(eps_q, eps):
 # has TEACHER + i, so there are at most 64.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
 DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
-T_LOW = 400  # sigma / alpha .74: see `share_at`
+T_LOW = 400  # sigma / alpha .74: see `weight_at`
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
 
 
@@ -285,7 +285,7 @@ def distil(args, teacher, data, class_names, run, watch):
                 eps_q = critic.eps(x_t, t, c_q.detach())  # (B, P, C), as eps_p
                 eps_p = guided_eps(teacher, x_t, t, c_p, c_null, guidance_at(t, args))
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
-            slope = slope * share_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over the masked tokens
+            slope = slope * weight_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over the masked tokens
             x0.backward(slope)
             sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
 
@@ -335,9 +335,9 @@ def guidance_at(t, args):
     return torch.where(t < args.t_guided, args.guidance, 1.0)[..., None]
 
 
-def share_at(t, args):
-    """A factor on the student's slope at t (...), not in the log's loss: low_share below T_LOW -> (..., 1)."""
-    return torch.where(t < T_LOW, args.low_share, 1.0)[..., None]
+def weight_at(t, args):
+    """A factor on the student's slope at t (...), not in the log's loss: low_weight below T_LOW -> (..., 1)."""
+    return torch.where(t < T_LOW, args.low_weight, 1.0)[..., None]
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -448,7 +448,7 @@ DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1500, teacher_batch=64, teacher_lr=1e-3,
         teacher_ema=0.995, draws=2,
-        steps=1200, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_share=0.1,
+        steps=1200, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_weight=0.1,
         ar_steps=8, eval_every=600, eval_images=1024, save_every=200),
     "cifar10": dict(
         size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
@@ -513,7 +513,7 @@ def parse_args(argv=None):
     # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
     # cheap where the head is small; where in t the student's target is guided, and how much low t counts.
     # guidance_schedule tells sample.py how to draw with the teacher
-    p.set_defaults(teacher_ema=0.9999, draws=4, t_guided=1000, low_share=1.0, guidance_schedule="constant")
+    p.set_defaults(teacher_ema=0.9999, draws=4, t_guided=1000, low_weight=1.0, guidance_schedule="constant")
     args = read_flags(p, argv, recipe, share="ema", one="teacher_batch t_init batch accumulate ar_steps "
                                                         "teacher_head_steps eval_every save_every log_every")
     args.own = float(not args.data) if args.own is None else args.own
