@@ -343,8 +343,8 @@ def test_gsim_is_the_gradient_of_the_score_divergence():
     weight, v = sigma**2 / alpha, alpha**2 * 0.25 + sigma**2
     exact = torch.stack([(weight * 2 * alpha**2 * 0.7).mean(), (weight * (1 - 1 / v**2) * 2 * alpha**2 * 0.5).mean()])
     both = gsim_monte_carlo(lambda y: (y.square()[:, 0], 2 * y))
-    only_1 = gsim_monte_carlo(lambda y: (0 * y[:, 0], 2 * y), 400_000)
-    only_2 = gsim_monte_carlo(lambda y: (y.square()[:, 0], 0 * y), 400_000)
+    only_1 = gsim_monte_carlo(lambda y: (0 * y[:, 0], 2 * y))
+    only_2 = gsim_monte_carlo(lambda y: (y.square()[:, 0], 0 * y))
     close(both, exact, 0.02)
     for part in (only_1, only_2):
         assert ((part - exact).abs() > 0.1 * exact.abs()).all(), (part, exact)  # either alone is another gradient
@@ -495,7 +495,7 @@ def test_reinforce_finds_the_gradient_of_linear_and_quadratic_rewards():
     for score in (linear, quadratic):
         truth, r_truth = rl.pathwise_direction(score, z, labels, None, direction_args())
         for count in (0, 2):
-            args = direction_args(calls=100_000 if count else 400_000, frequencies=count, chunk=1_200_000)
+            args = direction_args(calls=400_000, frequencies=count, chunk=1_200_000)
             v, r = rl.reinforce_direction(score, z, labels, image_keys(range(3)), args)
             Q = rl.cosines(4, count or 4)
             close(r, r_truth, 1e-5), close(v, Q.T @ (Q @ truth @ Q.T) @ Q, 0.02)
@@ -780,21 +780,6 @@ for fixture_name in AGREES:
         agrees_with_the_public_code, fixture_name)
 
 
-def test_filled_weights_are_those_of_the_references():
-    """Bit for bit; elsewhere the agreement of the outputs has to do."""
-    if not FIXTURES.is_dir():
-        raise Skip("../shared/fixtures is not there, where the rule was written down first")
-    rule = runpy.run_path(str(FIXTURES / "fill.py"))["fill"]
-    for name in ("mar_tiny", "clip_tiny", "inception", "vae"):
-        assert about(name).items() <= json.loads((FIXTURES / f"{name}.json").read_text()).items()
-        ours, theirs = fill(about(name)["shapes"]), rule(about(name)["shapes"])
-        assert all(torch.equal(ours[key], torch.from_numpy(np.asarray(theirs[key]))) for key in theirs), name
-    ours, theirs = (read_checkpoint(path / "mar_tiny.pth") for path in (public_mar_folder(), FIXTURES))
-    for part in ("model", "model_ema"):
-        assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
-    assert {**ours, "model": 0, "model_ema": 0} == {**theirs, "model": 0, "model_ema": 0}
-
-
 def test_loss_agrees_with_the_public_mar():
     z = fixture("mar_tiny")
     model = load_mar(public_mar_file(), ema=False, heads=4)
@@ -1057,18 +1042,23 @@ def test_checkpoints_that_do_not_fit_are_refused():
 
 
 def test_a_checkpoint_may_lack_all_but_settings_and_weights():
-    model = tiny_mar()
-    whole = {"config": asdict(model.config), "ema": model.state_dict(), "stage": "student", "step": 9,
-             "args": {"ar_steps": 3}, "class_names": [*"abcd"]}
     with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
-        for lacks in itertools.chain.from_iterable(itertools.combinations(("stage", "step", "args", "class_names"), n)
-                                                   for n in range(5)):
+        write_student(folder)
+        whole = read_checkpoint(folder / "student.pt")
+        optional = ("stage", "step", "args", "class_names")
+        for lacks in itertools.chain.from_iterable(itertools.combinations(optional, n) for n in range(5)):
             save_checkpoint({key: value for key, value in whole.items() if key not in lacks}, folder / "slim.pt")
             found = load_mar(folder / "slim.pt")
             assert found.stage == ("teacher" if "stage" in lacks else "student")
             assert found.made == ({} if "args" in lacks else whole["args"])
-            assert found.class_names == (None if "class_names" in lacks else [*"abcd"])
-    assert said.getvalue().count("names no stage") == 8
+            assert found.class_names == (None if "class_names" in lacks else SHAPES)
+        assert said.getvalue().count("names no stage") == 8
+        save_checkpoint({key: whole[key] for key in ("config", "ema", "stage")}, folder / "slim.pt")
+        slim = "--ckpt", folder / "slim.pt"
+        said = sample_main(*slim, "--classes", 0, "--per_class", 1, "--device", "cpu", "--out", folder / "x.png")
+        assert "K = 16, head steps 1, guidance 1.0" in said, said
+        run_rl(folder, *slim, "--out", folder / "slim", "--steps", 1)
+        assert read_checkpoint(folder / "slim/student.pt")["args"]["ar_steps"] == 16
 
 
 def test_safetensors_are_read_or_refused_in_one_line():
@@ -1333,6 +1323,20 @@ def apart(ours, theirs):
     return (squares({name: ours[name] - theirs[name] for name in theirs}) / squares(theirs)).sqrt().item()
 
 
+def test_two_processes_train_as_one():
+    """The whole program on one process and on two. What holds to 1e-6, and why the student's bound is looser here, is
+    the next test's."""
+    with scratch() as folder:
+        on_ranks(2, lambda: tiny_distill(folder))
+        # Two teachers that differ by rounding, 3e-8: the student's first gradient is the difference that the class
+        # makes in the teacher's scores, which after 6 steps of training is a thousandth of them. One process with a
+        # teacher moved by 6e-8 is as far off: 8e-5.
+        bounds = (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3))
+        for name, key, bound in bounds:
+            one, two = weights(whole_run(), name, key), weights(folder, name, key)
+            assert apart(two, one) < bound, (name, key, apart(two, one))
+
+
 def one_and_twenty_steps_of_everything(folder, out):
     """Teacher; student and critic; rl: one step, and 20, on as many processes as there are, into folder/out/STAGE_N.
     All start alike, at folder/teacher.pt and folder/student.pt."""
@@ -1457,9 +1461,6 @@ def test_own_says_how_many_updates_have_own_contexts():
         blind_distill(folder / "run", "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 8,
                       "--own", 0.25)
         assert steps == [3, 7]
-    refused(lambda: distill.parse_args(["--data", "shapes", "--own", "1.5"]), "--own", "0 to 1")
-    refused(lambda: distill.parse_args(["--own", "0.5"]), "--own", "give --data")
-    refused(lambda: distill.main(["--teacher_steps", "3"]), "--teacher_steps", "give --data")
 
 
 def test_without_data_the_teacher_decides_the_defaults_and_the_folder():
@@ -1665,7 +1666,7 @@ def test_resume_with_other_flags_goes_on_or_says_why_not():
         assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
         assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
         write_student(folder)
-        assert "another program (stage student" in rl_error(folder, "--resume", "--out", folder / "run")
+        refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (stage student")
 
 
 def test_a_second_signal_ends_at_once():
@@ -2509,14 +2510,6 @@ def sample_main(*argv):
     return printed.getvalue()
 
 
-def test_picture_drawn_depends_on_seed_and_index():
-    model, labels = tiny_mar(), torch.arange(64) % 4
-    together = draw(model, labels, seed=5, ar_steps=8)
-    assert torch.equal(draw(model, labels[60:], seed=5, start=60, ar_steps=8), together[60:])
-    assert not torch.equal(draw(model, labels, seed=6, ar_steps=8), together)
-    assert not torch.equal(together[0], together[4])  # same class, other index
-
-
 def test_two_processes_write_the_same_npz():
     with scratch() as folder:
         tiny_mar(folder, num_classes=20)  # more than a grid shows: all of them are drawn
@@ -2552,10 +2545,12 @@ def test_gif_shows_the_unmasking():
 
 
 def test_edit_keeps_what_is_outside_the_box():
+    """A phone stores the sensor's rows and a note how to turn them: --box is measured on what a viewer shows."""
     with scratch() as folder:
-        model = tiny_mar(folder)  # 8 px, tokens of 2 x 2
+        model, turned = tiny_mar(folder), Image.Exif()  # 8 px, tokens of 2 x 2
+        turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
         picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / "p.png")
+        Image.fromarray(np.rot90(picture).copy()).save(folder / "p.png", exif=turned)
         part, stays = sample.open_edit(model, folder / "p.png", (3, 0, 6, 5))  # touches columns 2..5, rows 0..5
         hole = np.zeros((8, 8), bool)
         hole[0:6, 2:6] = True
@@ -2618,27 +2613,6 @@ def test_defaults_come_from_the_checkpoint():
     # what a file leaves out is as in the public ones
     assert filled("shapes", "student", {}) == [(16, 1, 1.0, "linear")]
     assert filled("shapes", "teacher", {"guidance": 1.5}) == [(16, 100, 1.5, "linear")]
-
-
-def test_a_slimmed_checkpoint_is_drawn_or_refused_in_words():
-    with scratch() as folder:
-        tiny_mar(folder)
-        file, png = read_checkpoint(folder / "student.pt"), folder / "x.png"
-        cases = [  # keys that are left, what replaces others, and what is said
-            ("config ema stage", {}, "head steps 1, guidance 1.0"),
-            ("config ema", {}, "names no stage"),
-            ("config ema class_names", {}, "head steps 100, guidance 2.0"),
-            ("config ema stage", {"class_names": None, "args": None}, "K = 16, head steps 1"),
-            ("config ema stage args", {"class_names": ["disc"]}, "class_names"),
-        ]
-        for kept, changes, words in cases:
-            torch.save({**{key: file[key] for key in kept.split()}, **changes}, folder / "slim.pt")
-            try:
-                said = sample_main("--ckpt", folder / "slim.pt", "--classes", 0, "--per_class", 1, "--device", "cpu",
-                                   "--out", png)
-            except UserError as error:
-                said = str(error)
-            assert words in said, (kept, changes, said)
 
 
 def flops_of(model, generate_kwargs):
@@ -2812,19 +2786,6 @@ def test_titles_are_written_in_letters_that_the_font_has():
     assert title_of("macaque, " * 100).startswith("macaque") and len(title_of("macaque, " * 100)) == 24
 
 
-def test_edit_takes_a_photo_upright():
-    """A phone stores the sensor's rows and a note how to turn them: --box is measured on what a viewer shows."""
-    with scratch() as folder:
-        model, turned = tiny_mar(), Image.Exif()
-        turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-        pixels = np.zeros((8, 8, 3), np.uint8)
-        pixels[:, :2] = 200  # the sensor's left is the viewer's top
-        Image.fromarray(pixels).save(folder / "p.png", exif=turned)
-        _, stays = sample.open_edit(model, folder / "p.png", (0, 0, 8, 2))
-        assert (stays[0, :, :2] == 200).all() and (stays[0, :, 2:] == 0).all()
-        assert (stays[1, :, :2] == 128).all() and (stays[1, :, 2:] == 0).all()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # fid.py: the judges
 
@@ -2862,15 +2823,12 @@ def test_inception_score_needs_the_shuffle_when_classes_come_in_order():
     assert abs(fid.inception_score(logits, splits=5, shuffle=True)[0] - 10) < 0.8
 
 
-def test_kid_is_unbiased():
+def test_kid_is_unbiased_and_has_a_std_only_where_its_subsets_differ():
     draw = torch.Generator().manual_seed(0)
     values = [fid.kernel_distance(*torch.randn(2, 60, 8, generator=draw), subsets=1)[0] for _ in range(300)]
     error = np.std(values) / 300**0.5
     assert abs(np.mean(values)) < 4 * error, (np.mean(values), error)  # with the diagonals left in it is 25 errors off
-
-
-def test_kid_has_a_std_only_where_its_subsets_differ():
-    a, b = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    a, b = torch.randn(2, 60, 8, generator=draw)
     assert fid.kernel_distance(a, b)[1] is None and fid.kernel_distance(a, b[:20])[1] is None
     assert fid.kernel_distance(a, b, subset_size=20)[1] > 0
 
@@ -3428,11 +3386,6 @@ def run_rl(folder, *flags, said=None):
         rl.main(rl_flags(folder, *map(str, flags)))
 
 
-def rl_error(folder, *flags):
-    """The one line with which rl.py refuses, in this process; test_rl_refuses... looks at exit code and stderr too."""
-    return refused(lambda: run_rl(folder, *flags))
-
-
 def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
     with scratch() as folder:
         write_student(folder)
@@ -3452,8 +3405,8 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
         assert {"reward", "reward_std", "kl", "grad_norm", "images_per_s"} <= set(lines[0])
         assert lines[0]["kl"] == 0 and lines[-2]["kl"] > 0  # the first picture is the reference's own
         run_rl(folder, "--ckpt", str(folder / "rl" / "best.pt"), "--steps", "1")
-        assert "already holds a run" in rl_error(folder)
-        assert "has --reward" in rl_error(folder, "--resume", "--reward", "jpeg")
+        refused(lambda: run_rl(folder), "already holds a run")
+        refused(lambda: run_rl(folder, "--resume", "--reward", "jpeg"), "has --reward")
         assert lines[-1]["eval_reward"] == rows["after"]["reward"] and "reward" not in lines[-1]
         (folder / "strict").mkdir()
         (folder / "strict" / "best.pt").write_text("left over")
@@ -3580,7 +3533,7 @@ def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
         path = write_student(folder)
         save_checkpoint({**read_checkpoint(path), "class_names": [f"n{i:08}" for i in range(8)]}, path)
         run_rl(folder, "--steps", "1", "--out", folder / "red")  # no words are needed: none are asked for
-        assert "names 1000 classes, here are 8" in rl_error(folder, "--reward", "clip")
+        refused(lambda: run_rl(folder, "--reward", "clip"), "names 1000 classes, here are 8")
         (folder / "words.json").write_text(json.dumps(SHAPES))
         run_rl(folder, "--reward", "clip", "--watch", "clip", "--class_names", folder / "words.json", "--steps", "1")
     assert asked == [SHAPES]  # once, though trained and watched
@@ -3621,63 +3574,48 @@ class TinyVAE(torch.nn.Module):
         return self.layer(latents)
 
 
-class TinyInception(torch.nn.Module):
-    """Stands for the network of FID: uint8 images -> (features (N, 12), logits)."""
-
-    def forward(self, images):
-        return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1), None
-
-
 def test_rl_of_latents_scores_decoded_pictures():
-    stands_in = {"load_vae": lambda path: TinyVAE(), "load_inception": lambda path: TinyInception(),
-                 "read_npz": lambda path: None, "statistics_in": lambda path, arrays: (np.zeros(12), np.eye(12))}
-    real = {name: getattr(rl, name) for name in stands_in}
-    vars(rl).update(stands_in)
-    try:
-        with scratch() as folder:
-            write_student(folder, img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
-            flags = ["--vae", str(folder / "student.pt"), "--data", "nowhere", "--steps", "1", "--kl", "0"]
-            run_rl(folder, *flags, "--out", folder / "judged", "--ref", "a.npz")
-            rows = json.loads((folder / "judged" / "results.json").read_text())
-            assert rows["before"]["fid"] > 0 and set(rows["before"]) == set(rows["after"])
-            said = io.StringIO()
-            run_rl(folder, *flags, "--reward", "red:100", "--lr", "1e-2", "--out", folder / "blind", said=said)
-            assert not (folder / "blind/best.pt").exists()  # no --ref, no distance: nothing says what is best
-            assert "there will be no best.pt" in said.getvalue()
-            assert "has --ref None" in rl_error(folder, *flags, "--reward", "red:100", "--out", folder / "blind",
-                                                "--ref", "a.npz", "--resume")  # the row of the start has no fid
-            assert "clip" in rl_error(folder, *flags, "--reward", "classifier", "--out", folder / "other")
-            assert "--get kl16" in rl_error(folder, *flags, "--vae", folder / "no.ckpt", "--out", folder / "other")
-    finally:
-        vars(rl).update(real)
+    inception = lambda images: (F.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1), None)  # (N, 12)
+    inception.to = lambda device: inception
+    with (scratch() as folder, mock.patch.multiple(
+            rl, load_vae=lambda path: TinyVAE(), load_inception=lambda path: inception, read_npz=lambda path: None,
+            statistics_in=lambda path, arrays: (np.zeros(12), np.eye(12)))):
+        write_student(folder, img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
+        flags = ["--vae", folder / "student.pt", "--data", "nowhere", "--steps", "1", "--kl", "0"]
+        run_rl(folder, *flags, "--out", folder / "judged", "--ref", "a.npz")
+        rows = json.loads((folder / "judged" / "results.json").read_text())
+        assert rows["before"]["fid"] > 0 and set(rows["before"]) == set(rows["after"])
+        said, blind = io.StringIO(), [*flags, "--reward", "red:100", "--lr", "1e-2", "--out", folder / "blind"]
+        run_rl(folder, *blind, said=said)
+        assert not (folder / "blind/best.pt").exists()  # no --ref, no distance: nothing says what is best
+        assert "there will be no best.pt" in said.getvalue()
+        for more, word in ((["--ref", "a.npz", "--resume"], "has --ref None"),  # the row of the start has no fid
+                           (["--reward", "classifier", "--out", folder / "other"], "clip"),
+                           (["--vae", folder / "no.ckpt", "--out", folder / "other"], "--get kl16")):
+            refused(lambda: run_rl(folder, *blind, *more), word)
 
 
 def test_rewards_of_every_kind_are_numbers():
     """Counts, truth values, doubles, halves, a number that lost its dimension, and one that writes into its pictures:
     all are trained on, in chunks whose last has one picture. What a reward raises is said to be the reward's."""
-    def in_place(images, labels):
-        return images.sub_(0.5).mean((1, 2, 3))
-
     def away(images, labels):
         raise ConnectionError("the scoring service did not answer")
 
     kinds = {"count": lambda a, i: (a > 0.5).sum((1, 2, 3)), "truth": lambda a, i: a[:, 0, 0, 0] > 0.5,
              "double": lambda a, i: a.double().mean((1, 2, 3)), "half": lambda a, i: a.mean((1, 2, 3)).bfloat16(),
              "squeezed": lambda a, i: a.mean((1, 2, 3)).squeeze(), "numpy": lambda a, i: a.mean((1, 2, 3)).numpy(),
-             "listed": lambda a, i: [float(one.max()) for one in a], "in_place": in_place, "away": away,
-             "pairwise": lambda a, i: torch.cdist(a.flatten(1), a.flatten(1))}
-    with (scratch() as folder, torch.no_grad(),
-          mock.patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in kinds.items()})):
+             "listed": lambda a, i: [float(one.max()) for one in a],
+             "in_place": lambda a, i: a.sub_(0.5).mean((1, 2, 3)),
+             "away": away, "pairwise": lambda a, i: torch.cdist(a.flatten(1), a.flatten(1))}
+    with scratch() as folder, mock.patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in kinds.items()}):
         write_student(folder)
         for name in list(kinds)[:-2]:
-            with torch.enable_grad():
-                run_rl(folder, "--reward", name, "--watch", "count", "--steps", 1, "--eval_images", 33, "--chunk", 32,
-                       "--out", folder / name)
+            run_rl(folder, "--reward", name, "--watch", "count", "--steps", 1, "--eval_images", 33, "--chunk", 32,
+                   "--out", folder / name)
             assert math.isfinite(json.loads((folder / name / "results.json").read_text())["after"]["reward"]), name
-        assert "reward away failed" in rl_error(folder, "--reward", "away")
-        assert "one number an image" in rl_error(folder, "--reward", "pairwise")
-        with torch.enable_grad():
-            run_rl(folder, "--reward", "in_place", "--estimator", "pathwise", "--steps", 1, "--out", folder / "path")
+        for name, words in (("away", "reward away failed"), ("pairwise", "one number an image")):
+            refused(lambda: run_rl(folder, "--reward", name), words)
+        run_rl(folder, "--reward", "in_place", "--estimator", "pathwise", "--steps", 1, "--out", folder / "path")
 
 
 def test_pathwise_refuses_a_reward_without_gradient():
@@ -3685,9 +3623,8 @@ def test_pathwise_refuses_a_reward_without_gradient():
     blind = lambda images, labels: images.detach().mean((1, 2, 3))
     with scratch() as folder, mock.patch.dict(rl.REWARDS, blind=lambda *_: blind):
         write_student(folder)
-        for names in (["jpeg"], ["red", "jpeg:-1"], ["blind"]):
-            error = rl_error(folder, "--reward", *names, "--estimator", "pathwise")
-            assert "no gradient" in error and names[-1].split(":")[0] in error, error
+        for name, others in (("jpeg", []), ("jpeg", ["red"]), ("blind", [])):
+            refused(lambda: run_rl(folder, "--reward", *others, name, "--estimator", "pathwise"), "no gradient", name)
         assert not (folder / "rl").exists()
         run_rl(folder, "--watch", "jpeg", "blind", "--estimator", "pathwise", "--steps", 1, "--out", folder / "watched")
         run_rl(folder, "--reward", "blind", "--steps", 1, "--out", folder / "trained")
