@@ -4098,12 +4098,12 @@ def judged(test, said):
 
 
 def run_tests(names, jobs):
-    """Run these tests, `jobs` at a time, and print their verdicts in order: -> how many passed, failed, were skipped.
-    A test that ends by itself, or by a signal, has failed; what it leaves running is killed."""
+    """Run these tests, `jobs` at a time, and print their verdicts as they come: -> how many passed, failed, were
+    skipped. A test that ends by itself, or by a signal, has failed; what it leaves running is killed."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))  # by way of `finally`
     todo = sorted(names, key=lambda name: not any(word in name for word in LONG))
-    running, done, counts = {}, {}, [0, 0, 0]
+    running, counts = {}, [0, 0, 0]
     try:
         while todo or running:
             while todo and len(running) < jobs:
@@ -4117,15 +4117,12 @@ def run_tests(names, jobs):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             said.seek(0)
-            done[name] = (os.waitstatus_to_exitcode(status), said.read(), time.time() - start,
-                          usage.ru_utime + usage.ru_stime)
-            while names and names[0] in done:  # those whose turn has come
-                name = names.pop(0)
-                code, text, seconds, cpu = done[name]
-                counts[{0: 0, SKIPPED: 2}.get(code, 1)] += 1
-                verdict = {0: f"ok{text and ': '}{text}", SKIPPED: f"skipped: {text}"}.get(
-                    code, f"FAILED, exit code {code}\n{text[-6000:]}")
-                print(f"{name} {verdict} ({seconds:.1f} s, {cpu:.1f} of CPU)", flush=True)
+            code, text = os.waitstatus_to_exitcode(status), said.read()
+            counts[{0: 0, SKIPPED: 2}.get(code, 1)] += 1
+            verdict = {0: f"ok{text and ': '}{text}", SKIPPED: f"skipped: {text}"}.get(
+                code, f"FAILED, exit code {code}\n{text[-6000:]}")
+            print(f"{name} {verdict} ({time.time() - start:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} of CPU)",
+                  flush=True)
     finally:
         for pid in running:
             os.killpg(pid, signal.SIGKILL)
