@@ -79,7 +79,8 @@ HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
 REFERENCES, FIXTURES = HERE / "assets/references", SHARED / "fixtures"
 HANG = 1800  # seconds after which a test counts as hanging: no other limit, for a busy machine may take its time
-LONG = ("train_alike", "torchrun", "brings_the_student", "kill_9", "full_size", "bit_exact")  # these start first
+LONG = ("train_alike", "torchrun", "brings_the_student", "resume_makes", "bit_exact", "kill_9", "not_there", "mar_base",
+        "imagereward_agrees")  # these start first
 SKIPPED = 77  # the exit code of a test's process that stands for Skip
 
 
@@ -1556,11 +1557,13 @@ def ours_beside_ddp(size, batch, rounds, micro_steps):
 
 def test_gradients_are_those_of_torchs_ddp():
     """The same training by model.Gradients and by torch.nn.parallel.DistributedDataParallel, two micro-batches a step:
-    parameters and norms agree to 1e-6. Speed: the median of (DDP's time / ours) over steps in turns; a figure to look
-    at, for a busy machine makes it useless as a bound. DDP_ROUNDS=200 measures longer than a test's 6 rounds."""
-    rounds = int(os.environ.get("DDP_ROUNDS", 6))
+    parameters and norms agree to 1e-6. DDP_ROUNDS=200 measures speed as well, in so many steps of each in turns: the
+    median of (DDP's time / ours), a figure to look at, for a busy machine makes it useless as a bound."""
+    rounds = int(os.environ.get("DDP_ROUNDS", 0))
     said = json.loads(on_ranks(2, lambda: ours_beside_ddp("cifar10_cpu", 8, rounds, 1)).splitlines()[-1])
     assert said["parameters"] < 1e-6 and said["norms"] < 1e-6, said
+    if not rounds:
+        return f"parameters {said['parameters']:.0e}, norms {said['norms']:.0e} apart"
     ratios = sorted(b / a for a, b in zip(said["ours"], said["ddp"]))
     quarter, cpu = len(ratios) // 4, said["cpu"]["ddp"] / said["cpu"]["ours"]
     return (f"parameters {said['parameters']:.0e}, norms {said['norms']:.0e} apart; speed "
@@ -1817,6 +1820,7 @@ def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing():
                     with open(out / "log.jsonl", "a") as f:
                         f.write('{"stage": "teacher", "st')
                 killed = killed_by_the_system(lambda: go("--out", str(out), *resume), moment)
+                assert killed or moment >= 0
                 if killed and (out / "resume.pt").exists():
                     steps.append("{stage} {step}".format(**read_checkpoint(out / "resume.pt")))
             assert_alike(folder / name, out)
@@ -2255,15 +2259,16 @@ def test_cifar10_binary_files():
 
 def test_other_files_are_no_vae():
     refused(lambda: data.load_vae(public_mar_file()), "not the KL-16 VAE but a MAR")
+    state = {name: torch.tensor(float(i)).expand(tuple(shape))  # of each tensor a file keeps one number
+             for i, (name, shape) in enumerate(about("vae")["shapes"].items())}
     with scratch() as tmp:
-        whole = Path(vae_file()).read_bytes()
-        (tmp / "half.ckpt").write_bytes(whole[:len(whole) // 2])
-        refused(lambda: data.load_vae(tmp / "half.ckpt"), "half.ckpt")
-        state = torch.load(vae_file(), weights_only=True)["model"]
-        torch.save({name: value for name, value in state.items() if name != "quant_conv.bias"}, tmp / "part.ckpt")
-        refused(lambda: data.load_vae(tmp / "part.ckpt"), "part.ckpt is no KLVAE file", "quant_conv.bias missing")
-        torch.save({"state_dict": {}, "epoch": 3}, tmp / "empty.ckpt")
-        refused(lambda: data.load_vae(tmp / "empty.ckpt"), "not the KL-16 VAE", "--get kl16")
+        part = {name: value for name, value in state.items() if name != "quant_conv.bias"}
+        for file, *words in ((part, "no KLVAE file", "quant_conv.bias missing"),
+                             ({"state_dict": {}, "epoch": 3}, "not the KL-16 VAE", "--get kl16")):
+            torch.save(file, tmp / "other.ckpt")
+            refused(lambda: data.load_vae(tmp / "other.ckpt"), "other.ckpt", *words)
+        os.truncate(tmp / "other.ckpt", 500)
+        refused(lambda: data.load_vae(tmp / "other.ckpt"), "other.ckpt")
         # plain; as latent-diffusion's training leaves it, with the discriminator; the same from several GPUs
         loss = {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
         for i, file in enumerate([{**state, **loss}, {"state_dict": {**state, **loss}, "epoch": 3, "callbacks": {}},
@@ -2704,7 +2709,7 @@ def test_num_writes_a_folder_of_pngs_and_goes_on_with_it():
         sample_main(*common, 10, "--out", folder / "a.npz")
         assert not list(folder.glob("*.writing"))
         arrays, out = np.load(folder / "a.npz"), folder / "new"
-        with mock.patch.object(sample, "draw", killed_after(2, sample.draw)):
+        with happens_at(sample, "draw", 3, mock.Mock(side_effect=UserError("killed"))):
             refused(lambda: sample_main(*common, 10, "--out", out), "killed")
         assert sorted(path.name for path in out.glob("*.png")) == [f"{i:06d}_{i % 4}.png" for i in range(8)]
         (out / "000008_0.png.7..writing").touch()  # of kill -9
@@ -2722,17 +2727,6 @@ def test_num_writes_a_folder_of_pngs_and_goes_on_with_it():
         (out / ".drawn_by.json").write_text("{")
         refused(lambda: sample_main(*common, 12, "--out", out), ".drawn_by.json", "other")
         refused(lambda: sample_main(*common, 6, "--out", folder / "student.pt"), ".npz")
-
-
-def killed_after(count, work):
-    """`work`, but the call after `count` ends in a UserError."""
-    def call(*args, **kwargs):
-        call.left -= 1
-        if call.left < 0:
-            raise UserError("killed")
-        return work(*args, **kwargs)
-    call.left = count
-    return call
 
 
 def test_export_is_the_public_layout():
@@ -2900,11 +2894,6 @@ def test_public_networks_are_refused_in_their_files_names():
             left = {name: shape for name, shape in {**shapes, **changes}.items() if shape is not None}
             torch.save({name: torch.zeros(shape) for name, shape in left.items()}, folder / "file.pt")
             refused(lambda: load(folder / "file.pt"), "file.pt", *words)
-        write_safetensors({"a": torch.ones(50)}, folder / "x.safetensors")
-        whole = (folder / "x.safetensors").read_bytes()
-        for bad in (whole[:-100], b"\xff" * 8 + whole[8:], b"", whole.replace(b'"F32"', b'"F99"', 1)):
-            (folder / "x.safetensors").write_bytes(bad)
-            refused(lambda: load_pick(folder / "x.safetensors"), "x.safetensors")
         (folder / "cut.pt").write_bytes((folder / "file.pt").read_bytes()[:99])
         (folder / "bpe.gz").write_text("no gzip")
         others = [(load_clip, "cut.pt", "cut.pt"), (load_clip, "", "that is a folder"),
