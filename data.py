@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import sys
 import traceback
 import urllib.request
@@ -252,7 +251,8 @@ def made_of(folder, pictures):
     digest, start = hashlib.sha256(), len(os.path.join(folder, ""))
     for file in files:
         stat = os.stat(file)
-        digest.update(b"%s %d %d\n" % (os.fsencode(file[start:]), stat.st_size, stat.st_mtime_ns))  # no UTF-8, maybe
+        name = os.fsencode(file[start:])  # which need not be UTF-8
+        digest.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
     return {"classes": dict(zip(class_names, np.bincount(labels).tolist())), "digest": digest.hexdigest()}
 
 
@@ -289,14 +289,16 @@ def start_cache(out, meta):
 def build_cache(args):
     """--data PATH --vae FILE: fill the rows that lack, each rank its share of them. A picture that cannot be decoded is
     named and left out."""
-    folder, size = split_folder(args.data, args.split), args.img_size or native_size(args.data, args.split)
+    folder = split_folder(args.data, args.split)
+    size = args.img_size or native_size(args.data, args.split)
     if size < PIXEL_LIMIT:
         raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
     if not args.vae or size % 16:
         raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
     out, pictures = Path(args.out or default_cache(args.data, size)) / args.split, list_images(folder)
+    files = pictures[1]
     device, rank, world = setup(args.device)
-    vae, files = load_vae(args.vae).to(device), pictures[1]
+    vae = load_vae(args.vae).to(device)
     barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0:
         start_cache(out, {"img_size": size, "vae_sha256": file_hash(args.vae)[:16], **made_of(folder, pictures)})
@@ -704,19 +706,20 @@ def get(names, folder="."):
     for name in names:
         url, place, size, checksum = PUBLIC[name]
         path, part = Path(folder) / place, Path(folder) / f"{place}.part"
-        print(f"{name}: {url}\n  -> {path}; {f'{size / 2**20:,.0f} MiB' if size else 'size not published'}", flush=True)
+        kind, digest = checksum.split(":")
+        wanted = f"{kind} {digest or '(not published)'}" + (f", about {size:,} bytes" if size else "")
+        print(f"{name}: {url}\n  -> {path}; {wanted}", flush=True)
         if not path.exists():  # else only checked: it may have been put there by hand
             path.parent.mkdir(parents=True, exist_ok=True)
             fetch(name, url, part)
         file = path if path.exists() else part
-        kind, digest = checksum.split(":")
-        found, bytes_ = file_hash(file, kind), file.stat().st_size
-        if not found.startswith(digest) or (size and abs(bytes_ - size) > 0.01 * size):
+        found, count = file_hash(file, kind), file.stat().st_size
+        if not found.startswith(digest) or (size and abs(count - size) > 0.01 * size):
             part.unlink(missing_ok=True)  # to go on from damaged bytes would never end well
-            raise UserError(f"{name}: {file} is damaged or another file: {bytes_:,} bytes, {kind} {found}; wanted: "
-                            f"about {size or 0:,} bytes, {kind} {digest or '?'}; delete it and get it again")
+            raise UserError(f"{name}: {file} is damaged or another file: {kind} {found}, {count:,} bytes; wanted: "
+                            f"{wanted}; delete it and get it again")
         os.replace(file, path)
-        print(f"  is there, {kind} {found}{', as published' if digest else '; none is published'}", flush=True)
+        print(f"  is there: {kind} {found}, {count:,} bytes", flush=True)
         if name == "cifar10":
             shutil.unpack_archive(path, path.parent, filter="data")  # refuses links and paths that leave the folder
 
@@ -795,18 +798,13 @@ def lock_folder(folder):
     os.makedirs(folder, exist_ok=True)
     if os.path.abspath(folder) in LOCKS:
         return
-    file = open(Path(folder) / ".lock", "a+")
+    file = open(Path(folder) / ".lock", "a")
     try:
         take_lock(file)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise UserError(f"{folder} is in use by {file.read() or 'another process'}: wait until that has ended, or give "
-                        "another --out") from None
+        raise UserError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
     except (OSError, ImportError):  # some network disks have no locks
         pass
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
     LOCKS[os.path.abspath(folder)] = file
     for left in Path(folder).glob("*.*.*.writing"):  # model.replacing's names
         left.unlink(missing_ok=True)
@@ -817,9 +815,8 @@ def take_lock(file):
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:  # Windows: it locks bytes, and nobody can read those. So one far behind the text
+    except ModuleNotFoundError:  # Windows
         import msvcrt
-        os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 

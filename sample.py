@@ -115,6 +115,11 @@ def draw_together(model, labels, rank, world, start=0, **draw_kwargs):
     return torch.cat(parts)[:len(labels)].cpu()
 
 
+def is_student(model):
+    """Whether its head makes one step. A file that names no stage is taken for a teacher's, as the public ones are."""
+    return model.stage != "teacher"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A grid of pictures
 
@@ -153,15 +158,13 @@ def save_grid(rows, path):
 
 
 def draw_grid(model, classes, titles, ways, per_class=None, **draw_kwargs):
-    """Rows for save_grid: a class each; of several ways to draw a row each, with the same classes, noise and orders."""
-    several, varied = len(ways) > 1, [key for key in ("ar_steps", "guidance") if len({how[key] for how in ways}) > 1]
-    per_class = per_class or (1 if several else 4)
-    labels, rows = [label for label in classes for _ in range(per_class)], []
-    for how in ways:
-        pictures = draw(model, labels, **how, **draw_kwargs)
-        title = ", ".join(f"{'K' if key == 'ar_steps' else 'g'} = {how[key]:g}" for key in varied)
-        rows += [(title, pictures)] if several else zip(titles, pictures.split(per_class))
-    return rows
+    """Rows for save_grid: one a class. Of several ways to draw: one a way, with the same classes, noise and orders."""
+    per_class = per_class or (4 if len(ways) == 1 else 1)
+    drawn = [draw(model, np.repeat(classes, per_class), **how, **draw_kwargs) for how in ways]
+    if len(ways) == 1:
+        return list(zip(titles, drawn[0].split(per_class)))
+    guided = [f", g = {how['guidance']:g}" * (not is_student(model)) for how in ways]
+    return [(f"K = {how['ar_steps']}{g}", pictures) for how, g, pictures in zip(ways, guided, drawn)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,11 +292,6 @@ def export(model, path):
         print("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")
 
 
-def is_student(model):
-    """Whether its head makes one step. A file that names no stage is taken for a teacher's, as the public ones are."""
-    return model.stage != "teacher"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -362,9 +360,9 @@ def find_classes(words, names):
     for word in words:
         meant = [i for i, name in enumerate(names) if name == word] or [i for i in range(len(names)) if str(i) == word]
         if len(meant) != 1:
-            raise UserError(f"--classes {word}: " + (
-                f"{' and '.join(map(str, meant))} are called so: give the number" if meant else f"there are 0.."
-                f"{len(names) - 1} ({', '.join(names[:10])}{', ...' * (len(names) > 10)})"))
+            called = " and ".join(map(str, meant)) or "none"
+            raise UserError(f"--classes {word}: {called} are called so; give a number, 0..{len(names) - 1}, or a name "
+                            f"({', '.join(names[:10])}{', ...' * (len(names) > 10)})")
         classes += meant
     return classes
 
@@ -384,14 +382,11 @@ def check_output(path, *suffixes):
 def main(argv=None):
     """Draw, animate, edit or export, as the flags say; whatever can be refused is refused before a file is made."""
     args, job = parse_args(argv)
-    out = args.gif or args.export or args.out or ("samples.npz" if job == "num" else "grid.png")
-    to_folder = job == "num" and not Path(out).suffix
-    suffixes = {"gif": [".gif"], "num": [".npz"], "export": [".pth", ".pt"]}.get(job, [".png"])
     device, rank, world = setup(args.device, args.dtype)
     model = load_mar(args.ckpt)
     if job == "export":
-        check_output(out, *suffixes)
-        return export(model, out)
+        check_output(args.export, ".pth", ".pt")
+        return export(model, args.export)
     if is_student(model) and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
         raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave --head_steps "
                         "and --guidance out")
@@ -413,10 +408,11 @@ def main(argv=None):
         part, stays = open_edit(model, args.edit, args.box, vae)
         rows, tokens = [("picture", stays)], int(part["redraw"].sum())  # every AR step must reveal one
         ways = [{**how, **part, "ar_steps": min(how["ar_steps"], tokens)} for how in ways]
-    if rank == 0 and to_folder:
+    out = args.gif or args.out or ("samples.npz" if job == "num" else "grid.png")
+    if rank == 0 and job == "num" and not Path(out).suffix:
         open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "classes": classes, "seed": args.seed, **ways[0]})
     elif rank == 0:
-        check_output(out, *suffixes)
+        check_output(out, {"gif": ".gif", "num": ".npz"}.get(job, ".png"))
     if job == "num":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
@@ -425,8 +421,8 @@ def main(argv=None):
     elif job == "gif":
         save_gif(model, classes, titles, args.per_class or 4, out, args.seed, vae, **ways[0])
     else:
-        draw_kwargs = {"seed": args.seed, "vae": vae, "batch": args.batch}
-        save_grid(rows + draw_grid(model, classes, titles, ways, args.per_class, **draw_kwargs), out)
+        rows += draw_grid(model, classes, titles, ways, args.per_class, seed=args.seed, vae=vae, batch=args.batch)
+        save_grid(rows, out)
     for how in ways:
         say(f"{out}: K = {how['ar_steps']}, head steps {how['head_steps']}, guidance {how['guidance']}, "
             f"seed {args.seed}")
