@@ -168,9 +168,10 @@ def find_images(folder):
         raise UserError(f"{folder}: no images in it")
     if set(found) <= {name for names in SPLITS.values() for name in names}:
         raise UserError(f"{folder}: {', '.join(found)} are no classes: give the folder of one, {folder}/{[*found][0]}")
-    for name in sorted(os.listdir(folder)) if "" not in found else []:
-        if name not in found and name[0] != "." and os.path.isdir(os.path.join(folder, name)):
-            raise UserError(f"{folder}/{name}: no images in it, and each folder there is a class: remove it")
+    empty = [name for name in sorted(os.listdir(folder)) if name not in found and os.path.isdir(f"{folder}/{name}")
+             and name[0] != "."]
+    if empty and "" not in found:
+        raise UserError(f"{folder}/{empty[0]}: no images in it, and each folder there is a class: remove it")
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     return list(found), [file for files in found.values() for file in files], labels
 
@@ -433,9 +434,13 @@ def open_data(name, split="train", img_size=None, pixels=False):
         raise UserError(f"{name}: {'is a file' if Path(name).exists() else 'no such folder'}; --data takes shapes, "
                         "cifar10 or a folder with train/<class>/*.jpg")
     if read_meta(Path(name) / split):
+        if pixels:
+            raise UserError(f"{name}: a latent cache, which holds no pixels: give the folder of the images")
         return open_cache(Path(name) / split, name, img_size)
     img_size = img_size or native_size(name, split, pixels)
-    return (open_images if pixels or img_size < PIXEL_LIMIT else open_latents)(name, split, img_size)
+    if pixels or img_size < PIXEL_LIMIT:
+        return open_images(name, split, img_size)
+    return open_latents(name, split, img_size)
 
 
 def open_images(name, split, img_size):

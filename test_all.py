@@ -2289,6 +2289,7 @@ def test_latent_batches():
         (tmp / "train/cache.json").write_text(json.dumps({"img_size": 128, "classes": {"a": 2, "b": 2}}))
         latents = data.open_data(tmp)
         assert (len(latents), latents.pixels, latents.labels.tolist()) == (3, False, [0, 1, 1])
+        refused(lambda: data.open_data(tmp, pixels=True), "no pixels", "the folder of the images")
         draw = lambda seed: latents.batch([1, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
         x, labels = draw(0)
         assert x.shape == (2, 16, 8, 8) and x.dtype == torch.float32 and labels.tolist() == [1, 1]
