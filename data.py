@@ -816,7 +816,7 @@ def lock_folder(folder):
 
 
 def take_lock(file):
-    """The system's lock of an open file, which ends with the process. The two errors above: another has it."""
+    """The system's lock of an open file, which ends with the process; one of the two errors where another has it."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
