@@ -694,11 +694,9 @@ def fetch(name, url, part):
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
             start = start if reply.status == 206 else 0  # else the server sends the whole file again
             total = start + int(reply.headers.get("Content-Length") or 0)
-            with open(part, "ab" if start else "wb") as file, tqdm(total=total or None, initial=start, unit="B",
-                                                                   unit_scale=True, desc=name) as bar:
-                while block := reply.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
+            with (open(part, "ab" if start else "wb") as file,
+                  tqdm.wrapattr(file, "write", total=total or None, initial=start, desc=name) as counted):
+                shutil.copyfileobj(reply, counted)
         if part.stat().st_size < total:
             raise OSError(f"at {part.stat().st_size:,} of {total:,} bytes")
     except (OSError, http.client.HTTPException) as error:
