@@ -25,6 +25,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import runpy
 import shlex
@@ -1008,35 +1009,33 @@ def test_sampling_neither_waits_for_the_device_nor_copies_to_it():
 
 def test_checkpoints_that_do_not_fit_are_refused():
     model = tiny_mar()
+    good = {"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(), "args": {}, "step": 1}
+    less = {name: value for name, value in good["ema"].items() if name != "mask_token"}
+    settings = [("heads", 0), ("heads", 3), ("width", "32"), ("dropout", 2.0), ("encoder_depth", -1), ("t_init", 1000),
+                ("patch_size", True), ("mask_ratio_min", math.nan)]
+    cases = [({"model": {"decoder.conv_in.weight": torch.zeros(2)}}, ["no MAR checkpoint"]),
+             ({**good, "ema": {**less, "extra": torch.zeros(1)}}, ["mask_token missing", "extra unexpected"]),
+             ({**good, "config": {**good["config"], "depth": 2}}, ["'depth'"]),
+             *(({**good, "config": {**good["config"], name: value}}, [f"{name} {value!r}"]) for name, value in settings),
+             *(({**good, "class_names": names}, []) for names in (["ant"], 7, [*"abc", None]))]
     with scratch() as folder:
-        good = {"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(), "args": {}, "step": 1}
-        save_checkpoint(good, folder / "good.pt")
-        close(load_mar(folder / "good.pt").z_proj.weight, model.z_proj.weight, 0.0)
-        refused(lambda: load_mar(folder / "nothing.pt"), "no such file")
-        (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:20000])
-        refused(lambda: load_mar(folder / "cut.pt"), "truncated")
-        torch.save({"model": {"decoder.conv_in.weight": torch.zeros(2)}}, folder / "vae.pt")
-        refused(lambda: load_mar(folder / "vae.pt"), "no MAR checkpoint")
-        refused(lambda: load_mar(folder), "that is a folder")
-        less = {name: value for name, value in good["ema"].items() if name != "mask_token"}
-        save_checkpoint({**good, "ema": {**less, "extra": torch.zeros(1)}}, folder / "less.pt")
-        refused(lambda: load_mar(folder / "less.pt"), "mask_token missing", "extra unexpected")
-        refused(lambda: load_mar(folder / "good.pt", patch_size=1), "z_proj.weight is (32, 12), not (32, 3)")
-        for changes, words in (({"heads": 0}, "heads 0"), ({"width": "32"}, "width '32'"), ({"heads": 3}, "of heads 3"),
-                               ({"dropout": 2.0}, "dropout 2.0"), ({"encoder_depth": -1}, "encoder_depth -1"),
-                               ({"t_init": 1000}, "t_init 1000"), ({"patch_size": True}, "patch_size True"),
-                               ({"mask_ratio_min": float("nan")}, "mask_ratio_min nan"), ({"depth": 2}, "'depth'")):
-            save_checkpoint({**good, "config": {**good["config"], **changes}}, folder / "changed.pt")
-            refused(lambda: load_mar(folder / "changed.pt"), "changed.pt", words)
-        for names in (["ant"], "abcd", 7, [*"abc", None]):
-            save_checkpoint({**good, "class_names": names}, folder / "names.pt")
-            assert names == "abcd" or refused(lambda: load_mar(folder / "names.pt"), "names.pt")
+        for file, words in cases:
+            save_checkpoint(file, folder / "file.pt")
+            refused(lambda: load_mar(folder / "file.pt"), "file.pt", *words)
+        save_checkpoint(good, folder / "file.pt")
+        close(load_mar(folder / "file.pt").z_proj.weight, model.z_proj.weight, 0.0)
+        refused(lambda: load_mar(folder / "file.pt", patch_size=1), "z_proj.weight is (32, 12), not (32, 3)")
+        os.truncate(folder / "file.pt", 20000)
+        for path, words in (("file.pt", "truncated"), ("nothing.pt", "no such file"), ("", "that is a folder")):
+            refused(lambda: load_mar(folder / path), words)
 
-        class Evil:
-            def __reduce__(self):
-                return os.system, ("touch " + str(folder / "owned"),)
 
-        import pickle
+def test_what_a_checkpoint_could_run_is_not_run():
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {folder}/owned",)
+
+    with scratch() as folder:
         (folder / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
         refused(lambda: load_mar(folder / "evil.pt"), "cannot be read")
         assert not (folder / "owned").exists()
@@ -3091,10 +3090,11 @@ def test_a_lost_half_of_the_data_is_seen():
     are nearer to the data than what a weak network draws; thumbnails and modes tell which of the two has lost most."""
     need_shared()
     with tarfile.open(SHARED / "data/cifar10-jpeg.tar.xz") as archive:
-        files = [member for member in archive if "/test/" in f"/{member.name}" and member.isfile()]
+        files = (member for member in archive if "/test/" in f"/{member.name}" and member.isfile())
         read = lambda member: np.asarray(Image.open(archive.extractfile(member)).convert("RGB"))
-        images = torch.from_numpy(np.stack([read(member) for member in files[::4]])).permute(0, 3, 1, 2)
-    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]  # (N, 3, 32, 32)
+        images = torch.from_numpy(np.stack([read(file) for file in itertools.islice(files, 0, None, 4)]))
+    images = images.permute(0, 3, 1, 2)  # (N, 3, 32, 32)
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     mean = images.float().mean((2, 3))  # (N, 3)
     warm, bright = mean[:, 0] - mean[:, 2], mean.mean(1)
     some = (warm > warm.median()) & (bright > bright.median())
@@ -3376,35 +3376,33 @@ def run_rl(folder, *flags, said=None):
 
 
 def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
-    with scratch() as folder:
+    with scratch() as folder, mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         write_student(folder)
-        with mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
-            run_rl(folder, "--steps", "12", "--eval_every", "6", "--lr", "3e-3", "--ema", "0.5", "--kl", "0",
-                   "--calls", "64")
-        rows = json.loads((folder / "rl" / "results.json").read_text())
-        assert rows["after"]["red"] > rows["before"]["red"] + 0.05, rows
-        assert rows["after"]["reward"] == rows["after"]["red"] and rows["after"]["seconds_per_image"] > 0
-        assert rows["after"]["made_by"] == {**rows["before"]["made_by"], "step": 12}, rows["after"]["made_by"]
-        assert rows["before"]["made_by"] == {"n": 32, "seed": 1, "step": None, "ar_steps": 4, "head_steps": 1,
-                                             "guidance": 1.0}, rows["before"]["made_by"]
-        assert rows["best"]["reward"] >= rows["after"]["reward"] and (folder / "rl" / "grid_000012.png").exists()
+        run_rl(folder, "--steps", 12, "--eval_every", 6, "--lr", "3e-3", "--ema", 0.5, "--kl", 0, "--calls", 64,
+               "--chunk", 1024)
+        rows, out = json.loads((folder / "rl/results.json").read_text()), folder / "rl"
+        before, after, best = (rows[name] for name in ("before", "after", "best"))
+        assert after["red"] > before["red"] + 0.05 and best["reward"] >= after["reward"], rows
+        assert after["reward"] == after["red"] and after["seconds_per_image"] > 0
+        assert before["made_by"] == {"n": 32, "seed": 1, "step": None, "ar_steps": 4, "head_steps": 1, "guidance": 1.0}
+        assert after["made_by"] == {**before["made_by"], "step": 12} and (out / "grid_000012.png").exists()
         for name in ("student", "best"):  # both can be drawn from, judged, and trained on
-            assert load_mar(folder / "rl" / f"{name}.pt").config.img_size == 8
-        lines = [json.loads(line) for line in (folder / "rl" / "log.jsonl").read_text().splitlines()]
+            assert load_mar(out / f"{name}.pt").config.img_size == 8
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert {"reward", "reward_std", "kl", "grad_norm", "images_per_s"} <= set(lines[0])
         assert lines[0]["kl"] == 0 and lines[-2]["kl"] > 0  # the first picture is the reference's own
-        run_rl(folder, "--ckpt", str(folder / "rl" / "best.pt"), "--steps", "1")
+        assert lines[-1]["eval_reward"] == after["reward"] and "reward" not in lines[-1]
+        run_rl(folder, "--ckpt", out / "best.pt", "--steps", 1)
         refused(lambda: run_rl(folder), "already holds a run")
         refused(lambda: run_rl(folder, "--resume", "--reward", "jpeg"), "has --reward")
-        assert lines[-1]["eval_reward"] == rows["after"]["reward"] and "reward" not in lines[-1]
-        (folder / "strict").mkdir()
-        (folder / "strict" / "best.pt").write_text("left over")
+        strict = folder / "strict"
+        strict.mkdir()
+        (strict / "best.pt").write_text("left over")
         with mock.patch.object(rl, "MAX_RISE", 0):
-            run_rl(folder, "--steps", "2", "--lr", "3e-3", "--kl", "0", "--reward", "red:-1",
-                   "--out", str(folder / "strict"))
-        rows = json.loads((folder / "strict" / "results.json").read_text())
+            run_rl(folder, "--steps", 2, "--lr", "3e-3", "--kl", 0, "--reward", "red:-1", "--out", strict)
+        rows = json.loads((strict / "results.json").read_text())
         assert "best" not in rows or rows["best"]["fd"] <= rows["before"]["fd"]
-        assert ("best" in rows) == (folder / "strict" / "best.pt").exists()
+        assert ("best" in rows) == (strict / "best.pt").exists()
 
 
 def test_rl_resumes_bit_exactly():
