@@ -3780,12 +3780,14 @@ def bad_files(folder):
 
 
 def type_lines(program, main):
-    """Type the lines of REFUSED[program] where `bad_files` lie: each is refused, and no file or folder is made."""
+    """Type the lines of REFUSED[program] where `bad_files` lie: each is refused before anything long starts, and no
+    file or folder is made."""
     with scratch() as folder, contextlib.chdir(shutil.copytree(bad_files(), folder, dirs_exist_ok=True)):
         before = sorted(folder.rglob("*"))
         for line in REFUSED[program].strip("\n").splitlines():
             typed, *words = (part.strip() for part in line.split("|"))
-            with contextlib.redirect_stdout(io.StringIO()):
+            with (contextlib.redirect_stdout(io.StringIO()),
+                  mock.patch.object(distill.Run, "steps", mock.Mock(side_effect=AssertionError(f"trains: {typed}")))):
                 refused(lambda: main(shlex.split(typed)), *words)
             assert sorted(folder.rglob("*")) == before, typed
 
