@@ -2982,7 +2982,7 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from()
         make_folder(folder / "tiny", each=20)
         make_folder(folder / "tiny", classes=("images",), split="test")  # Tiny ImageNet's test split has no classes
         said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), mock.patch.object(fid, "tqdm", lambda steps, **_: steps[:9]):
             net = fid.train_classifier(open_data(folder / "tiny"), 0, "cpu")
         assert "it is not used" in said.getvalue() and 0 <= net.accuracy <= 1, said.getvalue()
 
@@ -3370,8 +3370,9 @@ def rl_flags(folder, *flags):
 
 
 def run_rl(folder, *flags, said=None):
-    """rl.py in this process, without the tables it prints."""
-    with contextlib.redirect_stdout(said or io.StringIO()):
+    """rl.py in this process, without the tables it prints and without training a classifier."""
+    with (contextlib.redirect_stdout(said or io.StringIO()),
+          mock.patch.object(fid, "train_classifier", untrained_classifier)):
         rl.main(rl_flags(folder, *map(str, flags)))
 
 
