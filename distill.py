@@ -45,7 +45,7 @@ from fid import classifier_beside, judge, labels_like, load_classifier, load_or_
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, say, schedule_tables,
                    take, token_orders, uniform, write_json)
-from sample import draw_together, image_seeds, save_grid
+from sample import draw_together, image_seeds, save_grid, steps_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The losses: tensors in, one number per token out
@@ -349,6 +349,66 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Stage 1 once more: fewer passes of the transformer
+
+
+def draw_in_fewer_passes(args, start, class_names, run, watch):
+    """Teach a copy of the student `start` to draw the same pictures in --passes AR steps; write student.pt.
+
+    Tokens of one AR step are drawn independently: with few steps they contradict each other. But chance enters a
+    picture by its start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it
+    step by step, in one order, and say it at once. A regression, so no mode is more frequent than `start` draws it.
+    An update costs as many passes of start as it draws in, and one of the student with its backward.
+    """
+    K = steps_of(start)
+    student = MAR(replace(start.config, passes=args.passes)).to(run.device).eval()
+    student.load_state_dict(start.state_dict(), strict=False)  # noise_proj is new, and 0: at first it sees no noise
+    ema = copy.deepcopy(student).requires_grad_(False)
+    optimizer = make_optimizer(student, args.lr, (0.9, 0.99))
+    state = dict(model=student, ema=ema, optimizer=optimizer)
+    run.restore("student", **state)
+    prepare(args, student, frozen=[start])
+    gradients = Gradients(student)
+    counts = mask_counts(student.config.seq_len, args.passes)  # tokens masked before each AR step, K + 1 numbers
+    sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
+
+    for step in run.steps("student", args.steps, args.batch):
+        # a look comes before the update: broken off, it is made anew when the run goes on from the same step
+        if step > 0 and step % args.eval_every == 0:
+            watch.look("student", ema, step)
+        set_lr(optimizer, args.lr, step, args.steps, args.warmup, DECAY)
+
+        batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
+        m = counts[step % args.passes]  # AR steps take turns
+        for labels, seeds in micro_batches(batch, args.accumulate, [gradients]):
+            # 1. a picture of the start's, in the student's order: also what the student knows of it before this AR step
+            keys = image_keys(seeds, run.device)
+            orders = student.orders(keys)  # (B, L)
+            target = start.patchify(start.generate(labels, K, seeds=seeds, orders=orders))  # (B, L, C)
+            visible, masked = orders[:, m:].sort(dim=1).values, orders[:, :m].sort(dim=1).values
+            # 2. all that is masked at once, from the noise that the start had
+            n, seen = student.start_noise(keys, masked)
+            x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
+            loss = pseudo_huber(x0 - take(target, masked), r=0.2)[0].mean() / args.accumulate
+            loss.backward()
+            sums[0] += loss.detach()
+
+        # the update: the average of the student's weights is the product
+        norm = gradients.finish(CLIP)
+        optimizer.step()
+        update_ema(ema, student, args.ema)
+        sums[1] += norm
+        run.check(norm)
+
+        # log and save: only here does the loop wait for the device
+        if run.due(args.log_every):
+            run.log(sums, "loss", "grad_norm")
+        if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
+            run.save("student", ema, class_names, **state)
+    watch.look("student", ema, run.step)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage 0: the teacher, by MAR's own loss
 
 
@@ -483,6 +543,8 @@ def parse_args(argv=None):
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
+    flag("--passes", type=int, default=0, help="AR steps of a student that learns the pictures of the student --teacher, "
+         "in one order: 1 or 2, for speed; 0: as many as wanted, in any order")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
     flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's, 755 for "
@@ -519,7 +581,8 @@ def parse_args(argv=None):
     args.own = float(not args.data) if args.own is None else args.own
     if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
         raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
-    args.out = args.out or os.path.join("out", name_of(args))
+    args.out = args.out or os.path.join("out", name_of(args), *[f"passes_{args.passes}"] * bool(args.passes))
+    args.ar_steps = args.passes or args.ar_steps
     return args
 
 
@@ -612,10 +675,14 @@ def open_teacher(args):
         raise UserError(f"no such file: {args.teacher}; --teacher FILE names a teacher, python data.py --get mar_base "
                         "fetches the public one")
     teacher = load_mar(args.teacher)
-    if teacher.stage != "teacher":
+    if args.passes and (teacher.stage == "teacher" or not args.passes < steps_of(teacher)):
+        raise UserError(f"--passes {args.passes}: --teacher must be a student that draws in more, not {args.teacher} "
+                        f"(stage {teacher.stage}, {steps_of(teacher)} AR steps)")
+    if teacher.stage != "teacher" and not args.passes:
         raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}, its head knows one time step only: "
                         "give the teacher.pt it was distilled from")
     return teacher
+
 
 
 def main(argv=None):
@@ -623,6 +690,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.teacher_steps and not args.data:
         raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
+    if args.passes and args.data:
+        raise UserError("--passes: learns from a student alone, --teacher, which has its data's classes: leave --data out")
     device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
     teacher = open_teacher(args)
@@ -666,6 +735,10 @@ def main(argv=None):
         teacher.config = replace(teacher.config, t_init=args.t_init)
     teacher = teacher.to(device)
 
+    if args.passes:
+        for K in (steps_of(teacher), args.passes):
+            watch.look(f"start_{K}", teacher, ar_steps=K)
+        return draw_in_fewer_passes(args, teacher, class_names, run, watch)
     # what the student is compared with: the chain and one step of the teacher, guided by the same g but at every t
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,

@@ -63,6 +63,7 @@ class MARConfig:
     dropout: float = 0.1  # training the teacher only; distillation and sampling run without
     label_drop: float = 0.1  # share of training pictures whose class is hidden: what guidance compares with
     mask_ratio_min: float = 0.7  # training masks are drawn from a normal(1, .25) cut to [this, 1]
+    passes: int = 0  # of a student that sees the noise of all tokens and draws in so many AR steps; 0: any number
     t_init: int = 755  # where the one step starts. Errors of eps grow by sigma/alpha: 2.5, as in SiD; at 999, 20,000
 
     @property
@@ -373,6 +374,8 @@ class MAR(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(D, config.heads, config.dropout) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, L, D))
+        if config.passes:
+            self.noise_proj = nn.Linear(config.token_dim, D)
         self.head_net = Head(config.token_dim, D, config.head_width, config.head_depth)
         self.checkpoint_blocks = False  # recompute blocks in backward: a third more time for a fraction of the memory
         self.initialise()
@@ -390,6 +393,8 @@ class MAR(nn.Module):
         for layer in [block.adaLN_modulation[1] for block in self.head_net.res_blocks] + [
                 self.head_net.final_layer.adaLN_modulation[1], self.head_net.final_layer.linear]:
             nn.init.zeros_(layer.weight)  # the head starts as the identity on its residual stream, and predicts 0
+        if self.config.passes:
+            nn.init.zeros_(self.noise_proj.weight)  # as if it saw no noise
 
     def patchify(self, latents):
         """(B, c, h, w) -> (B, L, C), raster order; a token's channels are ordered (c, row, column) as in MAR."""
@@ -428,9 +433,10 @@ class MAR(nn.Module):
         x = self.z_proj_ln(torch.cat([buffer, x], dim=1))  # (B, S + V, D)
         return self.encoder_norm(self.run_blocks(self.encoder_blocks, x))
 
-    def transformer(self, tokens, visible, labels, predict):
+    def transformer(self, tokens, visible, labels, predict, seen=None):
         """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
         (B, P, D) of the tokens `predict` (B, P), float32. Inside bf16 where `runs_bf16`; head and losses are float32.
+        seen (B, L, C), with `passes`: the noise that unknown tokens are made of, so that those of a step can agree.
 
         In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others.
         """
@@ -438,6 +444,8 @@ class MAR(nn.Module):
         with torch.autocast("cuda" if tokens.is_cuda else "cpu", torch.bfloat16, enabled=runs_bf16(tokens.device)):
             x = self.decoder_embed(self.encode(tokens, visible, labels))  # (B, S + V, D)
             full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
+            if seen is not None:
+                full = full + self.noise_proj(seen)  # (B, L, D)
             x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
             x = self.run_blocks(self.decoder_blocks[:-1], x + self.decoder_pos_embed_learned)
             x = self.decoder_norm(self.decoder_blocks[-1](x, ask=predict + S))  # (B, P, D)
@@ -476,6 +484,19 @@ class MAR(nn.Module):
             eps = null + guidance * (eps - null)
         return (z - sigma * eps) / alpha
 
+    def orders(self, keys, kind="random"):
+        """As token_orders; with `passes` one for all pictures, since their network cannot know another: (B, L)."""
+        return token_orders(torch.zeros_like(keys) if self.config.passes else keys, self.config.seq_len, kind)
+
+    def start_noise(self, keys, predict):
+        """What tokens are made of, one draw a token whatever step reveals it: of `predict`, (B, P, C), for the head; and
+        with `passes` of all, (B, L, C), for `transformer`, else None."""
+        L, C = self.config.seq_len, self.config.token_dim
+        if not self.config.passes:
+            return gaussian(keys, START, predict, C), None
+        n = gaussian(keys, START, torch.arange(L, device=keys.device).expand(len(keys), -1), C)
+        return take(n, predict), n
+
     def denoise(self, x, c, c_null, guidance, steps, temperature, noise):
         """The slow inner chain: x (B, P, C) start noise, c (B, P, D), c_null the same or None, noise(j) -> (B, P, C) of
         chain step j -> x0 (B, P, C). Conditions and time steps are embedded once for all steps; both halves of the
@@ -509,8 +530,11 @@ class MAR(nn.Module):
         """`generate` step by step: yields (tokens (B, L, C), visible (B, V) before the step, predict (B, P) in it)."""
         B, L, C = len(labels), self.config.seq_len, self.config.token_dim
         keys = image_keys(range(B) if seeds is None else seeds, labels.device)
+        if self.config.passes and (ar_steps != self.config.passes or orders != "random" or redraw is not None):
+            raise UserError(f"this student draws whole pictures in {self.config.passes} AR steps, in its own order: "
+                            "leave --order, --edit and other --ar_steps to the student that it learned from")
         if isinstance(orders, str):
-            orders = token_orders(keys, L, orders)
+            orders = self.orders(keys, orders)
         tokens, masked = torch.zeros(B, L, C, device=labels.device), L
         if redraw is not None:
             tokens, masked = tokens + given.to(labels.device), int(redraw.sum())
@@ -520,13 +544,13 @@ class MAR(nn.Module):
             # share known after this step; MAR never counts the last token, so its last step has (L - 1) / L
             revealed = min(visible.shape[1] + predict.shape[1], L - 1) / L
             g = 1 + (guidance - 1) * revealed if guidance_schedule == "linear" else guidance
+            n, seen = self.start_noise(keys, predict)  # (B, P, C)
             if guidance == 1:
-                c, c_null = self.transformer(tokens, visible, labels, predict), None  # (B, P, D)
+                c, c_null = self.transformer(tokens, visible, labels, predict, seen), None  # (B, P, D)
             else:  # both halves in one pass of 2B pictures
                 pair = [torch.cat([a, a]) for a in (tokens, visible, predict)]
                 c = self.transformer(pair[0], pair[1], torch.cat([labels, torch.full_like(labels, -1)]), pair[2])
                 c, c_null = c.chunk(2)  # (B, P, D) each
-            n = gaussian(keys, START, predict, C)  # (B, P, C): one draw a token, whatever step reveals it
             if head_steps == 1:
                 x0 = self.one_step(temperature * n, c, c_null, g)
             else:
@@ -620,7 +644,8 @@ def check_config(config, path):
     for field in fields(config):
         value = getattr(config, field.name)
         is_share = field.type is float  # dropout, label_drop, mask_ratio_min
-        low, high, kinds = (0, 1, (int, float)) if is_share else (1, 999 if field.name == "t_init" else 1 << 16, (int,))
+        low, high, kinds = (0, 1, (int, float)) if is_share else (
+            int(field.name != "passes"), 999 if field.name == "t_init" else 1 << 16, (int,))
         if type(value) not in kinds or not low <= value <= high:
             raise UserError(f"{path}: no network has {field.name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):

@@ -40,8 +40,9 @@ from data import DTYPES, LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read
 from distill import Gradients, Run, Watch, check_names, defaults_of, episodes, prepare, read_flags, set_lr, update_ema
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (START, TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan,
-                   take, token_orders, write_json)
+from model import (TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan, take,
+                   write_json)
+from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
 
@@ -115,11 +116,11 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps, befo
     """
     L, C = student.config.seq_len, student.config.token_dim
     tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
-    plan = list(reveal_plan(token_orders(keys, L), ar_steps))
+    plan = list(reveal_plan(student.orders(keys), ar_steps))
     for k, (visible, predict) in reversed(list(enumerate(plan))):
-        context, n = tokens.detach().requires_grad_(), gaussian(keys, START, predict, C)
-        x_k = student.one_step(n, student.transformer(context, visible, labels, predict))  # (B, P, C)
-        ref_k = start.one_step(n, start.transformer(context, visible, labels, predict))
+        context, (n, seen) = tokens.detach().requires_grad_(), student.start_noise(keys, predict)
+        x_k = student.one_step(n, student.transformer(context, visible, labels, predict, seen))  # (B, P, C)
+        ref_k = start.one_step(n, start.transformer(context, visible, labels, predict, seen))
         kl_k = (x_k - ref_k).square().sum() / (2 * s**2 * L * C)
         if k == 0:
             before_last()
@@ -471,7 +472,7 @@ def open_student(args, device):
         raise UserError(f"{args.ckpt} is a teacher's checkpoint, and an episode of 100 steps a token is out of reach: "
                         "distill it first (distill.py) and give its student.pt")
     args.pixels = student.config.pixels
-    args.ar_steps = args.ar_steps or min(student.made.get("ar_steps", 64), student.config.seq_len)
+    args.ar_steps = args.ar_steps or steps_of(student)
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names = student.class_names or [*map(str, range(student.config.num_classes))]
     wanted = {**parse_rewards(args.reward), **parse_rewards(args.watch)}

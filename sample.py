@@ -72,6 +72,11 @@ def check_finite(model, finite):
                         "that are not finite: its training blew up, or the file is damaged; take another checkpoint")
 
 
+def steps_of(model):
+    """AR steps that a network is drawn in if nobody says otherwise: those of its own run."""
+    return min(model.made.get("ar_steps", 64), model.config.seq_len)
+
+
 def check_vae(model, vae):
     """Ask for the VAE before the work is done, not after."""
     if model.config.pixels != (vae is None):
@@ -286,7 +291,9 @@ def export(model, path):
     ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
     save_checkpoint({**ours, "model": state, "model_ema": state}, path)
     print(f"{path}: {model.config}")
-    if is_student(model):
+    if model.config.passes:
+        print("LTH14/mar cannot draw it: its transformer sees no noise")
+    elif is_student(model):
         print(f"LTH14/mar draws a student only with README's patch of DiffLoss.sample, t = {model.config.t_init} in it")
     elif model.config.pixels:
         print("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")
@@ -342,7 +349,7 @@ def ways_to_draw(args, model):
     """Keyword arguments of MAR.generate, for each of --ar_steps and --guidance. What no flag says is as the checkpoint
     was made for, or as the public ones; a student has head steps and guidance of its own."""
     made, config = model.made, model.config
-    steps = args.ar_steps or [min(made.get("ar_steps", 64), config.seq_len)]
+    steps = args.ar_steps or [steps_of(model)]
     mask_counts(config.seq_len, max(steps))  # complains when K is above the number of tokens
     how = {"head_steps": args.head_steps or made.get("teacher_head_steps", 100),
            "guidance_schedule": args.guidance_schedule or made.get("guidance_schedule", "linear"),
