@@ -441,6 +441,48 @@ def test_guidance_of_one_is_none_and_zero_is_the_null_class():
     assert distill.weight_at(t, args).tolist() == [[[0.25], [0.25]], [[1], [1]]]
 
 
+def test_a_student_of_few_passes_begins_as_the_one_it_learns_from():
+    """In the one order that it knows, bit for bit; what it never learns is refused."""
+    start, keys, labels = tiny_mar(), image_keys(range(3)), torch.tensor([0, 1, 3])
+    few = MAR(replace(start.config, passes=2)).eval()
+    missing = few.load_state_dict(start.state_dict(), strict=False).missing_keys
+    assert missing == ["noise_proj.weight", "noise_proj.bias"], missing
+    with torch.no_grad():
+        assert torch.equal(few.generate(labels, 2), start.generate(labels, 2, orders=few.orders(keys)))
+        assert len(few.orders(keys).unique(dim=0)) == 1 < len(start.orders(keys).unique(dim=0))
+        few.noise_proj.weight.normal_()
+        assert not torch.equal(few.generate(labels, 2), start.generate(labels, 2, orders=few.orders(keys)))
+    for how in ({"ar_steps": 3}, {"ar_steps": 2, "orders": "raster"}):
+        refused(lambda: few.generate(labels, **how), "in 2 AR steps")
+
+
+def test_tokens_of_one_pass_agree():
+    """Pictures of 2 x 2 numbers that all lean on the first one's noise: x_i = rho n_0 + sqrt(1 - rho^2) n_i, as if drawn
+    one after the other. Drawn in one pass they correlate as they should; those of an independent student, not at all."""
+    torch.manual_seed(0)
+    start, rho = MAR(tiny_config(img_size=2, patch_size=1, vae_channels=1, num_classes=1)).eval(), 0.8
+    everything = torch.arange(4).expand(64, -1)
+
+    def pictures(labels, K, seeds, orders):
+        n = gaussian(image_keys(seeds), START, everything, 1)  # (B, 4, 1)
+        return start.unpatchify(rho * n[:, :1] + math.sqrt(1 - rho**2) * n)
+
+    start.generate, start.made = pictures, {}
+    with scratch() as folder:
+        args = argparse.Namespace(passes=1, lr=3e-3, steps=100, batch=64, warmup=0, accumulate=1, ema=0.9, seed=0,
+                                  eval_every=999, log_every=50, save_every=999, recompute=False, resume=False,
+                                  out=str(folder))
+        run = distill.Run(args, torch.device("cpu"), 0, 1, ["student"], [])
+        run.start()
+        distill.draw_in_fewer_passes(args, start, ["a"], run, mock.Mock())
+        few = load_mar(folder / "student.pt")
+    labels = torch.zeros(1000, dtype=torch.long)
+    correlations = lambda x: np.corrcoef(x.flatten(1).T)[np.triu_indices(4, 1)]  # of 0-1, 0-2, 0-3, 1-2, 1-3, 2-3
+    assert np.abs(correlations(few.generate(labels, 1)) - np.repeat([rho, rho**2], 3)).max() < 0.1
+    with torch.no_grad():
+        assert np.abs(correlations(MAR.generate(start, labels, 1))).max() < 0.1
+
+
 def test_one_step_inverts_a_perfect_head():
     """If the head knew x0, x0 is what one step returns: the formula divides by the right alpha."""
     model, x0 = tiny_mar(), torch.randn(9, 12)
@@ -517,9 +559,9 @@ def test_reinforce_is_as_good_as_its_calls():
         assert abs(cosine - (N / (N + m)) ** 0.5) < 0.02, (count, cosine)
 
 
-def chain_problem(K):
+def chain_problem(K, **changes):
     """A tiny MAR with weights that learn, three episodes of it, and a loss of the finished pictures."""
-    model, labels, seeds = tiny_mar(), torch.tensor([0, 1, 3]), [(9, i) for i in range(3)]
+    model, labels, seeds = tiny_mar(**changes), torch.tensor([0, 1, 3]), [(9, i) for i in range(3)]
     with torch.no_grad():  # gains of 1 and not of 0.1: or no token would heed another
         for name, p in model.requires_grad_(True).named_parameters():
             p += p.ndim == 1 and name.endswith("weight")
@@ -540,11 +582,11 @@ def naive_chain(model, labels, keys, K, start=None, detach=False):
     summed squared distance of each step's tokens to the start's. detach: hold the start's constant, which is wrong."""
     L, C = model.config.seq_len, model.config.token_dim
     tokens, squares = torch.zeros(len(labels), L, C), 0.0
-    for visible, predict in reveal_plan(token_orders(keys, L), K):
-        n = gaussian(keys, START, predict, C)
-        x0 = model.one_step(n, model.transformer(tokens, visible, labels, predict))
+    for visible, predict in reveal_plan(model.orders(keys), K):
+        n, seen = model.start_noise(keys, predict)
+        x0 = model.one_step(n, model.transformer(tokens, visible, labels, predict, seen))
         if start is not None:
-            ref = start.one_step(n, start.transformer(tokens, visible, labels, predict))
+            ref = start.one_step(n, start.transformer(tokens, visible, labels, predict, seen))
             squares = squares + (x0 - (ref.detach() if detach else ref)).square().sum()
         tokens = tokens.scatter(1, predict[:, :, None].expand(-1, -1, C), x0)
     return model.unpatchify(tokens) if start is None else (model.unpatchify(tokens), squares)
@@ -583,9 +625,9 @@ def test_chain_gradient_is_exact():
 
 def test_kl_gradient_is_that_of_both_chains():
     """ref_k moves with the student's earlier tokens. By one graph through student and start, for several K; held
-    constant, the start gives another gradient as soon as there are two steps."""
-    for K in (1, 2, 6):
-        model, labels, seeds, loss, x, slope = chain_problem(K)
+    constant, the start gives another gradient as soon as there are two steps. Last, a student that sees all noise."""
+    for K, passes in ((1, 0), (2, 0), (6, 0), (2, 2)):
+        model, labels, seeds, loss, x, slope = chain_problem(K, passes=passes)
         keys, start, kl, s = image_keys(seeds), shifted(model), 0.7, 0.3
         nats = rl.backward_chain(model, start, x, slope, kl / 3, s, labels, keys, K)
         ours = flat_gradient(model)
@@ -597,7 +639,7 @@ def test_kl_gradient_is_that_of_both_chains():
             (loss(again) + kl * KL).backward()
             graphs[detach] = flat_gradient(model)
         close(nats, KL.detach(), 1e-4), close(ours, graphs[False], 1e-4)
-        assert K == 1 or (ours - graphs[True]).norm() > 0.05 * ours.norm()
+        assert K == 1 or passes or (ours - graphs[True]).norm() > 0.05 * ours.norm()
 
 
 class TwoTokens(torch.nn.Module):
@@ -612,7 +654,13 @@ class TwoTokens(torch.nn.Module):
     def patchify(self, x):
         return x.flatten(1)[:, :, None]
 
-    def transformer(self, tokens, visible, labels, predict):
+    def orders(self, keys):
+        return token_orders(keys, 2)
+
+    def start_noise(self, keys, predict):
+        return gaussian(keys, START, predict, 1), None
+
+    def transformer(self, tokens, visible, labels, predict, seen):
         known = tokens.gather(1, visible[:, :, None])  # (B, 0 or 1, 1)
         return 3 * known + self.c if visible.shape[1] else (self.b + 0 * tokens[:, :1])
 
@@ -1338,7 +1386,7 @@ def test_two_processes_train_as_one():
 
 
 def one_and_twenty_steps_of_everything(folder, out):
-    """Teacher; student and critic; rl: one step, and 20, on as many processes as there are, into folder/out/STAGE_N.
+    """Teacher; student and critic; a student of fewer passes; rl: one step, and 20, on as many processes as there are, into folder/out/STAGE_N.
     All start alike, at folder/teacher.pt and folder/student.pt."""
     with all_tiny(), mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind):
         for n in ("1", "20"):
@@ -1349,6 +1397,8 @@ def one_and_twenty_steps_of_everything(folder, out):
                                              "--critic_lr", "1e-4"])
             distill.main(["--teacher", f"{folder}/teacher.pt", *flags("own")[2:], "--steps", n, "--lr", "1e-4",
                           "--critic_lr", "1e-4", "--guidance", "2"])
+            distill.main(["--teacher", f"{folder}/student.pt", "--passes", "2", *flags("passes")[2:], "--steps", n,
+                          "--lr", "1e-4"])
             rl.main(flags("rl") + ["--ckpt", f"{folder}/student.pt", "--reward", "red", "--watch", "--steps", n,
                                    "--calls", "8", "--chunk", "64", "--ar_steps", "2"])
 
@@ -1369,7 +1419,7 @@ def test_one_two_and_four_processes_train_alike():
         for world in (2, 4):
             on_ranks(world, lambda: one_and_twenty_steps_of_everything(folder, world))
             for stage, networks in {"teacher": ("model",), "student": ("model", "critic"), "own": ("model", "critic"),
-                                    "rl": ("model",)}.items():
+                                    "passes": ("model",), "rl": ("model",)}.items():
                 one, many = ([read_checkpoint(folder / f"{w}" / f"{stage}_{n}" / "resume.pt") for n in (1, 20)]
                              for w in (1, world))
                 for network in networks:
@@ -1382,9 +1432,10 @@ def test_one_two_and_four_processes_train_alike():
                     assert moved > 1e-4, f"{name} hardly moved: {moved}"
         # REINFORCE's v is a difference of rewards that agree in their first digits: it loses those. Contexts that
         # differ by rounding, here because each process draws its own, move GSIM's gradient of this random network by
-        # 1e-3, and no more when they differ a hundred times as much
+        # 1e-3, and no more when they differ a hundred times as much; a start's pictures are drawn so, too
         loose = (worst.pop(("rl", "gradient")) < 1e-5 and worst.pop(("own", "gradient")) < 3e-3
-                 and worst.pop(("own", "parameters")) < 1e-4)
+                 and worst.pop(("own", "parameters")) < 1e-4 and worst.pop(("passes", "gradient")) < 1e-5
+                 and worst.pop(("passes", "parameters")) < 1e-4)
         assert loose and max(worst.values()) < 1e-6, worst
         return ", ".join(f"{name}'s {what} {error:.0e}" for (name, what), error in worst.items())
 
@@ -3642,6 +3693,9 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data shapes --teacher teacher.pt --teacher_steps 5 | not both
         --data shapes --teacher sixteen.pt | stage student | teacher.pt
         --data shapes --teacher_steps 0 | no teacher
+        --teacher teacher.pt --passes 1 | --passes 1 | stage teacher
+        --teacher student.pt --passes 4 | --passes 4 | 4 AR steps
+        --data shapes --passes 1 | leave --data out
         --data shapes --ar_steps 17 | 1..16
         --data shapes --ar_steps 0 | --ar_steps | at least 1
         --data shapes --eval_images 1 | --eval_images 1 | at least 2
