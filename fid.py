@@ -1,7 +1,7 @@
 """The judges of samples: FID, inception score, KID, precision and recall; a classifier of the data; CLIP, PickScore,
 ImageReward. What they say agrees with the public implementations, which test_all.py checks.
 
-Needs samples (a folder of images, an .npz of sample.py --num) or a checkpoint, from which they are drawn as they are
+Needs samples (a folder of images, an .npz of sample.py --num) or checkpoints, from which they are drawn as they are
 judged; and the judges' public weights, which are fetched only when asked for:
 
     python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
@@ -12,8 +12,9 @@ judged; and the judges' public weights, which are fetched only when asked for:
     python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row each
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 
-Rows, with what they mean, are added to OUT/results.json; the same thing judged again replaces its row.
+Rows, with what they mean, are added to OUT/results.json.
 """
+import contextlib
 import functools
 import gzip
 import html
@@ -22,7 +23,7 @@ import math
 import os
 import re
 import unicodedata
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,34 +37,35 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SHAPE_MODES, SPLITS, Parser, adm_crop, check_numbers, find_images, load_vae, open_data,
-                  read_class_names, run_main, say, setup, shape_modes, to_rgb, train_indices)
+from data import (PUBLIC, SHAPE_MODES, Parser, check_numbers, find_images, load_vae, open_data, read_class_names,
+                  read_image, run_main, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
-                   rename, replacing, runs_bf16, save_checkpoint, write_json)
+                   replacing, runs_bf16, save_checkpoint, say, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
-JUDGES = ["inception", "clip", "pickscore", "imagereward", "classifier"]
+PROMPTED = ["clip", "pickscore", "imagereward"]  # judges that compare a picture with the prompt of its class
+JUDGES = ["inception", *PROMPTED, "classifier"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
 
 
 def as_features(x):
-    """(N, F) tensor or array -> float tensor on the CPU; UserError where it is not finite."""
+    """(N, ...) tensor or array -> tensor on the CPU; UserError where it is not finite."""
     x = torch.as_tensor(x).detach().cpu()
     if not x.isfinite().all():
-        raise UserError("features or logits hold NaN or infinity: look at the images, and the judge's weights")
+        raise UserError("a judge says NaN or infinity: look at the images, and at the judge's weights")
     return x
 
 
 def mean_and_covariance(features):
-    """(N, F) features -> mu (F,), sigma (F, F), float64 numpy; N - 1 in the denominator, as numpy.cov. Takes twice the
+    """(N, F) features -> mu (F,), sigma (F, F), float64; N - 1 in the denominator, as numpy.cov. Takes twice the
     features' float64 size for a moment: 1.6 GB for 50,000 of Inception's."""
     x = as_features(features).double()
     if len(x) < 2:
         raise UserError(f"a covariance needs at least 2 images, there are {len(x)}: generate or give more")
-    return x.mean(0).numpy(), torch.cov(x.T).numpy()
+    return x.mean(0), torch.cov(x.T)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -122,7 +124,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
 
     A set's manifold is the union of balls around its features, each reaching to the k-th nearest other one.
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
-    generated one. (Some forks print them swapped.) A collapsed generator has precision 1 and recall 0.
+    generated one. A collapsed generator has precision 1 and recall 0.
     """
     a, b = as_features(generated).float(), as_features(reference).float()
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
@@ -155,7 +157,6 @@ max_pool, halve = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 # The blocks as tables: a row is a branch, their outputs are concatenated. In a row: (name, channels, kernel, stride,
 # padding) one after the other; a list of two tuples splits the branch; a bare function pools first.
 ROW, COLUMN, ROW3, COLUMN3 = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0)), ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
-
 
 MIXED_B = [[("branch3x3", 384, 3, 2)],  # (N, 288, 35, 35) -> (N, 768, 17, 17)
            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)],
@@ -255,23 +256,14 @@ class Inception(nn.Module):
             x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))  # (N, 192, 35, 35)
             for name in self.mixed:
                 x = getattr(self, f"Mixed_{name}")(x)
-            pool = x.mean((2, 3))  # (N, 2048)
-            return pool, self.logits(pool)
-
-    def logits(self, pool):
-        """(N, 2048) -> (N, 1008). The inception score leaves the bias out: so did the original code. In float64, or
-        a GPU's TF32 setting would show."""
-        return (pool.to(self.fc.weight.device).double() @ self.fc.weight.double().T).float()
+        pool = x.mean((2, 3))  # (N, 2048)
+        # the inception score leaves the bias out: so did the original code. In float64, or a GPU's TF32 would show
+        return pool, (pool.double() @ self.fc.weight.double().T).float()
 
 
 def load_inception(path):
     """The Inception of torch-fidelity's or pytorch-fid's weight file."""
-    model = load_network(lambda state: Inception(), path, "inception")
-    for module in model.modules():
-        if isinstance(module, Conv):  # batch norm goes into the convolution: same numbers, half the memory traffic
-            module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Identity()
-    return model.to(memory_format=torch.channels_last).requires_grad_(False)
+    return load_network(lambda _: Inception(), path, "inception").to(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,16 +281,15 @@ def load_inception(path):
 class Classifier(nn.Module):
     """uint8 or float-in-[0,1] images (N, 3, side, side) -> features (N, 4 * width), logits (N, classes).
 
-    Five 3x3 convolutions with batch norm and a mean over what is left of the image: small enough to be trained on one
-    CPU core in minutes. Features are the 96 averaged channels before the last layer; 2,048 images are 20 times that,
-    so their covariance is well determined. They are scaled to a mean variance of 1 on the training images, or the size
-    of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96.
+    Small enough to be trained on one CPU core in minutes. Features are the 96 averaged channels before the last layer,
+    so 2,048 images determine their covariance. They are scaled to a mean variance of 1 on the training images, or the
+    size of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96.
     """
 
     def __init__(self, num_classes, img_size, width=24):
         super().__init__()
         self.num_classes, self.img_size = num_classes, img_size
-        self.accuracy = self.reference = self.made_from = None  # found when it is trained
+        self.accuracy = self.reference = None  # found when it is trained
         layers, channels = [], 3
         for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
@@ -324,18 +315,15 @@ def train_classifier(data, seed, device, batch=128):
     Its `.accuracy` is that on images it has not seen: the test split, or every 20th training image where there is none.
     Its `.reference` are the statistics of up to 10,000 training images that `figures_of` compares with.
     """
-    indices = np.arange(len(data))
     if len(data) < 2:
         raise UserError(f"{data.name}: one picture is no data set: what is learnt from it cannot be tried on another")
-    test = None
-    if data.name in ("shapes", "cifar10") or any((Path(data.name) / split).is_dir() for split in SPLITS["test"]):
-        test = open_data(data.name, "test", data.img_size, pixels=data.pixels)
-        if test.class_names != data.class_names:  # numbered by its own folders: a missing one would shift the others
-            say(f"{data.name}: the classes of its test split are not those of train, so it is not used")
-            test = None
-    if test:
-        held = np.linspace(0, len(test) - 1, min(len(test), 5000)).astype(int)
+    indices, test = np.arange(len(data)), None
+    with contextlib.suppress(UserError):  # a folder need not have a test split, and many have one without classes
+        test = open_data(data.name, "test", data.img_size, pixels=True)
+    if test and test.class_names == data.class_names:
+        held = evenly(test, 5000)
     else:
+        say(f"{data.name}: no whole test split of these classes: every 20th picture is held out")
         test, held, indices = data, indices[::20], indices[indices % 20 > 0]
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone: resume stays bit-exact
         torch.manual_seed(seed)
@@ -348,16 +336,14 @@ def train_classifier(data, seed, device, batch=128):
     for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, disable=None, mininterval=1):
         picks, flips = train_indices(len(indices), batch, step, seed)
         picks = indices[picks]
-        images = data.images(picks, flips)
-        loss = F.cross_entropy(net(images.to(device))[1], labels[picks].to(device))
+        loss = F.cross_entropy(net(data.images(picks, flips).to(device))[1], labels[picks].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
     spread = mean_and_covariance(classify(net, read_in_parts(data, evenly(data, 5000)))[0])[1]
-    net.scale.fill_(float((net.last.in_features / np.trace(spread)) ** 0.5))
-    net.made_from = {"data": data.name}  # of which statistics_of sees whether they are shapes
+    net.scale.fill_((net.last.in_features / spread.trace()) ** 0.5)
     net.reference = statistics_of(net, data)
     logits = classify(net, read_in_parts(test, held))[1]
     net.accuracy = float((logits.argmax(1) == torch.as_tensor(test.labels[held])).float().mean())
@@ -366,15 +352,16 @@ def train_classifier(data, seed, device, batch=128):
 
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     """The Classifier of `data` (a train split of pixels), from folder/classifier_<seed>.pt, or trained and put there.
+    UserError where that file is of other pictures.
 
-    Classifiers of two seeds are two independent judges: train against one, report the other. No collective call is
-    made here, so one rank or all ranks may call it.
+    Classifiers of two seeds are two independent judges: train against one, report the other. No collective call is made
+    here, so one rank or all ranks may call it.
     """
     if not data.pixels:
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
-    made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": [*map(str, data.class_names)],
-                 "images": len(data), "seed": int(seed), "recipe": 1, "sha256": data.sha256}
     path = Path(folder) / f"classifier_{seed}.pt"
+    made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": [*map(str, data.class_names)],
+                 "seed": int(seed), "sha256": data.sha256}
     if not path.exists():
         os.makedirs(folder, exist_ok=True)  # complains now, not after the training
         net = train_classifier(data, seed, device).cpu()
@@ -382,24 +369,21 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
                          "reference": net.reference}, path)
         print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
     net = load_classifier(path, device)
-    other = {key: value for key, value in made_from.items() if net.made_from.get(key) != value and key != "data"}
-    if other:  # than its folder's name
-        raise UserError(f"{path} is of other data than {data.name}, whose {other}: judge by that file without --data, "
-                        "or choose another folder (rl.py: copy the student there) for a classifier of this data")
+    other = [name for name in ("classes", "seed", "sha256") if net.made_from.get(name) != made_from[name]]
+    if other:
+        raise UserError(f"{path} was made with another {', '.join(other)} than {data.name} has: judge by it without "
+                        "--data, or choose another folder (rl.py: copy the student there) for one of this data")
     return net
 
 
 def load_classifier(path, device="cpu"):
     """The Classifier in a file. It judges without data: the file holds the data's statistics too."""
     saved = read_checkpoint(path)
-    if "made_from" not in saved or not isinstance(saved.get("reference"), dict):
-        raise UserError(f"{path} is no classifier's file, or one of an earlier version: delete it, and it is made anew "
-                        "from --data")
-    made_from = saved["made_from"]
-    net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
-    net.made_from, net.accuracy = made_from, saved["accuracy"]
-    net.reference = saved["reference"]
-    net.class_names, net.counts = made_from["classes"], net.reference.get("classes", torch.ones(net.num_classes))
+    with reading(path, "classifier", ": delete it, and it is made anew from --data"):
+        made_from, reference = saved["made_from"], saved["reference"]
+        net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
+        net.made_from, net.reference, net.accuracy = made_from, reference, saved["accuracy"]
+        net.class_names, net.counts = made_from["classes"], reference.get("classes", torch.ones(net.num_classes))
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -451,49 +435,48 @@ def statistics_of(classifier, data):
     """What real pictures are like, as a dict of float64 tensors: mean and covariance of features ("mu", "sigma") and of
     thumbnails; "shares" (M,) of the census's cells; but for shapes, "directions" (48, 6), whose signs make cells. And
     "classes", int64: how many pictures each has."""
-    features, thumbs, reference = [], [], {"classes": data.counts}
-    for images in read_in_parts(data, evenly(data)):
-        features.append(classify(classifier, [images])[0])
-        thumbs.append(thumbnails(images))
-    thumbs = torch.cat(thumbs)
-    reference["mu"], reference["sigma"] = map(torch.from_numpy, mean_and_covariance(torch.cat(features)))
-    reference["thumb_mu"], reference["thumb_sigma"] = map(torch.from_numpy, mean_and_covariance(thumbs))
-    if classifier.made_from["data"] == "shapes":
+    seen = [(classify(classifier, [images])[0], thumbnails(images)) for images in read_in_parts(data, evenly(data))]
+    features, thumbs = map(torch.cat, zip(*seen))
+    reference = {"classes": data.counts}
+    reference["mu"], reference["sigma"] = mean_and_covariance(features)
+    reference["thumb_mu"], reference["thumb_sigma"] = mean_and_covariance(thumbs)
+    if data.name == "shapes":
         return {**reference, "shares": torch.full((len(SHAPE_MODES),), 1 / len(SHAPE_MODES), dtype=torch.float64)}
     reference["directions"] = torch.linalg.eigh(reference["thumb_sigma"])[1][:, -6:].contiguous()
     counts = torch.bincount(signs(reference, thumbs), minlength=64).double() + 0.5  # none is 0: its logarithm is taken
     return {**reference, "shares": counts / counts.sum()}
 
 
-def examine(classifier, images):
-    """uint8 images (N, 3, H, W) -> {"features" (N, F), "logits" (N, classes), "thumbs" (N, 48), "cell" (N,)}."""
+def examine(classifier, images, labels=None):
+    """uint8 images (N, 3, H, W) -> {"features" (N, F), "thumbs" (N, 48), "cell" (N,)}; where it is known what they were
+    asked to show, labels (N,), "accuracy" too: (N,) bool, whether the classifier sees that."""
     features, logits = classify(classifier, images.split(500))
     thumbs, reference = thumbnails(images), classifier.reference
-    return {"features": features, "logits": logits, "thumbs": thumbs,
-            "cell": signs(reference, thumbs) if "directions" in reference else shape_modes(images)}
+    cell = signs(reference, thumbs) if "directions" in reference else shape_modes(images)
+    seen = {"features": features, "thumbs": thumbs, "cell": cell}
+    return seen if labels is None else {**seen, "accuracy": logits.argmax(1) == torch.as_tensor(labels).cpu()}
 
 
 def figures_of(classifier, seen):
-    """{"fd", "fd_thumb", "modes"} of what `examine` saw of all images; of shapes the "census" too: {mode: share}."""
-    real = {name: value.numpy() for name, value in classifier.reference.items()}
+    """{"fd", "accuracy", "fd_thumb", "modes"} of what `examine` saw of all images; of shapes a "census" too."""
+    real = classifier.reference
     row = {"fd": frechet_distance(*mean_and_covariance(seen["features"]), real["mu"], real["sigma"])}
+    if "accuracy" in seen:
+        row["accuracy"] = float(torch.as_tensor(seen["accuracy"]).double().mean())
     # like the classifier's features, thumbnails count as if scaled to a mean variance of 1
     row["fd_thumb"] = frechet_distance(*mean_and_covariance(seen["thumbs"]), real["thumb_mu"], real["thumb_sigma"])
-    row["fd_thumb"] *= float(len(real["thumb_mu"]) / np.trace(real["thumb_sigma"]))
+    row["fd_thumb"] *= float(len(real["thumb_mu"]) / real["thumb_sigma"].trace())
     p = real["shares"]
-    q = np.bincount(seen["cell"], minlength=len(p)) / len(seen["cell"])
-    row["modes"] = float(len(p) * np.exp(-np.sum(q[q > 0] * np.log(q[q > 0] / p[q > 0]))))
+    q = torch.bincount(torch.as_tensor(seen["cell"]), minlength=len(p)).double() / len(seen["cell"])
+    row["modes"] = len(p) * math.exp(-torch.xlogy(q, q / p).sum())
     if len(p) == len(SHAPE_MODES):
-        row["census"] = dict(zip(SHAPE_MODES, q.round(4).tolist()))
+        row["census"] = dict(zip(SHAPE_MODES, q.numpy().round(4).tolist()))
     return row
 
 
 def judge(classifier, images, labels):
-    """`figures_of` uint8 images (N, 3, H, W) that were asked to show labels (N,), and their "accuracy"."""
-    seen = examine(classifier, images)
-    accuracy = float((seen["logits"].argmax(1) == torch.as_tensor(labels).cpu()).float().mean())
-    row = figures_of(classifier, seen)
-    return {"fd": row.pop("fd"), "accuracy": accuracy, **row}
+    """`figures_of` uint8 images (N, 3, H, W) that were asked to show labels (N,)."""
+    return figures_of(classifier, examine(classifier, images, labels))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -519,9 +502,6 @@ def clip_pixels(pixels, side):
     return (pixels - mean) / std
 
 
-quick_gelu = lambda x: x * torch.sigmoid(1.702 * x)
-
-
 def transformer(width, depth, heads, mlp, act, eps):
     """Pre-norm blocks, as CLIP, PickScore and BLIP's image tower have them: (T, N, width) -> the same. With N first
     torch turns them inside, by which the gradient takes twice as long on a CPU."""
@@ -535,11 +515,12 @@ class ImageTower(nn.Module):
     clip: a norm before the blocks and no bias in the patch embedding; BLIP has it the other way round.
     """
 
-    def __init__(self, width, depth, heads, mlp, patch, tokens, act, eps, clip=True):
+    def __init__(self, width, depth, heads, mlp, patch, side, act, eps=1e-5, clip=True):
         super().__init__()
-        self.side = patch * math.isqrt(tokens - 1)  # pixels
+        self.side = side  # px
         self.patch = nn.Conv2d(3, width, patch, patch, bias=not clip)
-        self.class_token, self.position = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(tokens, width))
+        self.class_token = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(1 + (side // patch) ** 2, width))
         self.norm_pre = nn.LayerNorm(width, eps) if clip else nn.Identity()
         self.blocks = transformer(width, depth, heads, mlp, act, eps)
         self.norm_post = nn.LayerNorm(width, eps)
@@ -554,11 +535,11 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """ids (N, T <= 77) -> (N, width) at the end-of-text token; causal."""
 
-    def __init__(self, width, depth, heads, mlp, vocabulary, tokens, act, eps):
+    def __init__(self, width, depth, heads, mlp, act):
         super().__init__()
-        self.tokens, self.position = nn.Embedding(vocabulary, width), nn.Parameter(torch.empty(tokens, width))
-        self.blocks = transformer(width, depth, heads, mlp, act, eps)
-        self.norm = nn.LayerNorm(width, eps)
+        self.tokens, self.position = nn.Embedding(49408, width), nn.Parameter(torch.empty(77, width))
+        self.blocks = transformer(width, depth, heads, mlp, act, 1e-5)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, ids):
         x = self.tokens(ids) + self.position[:ids.shape[1]]
@@ -571,9 +552,9 @@ class TextTower(nn.Module):
 class CLIP(nn.Module):
     """Image and text towers with a common space of E dimensions."""
 
-    def __init__(self, image, text, embed):
+    def __init__(self, image, text, embed, act):
         super().__init__()
-        self.image, self.text = ImageTower(**image), TextTower(**text)
+        self.image, self.text = ImageTower(**image, act=act), TextTower(**text, act=act)
         self.image_proj = nn.Parameter(torch.empty(image["width"], embed))
         self.text_proj = nn.Parameter(torch.empty(text["width"], embed))
         self.logit_scale = nn.Parameter(torch.empty(()))
@@ -593,6 +574,14 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * (image * F.normalize(text_features, dim=1)).sum(1)
 
 
+# OpenAI's CLIP and PickScore. Heads and activation are in no file: LAION's CLIPs of these shapes have GELU too, and
+# would score slightly wrong, without a word, as OpenAI's
+VIT_L14 = {"image": dict(width=1024, depth=24, heads=16, mlp=4096, patch=14, side=224),
+           "text": dict(width=768, depth=12, heads=12, mlp=3072),
+           "embed": 768, "act": lambda x: x * torch.sigmoid(1.702 * x)}
+VIT_H14 = {"image": dict(width=1280, depth=32, heads=16, mlp=5120, patch=14, side=224),
+           "text": dict(width=1024, depth=24, heads=16, mlp=4096), "embed": 1024, "act": F.gelu}
+
 CLIP_NAMES = [  # ours, in OpenAI's files, in Hugging Face's
     (r"^image\.patch", "visual.conv1", "vision_model.embeddings.patch_embedding"),
     (r"^image\.class_token", "visual.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -610,42 +599,21 @@ CLIP_NAMES = [  # ours, in OpenAI's files, in Hugging Face's
     (r"self_attn\.out_proj", "attn.out_proj", "self_attn.out_proj"),
     (r"\.norm([12])\.", r".ln_\1.", r".layer_norm\1."),
     (r"\.linear1\.", ".mlp.c_fc.", ".mlp.fc1."), (r"\.linear2\.", ".mlp.c_proj.", ".mlp.fc2.")]
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size",  # of OpenAI's archives
-              "vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
 
 
-def load_clip(path, heads=(16, 12)):
-    """OpenAI's CLIP ViT-L/14: their .pt file, which is a TorchScript archive, or its state dict.
-
-    heads: of image and text tower. They and the activation are in no file: LAION's of the same shapes have GELU, and
-    their scores would be slightly wrong, without a word.
-    """
-    return any_clip(path, "clip", [row[:2] for row in CLIP_NAMES], heads, quick_gelu)
+def load_clip(path):
+    """OpenAI's CLIP ViT-L/14: their .pt file, which is a TorchScript archive, or its state dict."""
+    names = [(ours, openai) for ours, openai, _ in CLIP_NAMES]
+    drop = ("input_resolution", "context_length", "vocab_size")
+    return load_network(lambda _: CLIP(**VIT_L14), path, "clip", names, drop)
 
 
-def load_pickscore(path, heads=(16, 16)):
+def load_pickscore(path):
     """PickScore, a CLIP ViT-H/14 in Hugging Face's names: its model.safetensors, or pytorch_model.bin."""
-    return any_clip(path, "pickscore", [row[::2] for row in CLIP_NAMES], heads, F.gelu)
-
-
-def any_clip(path, get, names, heads, act):
-    """A CLIP whose sizes are read off the shapes."""
-    def build(state):
-        shape = lambda name: state[rename(name, names)].shape
-        sizes = []
-        for tower, count in zip(("image", "text"), heads):
-            mlp, width = shape(f"{tower}.blocks.layers.0.linear1.weight")
-            blocks = rename(f"{tower}.blocks.layers.", names)
-            depth = len({name[len(blocks):].split(".")[0] for name in state if name.startswith(blocks)})
-            sizes.append({"width": width, "depth": depth, "heads": count, "mlp": mlp, "act": act, "eps": 1e-5,
-                          "tokens": shape(f"{tower}.position")[0]})
-        image, text = sizes
-        image["patch"], text["vocabulary"] = shape("image.patch.weight")[-1], shape("text.tokens.weight")[0]
-        return CLIP(image, text, shape("text_proj").numel() // text["width"])
-
-    # Hugging Face's projections are an nn.Linear's: the transpose of OpenAI's
-    turned = ("visual_projection.weight", "text_projection.weight")
-    return load_network(build, path, get, names, NO_WEIGHTS, turned)
+    names = [(ours, hugging_face) for ours, _, hugging_face in CLIP_NAMES]
+    drop = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
+    turned = ("visual_projection.weight", "text_projection.weight")  # an nn.Linear's: the transpose of OpenAI's
+    return load_network(lambda _: CLIP(**VIT_H14), path, "pickscore", names, drop, turned)
 
 
 class Tokenizer:
@@ -658,7 +626,7 @@ class Tokenizer:
     def __init__(self, path):
         with (reading(path, "merge table of CLIP", "; python data.py --get bpe fetches it"),
               gzip.open(need_file(path, "bpe"), "rt", encoding="utf-8") as file):
-            merges = [tuple(line.split()) for line in file.read().split("\n")[1:49152 - 256 - 2 + 1]]
+            merges = [tuple(line.split()) for line in file.read().split("\n")[1:1 + 48894]]
             if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
                 raise ValueError(f"{len(merges)} pairs, 48894 are wanted")
         # every byte gets a printable character: itself where it has one, else the next free one from 256 on (GPT-2)
@@ -672,23 +640,18 @@ class Tokenizer:
 
     @staticmethod
     def split(text):
-        """Words by the public pattern: special tokens, 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
-        text = html.unescape(html.unescape(text)).lower()
-        return re.findall(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text)
+        """Words by the public pattern: 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
+        return re.findall(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", html.unescape(text).lower())
 
-    @functools.cache
     def pieces(self, word):
         """One word -> its byte-pair pieces: the earliest merge of the table first, until none applies."""
-        if word in ("<|startoftext|>", "<|endoftext|>"):
-            return [word]
         parts = [self.byte[b] for b in word.encode(errors="replace")]  # a class's name may hold bytes of no encoding
         parts[-1] += "</w>"
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
+            rank, i = min((self.rank.get(pair, math.inf), i) for i, pair in enumerate(zip(parts, parts[1:])))
+            if rank == math.inf:
                 break
-            pair, whole = re.escape(" ".join(best)), "".join(best)
-            parts = re.sub(rf"(?<!\S){pair}(?!\S)", lambda _: whole, " ".join(parts)).split(" ")
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return parts
 
     def __call__(self, texts, length=77):
@@ -710,16 +673,15 @@ class ImageReward(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image = ImageTower(1024, 24, 16, 4096, 16, 197, F.gelu, 1e-6, clip=False)
+        self.image = ImageTower(1024, 24, 16, 4096, 16, 224, F.gelu, 1e-6, clip=False)
         self.words, self.positions = nn.Embedding(30524, 768), nn.Embedding(512, 768)
         self.norm = nn.LayerNorm(768, 1e-12)
         layer = nn.TransformerDecoderLayer(768, 12, 3072, 0.0, F.gelu, 1e-12)
         layer.multihead_attn = nn.MultiheadAttention(768, 12, kdim=1024, vdim=1024)  # to the image
         self.bert = nn.TransformerDecoder(layer, 12)
         # linear after linear: the activations are commented out in the public code, and the weights are trained so
-        sizes, dropout = (768, 1024, 128, 64, 16), nn.Identity()
-        self.mlp = nn.Sequential(*[part for size in zip(sizes, sizes[1:]) for part in (nn.Linear(*size), dropout)][:-1],
-                                 nn.Linear(16, 1))
+        self.mlp = nn.Sequential(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(),
+                                 nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
 
     def read_text(self, input_ids, attention_mask, image):
         """(N, T) ids, (N, T) 1 = a word, image tokens (N, 197, 1024) -> the last state at [CLS], (N, 768)."""
@@ -756,40 +718,41 @@ BLIP_NAMES = [  # ours, in ImageReward.pt
 def load_imagereward(path):
     """ImageReward.pt, a plain state dict. Its contrastive projections have no part in the reward and are left out."""
     unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-    return load_network(lambda state: ImageReward(), path, "imagereward", BLIP_NAMES, unused)
+    return load_network(lambda _: ImageReward(), path, "imagereward", BLIP_NAMES, unused)
 
 
 class WordPiece:
     """bert-base-uncased's tokenizer from its vocab.txt: WordPiece(path)(texts) -> ids (N, 35), mask (N, 35), long."""
 
     def __init__(self, path):
-        words = Path(need_file(path, "imagereward_vocab")).read_text(encoding="utf-8").split("\n")
-        self.ids = {word.rstrip("\r"): i for i, word in enumerate(words) if word.strip()}
+        with reading(path, "vocabulary", "; python data.py --get imagereward_vocab fetches it"):
+            words = Path(need_file(path, "imagereward_vocab")).read_text(encoding="utf-8").split("\n")
+            self.ids = {word: i for i, word in enumerate(words)}
+            self.pad, self.unknown, self.start, self.end = (self.ids[f"[{word}]"] for word in "PAD UNK CLS SEP".split())
 
     @staticmethod
     def words(text):
-        """Lower case without accents, split at spaces, around every sign and every Chinese character."""
+        """Lower case without accents, split at spaces and around every sign."""
         text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
-        return re.findall("[\u3400-\u9fff]|[^\\W_\u3400-\u9fff]+|[^\\w\\s]|_", text)
+        return re.findall(r"[^\W_]+|[^\w\s]|_", text)
 
     def pieces(self, word):
         """The longest known beginning, then the longest known ##continuation, ...; one gap and all is [UNK]."""
-        found, start = [], 0
-        while start < len(word):
-            stop = next((stop for stop in range(len(word), start, -1)
-                         if ("##" if start else "") + word[start:stop] in self.ids), None)
-            if stop is None or len(word) > 100:
-                return [self.ids["[UNK]"]]
-            found.append(self.ids[("##" if start else "") + word[start:stop]])
-            start = stop
+        found, mark = [], ""
+        while word:
+            stop = next((n for n in range(len(word), 0, -1) if mark + word[:n] in self.ids), None)
+            if stop is None:
+                return [self.unknown]
+            found.append(self.ids[mark + word[:stop]])
+            word, mark = word[stop:], "##"
         return found
 
     def __call__(self, texts, length=35):
-        ids = torch.full((len(texts), length), self.ids["[PAD]"])
+        ids = torch.full((len(texts), length), self.pad)
         mask = torch.zeros_like(ids)
         for i, text in enumerate(texts):
             found = [piece for word in self.words(text) for piece in self.pieces(word)]
-            found = [self.ids["[CLS]"], *found[:length - 2], self.ids["[SEP]"]]
+            found = [self.start, *found[:length - 2], self.end]
             ids[i, :len(found)], mask[i, :len(found)] = torch.tensor(found), 1
         return ids, mask
 
@@ -820,40 +783,33 @@ def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is judged
+# What is judged, and what it is compared with
 
 
 @dataclass
 class Pictures:
     """uint8 pictures by number, so that each rank takes a part."""
     name: str
-    count: int
     side: int  # px
-    labels: np.ndarray  # (N,) numbers of class_names; None: nobody says what they show
-    read: Callable  # (start, stop) -> uint8 (n, 3, side, side)
-    class_names: list = None  # None: labels are numbers of the judge's own classes
+    labels: np.ndarray  # (N,) numbers of class_names
+    class_names: list  # [""]: nobody says what they show; None: labels are numbers of the judges' classes
+    read: Callable  # numbers (n,) -> uint8 (n, 3, side, side)
     made_by: dict = field(default_factory=dict)  # {setting: value} of what is drawn here
+    asked: np.ndarray = None  # (N,) labels as numbers of the judges' classes, where these are known
 
-    def labels_among(self, names):
-        """(N,) numbers of `names`, a judge's classes; None where the classes are others, or are no classes."""
-        if self.labels is None or self.class_names in (None, names):
-            return self.labels
-        number = {name: i for i, name in enumerate(names)}
-        known = set(self.class_names) <= set(number)
-        return np.array([number[name] for name in self.class_names])[self.labels] if known else None
+    count = property(lambda self: len(self.labels))
 
 
 def read_npz(path, *names):
     """{name: array} of all that an .npz holds, or of those of `names` that it has."""
     if not str(need_file(path)).endswith(".npz"):
-        raise UserError(f"{path} is no .npz; torch-fidelity's .pt of mu and sigma becomes one by "
-                        "numpy.savez('x.npz', mu=mu, sigma=sigma), once you have read it where you trust it")
+        raise UserError(f"{path} is no .npz of images, or of mu and sigma")
     with reading(path, ".npz file"), np.load(path) as file:  # numpy's default refuses pickled objects
         return {name: file[name] for name in names or file.files if name in file.files}
 
 
 def npz_pictures(path, arrays):
-    """arr_0 uint8 (N, H, W, 3), and labels (N,) where there are some: what sample.py --num and ADM's scripts write.
+    """arr_0 uint8 (N, H, W, 3); labels (or ADM's arr_1) and class_names if there are: of sample.py --num and ADM.
 
     Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process.
     """
@@ -861,58 +817,79 @@ def npz_pictures(path, arrays):
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are "
                         f"{', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())}")
-    labels = arrays.get("labels", arrays.get("arr_1"))  # sample.py's name, ADM's
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
-        labels = None
-    again = functools.lru_cache(lambda: read_npz(path, "arr_0")["arr_0"])
-    read = lambda start, stop: torch.from_numpy(again()[start:stop].transpose(0, 3, 1, 2).copy())  # NHWC -> NCHW
+    labels = arrays.get("labels", arrays.get("arr_1"))
     names = arrays["class_names"].tolist() if "class_names" in arrays else None
-    return Pictures(str(path), len(images), images.shape[1], labels, read, names)
+    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any():
+        labels, names = np.zeros(len(images), np.int64), [""]
+    again = functools.cache(lambda: read_npz(path, "arr_0")["arr_0"])
+    return Pictures(str(path), images.shape[1], labels, names,
+                    lambda numbers: torch.from_numpy(again()[numbers].transpose(0, 3, 1, 2).copy()))  # NHWC -> NCHW
 
 
 def folder_pictures(path, size=None):
     """Every image below a folder. size: crop to it as ADM does; None: as they are, all of one size."""
-    classes, files, labels = find_images(path)
+    class_names, files, labels = find_images(path)
     with reading(files[0], "image"), Image.open(files[0]) as first:
         side = size or first.width
 
-    def one(file):
+    def one(number):
+        file = files[number]
         with reading(file, "image", ": mend it or remove it"), Image.open(file) as image:
             if not size and image.size != (side, side):
                 raise UserError(f"{file} is {image.width} x {image.height}, not {side} x {side}: crop all by --size")
-            return np.asarray(adm_crop(to_rgb(image), side)).transpose(2, 0, 1)  # HWC -> CHW
+        return read_image(file, side)
 
-    def read(start, stop):
+    def read(numbers):
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
-            return torch.from_numpy(np.stack(list(pool.map(one, files[start:stop]))))
+            return torch.from_numpy(np.stack(list(pool.map(one, numbers))))
 
     name = f"{path} (ADM centre crop to {size} px)" if size else str(path)
-    return Pictures(name, len(files), side, *((labels, read, classes) if len(classes) > 1 else (None, read)))
+    return Pictures(name, side, labels, class_names if len(class_names) > 1 else [""], read)
 
 
 def checkpoint_pictures(path, args, device, vae, real=None):
-    """Yields Pictures for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
+    """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
 
-    Image i is that of (seed, i), its class by `labels_like`. real: Data or Classifier whose mixture it is; or None.
+    Image i is that of (seed, i), its class by `labels_like`, as in `real`, Data or Classifier, where that knows them.
     """
     model = load_mar(path)
     check_vae(model, vae)
-    many = dict(zip(real.class_names, real.counts.tolist())) if real else {}
-    names, counts = model.class_names or [*many], torch.ones(model.config.num_classes)
-    if len(names) == len(counts) and set(names) <= many.keys():
-        counts = torch.tensor([many[name] for name in names])
+    known = dict(zip(real.class_names, real.counts.tolist())) if real else {}
+    names, counts = model.class_names or [*known], torch.ones(model.config.num_classes)
+    if len(names) == len(counts) and set(names) <= known.keys():
+        counts = torch.tensor([known[name] for name in names])
     labels = labels_like(counts, args.num).numpy()
+
+    def read(how, numbers):
+        if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
+            model.to(device)
+            if runs_bf16(device):
+                bf16_weights(model)
+        return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
+
+    sources = []
     for way in ways_to_draw(args, model):
         how = {**way, "seed": args.seed}
+        name = f"{path} ({', '.join(f'{name} {value}' for name, value in how.items())})"
+        sources.append(Pictures(name, model.config.img_size, labels, model.class_names,
+                                functools.partial(read, how), how))
+    return sources
 
-        def read(start, stop, how=how):
-            if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
-                model.to(device)
-                if runs_bf16(device):
-                    bf16_weights(model)
-            return draw(model, labels[start:stop], start=start, vae=vae, batch=args.batch, **how)
-        name = f"{path} ({', '.join(f'{k} {v}' for k, v in how.items())})"
-        yield Pictures(name, args.num, model.config.img_size, labels, read, model.class_names, how)
+
+def agree_on_classes(sources, real, wanted):
+    """-> the names of the judges' classes: those of `real`, Data or Classifier; else the first that a source has; else
+    ImageNet's. The sources' labels become `asked`, numbers of these; UserError where that is `wanted` and cannot be."""
+    named = [one.class_names for one in (real, *sources) if one and one.class_names not in (None, [""])]
+    names = named[0] if named else read_class_names()
+    for source in sources:
+        own = source.class_names or names
+        if set(own) <= set(names) and source.labels.max() < len(own):
+            source.asked = np.array([names.index(name) for name in own])[source.labels]
+        elif wanted:
+            raise UserError(f"{source.name} has no labels, or others than {names[0]}, ... ({len(names)} classes), and "
+                            "an image is compared with the prompt of its class: give an .npz with labels, or a folder "
+                            "with one of each class in it, and other classes in another call")
+    return names
 
 
 def statistics_in(path, arrays):
@@ -925,7 +902,8 @@ def statistics_in(path, arrays):
 
 
 def open_reference(path, side):
-    """--ref -> ({"mu", "sigma", "n" or None, "text"} of a file of statistics or {}, its Pictures or None)."""
+    """--ref -> (statistics in a file: {"mu", "sigma", "n" (None: unknown)}, or {}; Pictures, or None). ADM's file has
+    both: statistics of all of ImageNet, and 10,000 pictures, which KID, precision and recall are of."""
     if os.path.isdir(path):
         return {}, folder_pictures(path, side)
     arrays = read_npz(path)
@@ -933,102 +911,54 @@ def open_reference(path, side):
     if images and "mu" not in arrays:
         return {}, images
     mu, sigma = statistics_in(path, arrays)
-    n = int(arrays["n"]) if "n" in arrays else None
-    text = f"mu, sigma of {path}, n = {n or 'not in the file'}"
     if not images and "made_from" not in arrays:  # neither ADM's nor --save_stats': nothing in it says whose it is
-        text += (", which must come from TF1's bilinear resize, as ADM's, MAR's and torch-fidelity's do; pytorch-fid's "
-                 "and clean-fid's legacy files come from another, by which a folder has FID 112 against itself")
-    return {"mu": mu, "sigma": sigma, "n": n, "text": text}, images
-
-
-def complete_reference(reference, images, pool):
-    """`open_reference`'s statistics with what its images' features `pool` (N, 2048) add: mu and sigma where there were
-    none, and the "features" that KID and the manifolds need, 10,000 as in ADM's reference."""
-    if not reference:
-        mu, sigma = mean_and_covariance(pool)
-        reference = {"mu": mu, "sigma": sigma, "n": images.count, "text": f"mu, sigma of {images.name}"}
-    features = pool[np.linspace(0, images.count - 1, min(images.count, 10000)).astype(int)]
-    text = f"{reference['text']}; KID, precision, recall against {len(features)} of {images.count} images"
-    return {**reference, "features": features, "text": text}
+        say(f"note: {path} must come from TF1's bilinear resize, as ADM's, MAR's and torch-fidelity's do; those of "
+            "pytorch-fid come from another, by which a folder has FID 112 against itself")
+    return {"mu": mu, "sigma": sigma, "n": int(arrays["n"]) if "n" in arrays else None}, images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Judging
 
-Judge = namedtuple("Judge", "ask classes net")
-# ask(images uint8 (n, 3, H, W), labels (n,) or None) -> {what is said: tensor (n, ...)}; classes: names that labels are
-# numbers of
 
+def make_judges(args, names, real, device, rank, world):
+    """-> (Inception or None, the classifier or None, ask). ask(images uint8 (n, 3, H, W), labels (n,) or None) gives
+    all that --judges say of them, {what: tensor (n, ...)}. names: of the classes that labels are numbers of."""
+    scorers = {kind: prompt_scorer(kind, read_class_names(of_data=names), args.prompt, args.folder, device)
+               for kind in PROMPTED if kind in args.judges}
+    inception, classifier = None, real
+    if "inception" in args.judges:
+        inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
+    if args.data:
+        if rank > 0:
+            dist.barrier()  # rank 0 trains it where there is none, the others read the file
+        classifier = load_or_train_classifier(real, args.classifier or f"out/{Path(args.data).name}", 0, device)
+        if rank == 0 and world > 1:
+            dist.barrier()
 
-def make_judges(args, sources, real, device, rank, world):
-    """--judges -> {name: Judge}. real: the Data of --data, or the Classifier in a file."""
-    judges = {}
-    for name in args.judges:
-        if name == "inception":
-            net = load_inception(os.path.join(args.folder, WEIGHTS[name])).to(device)
-            judges[name] = Judge(lambda images, _, net=net: dict(zip(("pool", "logits"), net(images))), [], net)
-        elif name == "classifier":
-            if rank > 0:
-                dist.barrier()  # rank 0 trains it where there is none, the others read the file
-            folder = args.classifier or f"out/{Path(args.data).name}"
-            net = load_or_train_classifier(real, folder, 0, device) if args.data else real
-            if rank == 0 and world > 1:
-                dist.barrier()
-            judges[name] = Judge(functools.partial(ask_classifier, net), net.made_from["classes"], net)
-        else:
-            names = classes_of(sources)
-            net = prompt_scorer(name, read_class_names(of_data=names), args.prompt, args.folder, device)
-            ask = lambda images, labels, name=name, net=net: {
-                name: net(images.to(device).float() / 255, labels.to(device))}
-            judges[name] = Judge(ask, names, net)
-    return judges
-
-
-def ask_classifier(net, images, labels):
-    """What `examine` sees and, where it is known what was asked for, whether the classifier sees that."""
-    seen = examine(net, images)
-    hit = seen.pop("logits").argmax(1)
-    return seen if labels is None else {**seen, "accuracy": hit == labels}
-
-
-def classes_of(sources):
-    """The classes of all `sources`, one list, since prompts are read once; None: nobody names them."""
-    first = sources[0]
-    if first.class_names is None:
-        say(f"{first.name} names no classes: its labels are taken for ImageNet's")
-    for source in sources:
-        if source.labels is None:
-            raise UserError(f"{source.name} has no labels, and an image is compared with the prompt of its class: give "
-                            "an .npz with labels, or a folder with one of each class in it")
-        count = 1000 if source.class_names is None else len(source.class_names)
-        if source.labels.max() >= count or source.class_names != first.class_names:
-            raise UserError(f"{source.name} has other classes than {first.name}: judge them in two calls")
-    return first.class_names
+    def ask(images, labels):
+        said = {kind: score(images.to(device).float() / 255, labels.to(device)) for kind, score in scorers.items()}
+        if inception:
+            said["pool"], said["logits"] = inception(images)
+        return {**said, **examine(classifier, images, labels)} if classifier else said
+    return inception, classifier, ask
 
 
 @torch.no_grad()
-def collect(pictures, judges, batch, rank, world):
-    """What every judge says of every picture -> {what: array (N, ...)} on rank 0, None on the others.
+def collect(pictures, ask, batch, rank, world):
+    """What `ask` says of every picture -> {what: array (N, ...)} on rank 0, None on the others.
 
     A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
     """
-    share = -(-pictures.count // world)
-    first, last = min(rank * share, pictures.count), min((rank + 1) * share, pictures.count)
-    labels, parts = {name: pictures.labels_among(judge.classes) for name, judge in judges.items()}, []
-    with tqdm(total=last - first, desc=pictures.name[:40], unit="image", unit_scale=world,
+    mine, parts = np.array_split(np.arange(pictures.count), world)[rank], []
+    with tqdm(total=len(mine), desc=pictures.name[:40], unit="image", unit_scale=world,
               disable=rank > 0 or None) as bar:
-        for start in range(first, last, batch):
-            stop = min(start + batch, last)
-            images, said = pictures.read(start, stop), {}
-            for name, judge in judges.items():
-                asked = labels[name]
-                said |= judge.ask(images, None if asked is None else torch.as_tensor(asked[start:stop]).long())
-            parts.append({what: values.cpu().numpy() for what, values in said.items()})
-            for what, values in parts[-1].items():
-                if not np.isfinite(values).all():
-                    raise UserError(f"{pictures.name}: {what} is NaN or infinite among images {start} to {stop - 1}: "
-                                    "the judge's weights are damaged")
-            bar.update(stop - start)
+        for start in range(0, len(mine), batch):
+            numbers = mine[start:start + batch]
+            labels = None if pictures.asked is None else torch.from_numpy(pictures.asked[numbers])
+            said = ask(pictures.read(numbers), labels)
+            parts.append({what: as_features(values).numpy() for what, values in said.items()})
+            bar.update(len(numbers))
     if world > 1:
         shares = [None] * world if rank == 0 else None
         dist.gather_object(parts, shares)
@@ -1039,47 +969,46 @@ def collect(pictures, judges, batch, rank, world):
 FIGURES = {  # name: (decimals, what it says)
     "fid": (4, "to {reference}; images resized to 299 by TF1 bilinear without half-pixel centres, float32"),
     "is": (4, "10 splits after a shuffle, as torch-fidelity's; logits without bias"),
-    "kid": (6, "mean of 100 subsets of {subset}, unbiased, (x.y/2048 + 1)^3"),
-    "precision": (4, "share of the generated inside the reference's manifold, k = 3"),
-    "recall": (4, "share of the reference inside the manifold of the generated, k = 3"),
+    "kid": (6, "to {features}; mean of 100 subsets of 1,000 (of all, if fewer), unbiased, (x.y/2048 + 1)^3"),
+    "precision": (4, "share of the generated inside the manifold of {features}, k = 3"),
+    "recall": (4, "share of the same inside the manifold of the generated, k = 3"),
     "fd": (4, "by {classifier} to 10,000 training images at most; not FID"),
     "fd_thumb": (4, "Frechet distance of 4 x 4 thumbnails to the same images"),
-    "modes": (2, "how many of the {cells} the pictures fill, as exp(entropy) counts them"),
-    "accuracy": (4, "by {classifier}, whose own on test images is {own:.4f}"),
+    "modes": (2, "how many of the cells, 8 of shapes and else 64, the pictures fill, as exp(entropy) counts them"),
+    "accuracy": (4, "by {classifier}, whose own on test images is {own}"),
     "clip": (4, "exp(logit_scale) * cosine with the prompt {prompt}; OpenAI's ViT-L/14, pixels by bicubic"),
     "pickscore": (4, "exp(logit_scale) * cosine with the prompt {prompt}; pixels by bicubic"),
     "imagereward": (4, "normalised as published, prompt {prompt}"),
 }
 
 
-def make_row(pictures, said, judges, reference, args):
+def make_row(pictures, said, reference, classifier, args):
     """One row of the table from what the judges said of every picture: what was judged, its figures, their meaning."""
     row = {"name": pictures.name, "n": pictures.count, "made_by": pictures.made_by}
+    facts = {"prompt": repr(args.prompt), "classifier": args.classifier or f"the classifier of {args.data}"}
     if "pool" in said:
         row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
-        if reference:
-            row["fid"] = frechet_distance(*mean_and_covariance(said["pool"]), reference["mu"], reference["sigma"])
-        if "features" in reference:
-            row["kid"], row["kid_std"] = kernel_distance(said["pool"], reference["features"])
-            row["precision"], row["recall"] = precision_recall(said["pool"], reference["features"])
+        mu, sigma = mean_and_covariance(said["pool"])
         if args.save_stats:
-            mu, sigma = mean_and_covariance(said["pool"])
             with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
-                np.savez(file, n=pictures.count, made_from=pictures.name, mu=mu.astype(np.float32), sigma=sigma)
-    own, cells = 0, 0
-    if "features" in said:
-        net = judges["classifier"].net
-        row, own, cells = {**row, **figures_of(net, said)}, net.accuracy, len(net.reference["shares"])
-    row |= {name: float(said[name].astype(np.float64).mean()) for name in FIGURES if name in said}
+                np.savez(file, n=pictures.count, made_from=pictures.name, mu=mu.float().numpy(), sigma=sigma.numpy())
+    if reference:
+        facts["reference"] = f"mu, sigma of {args.ref}, n = {reference['n'] or 'not in the file'}"
+        row["fid"] = frechet_distance(mu, sigma, reference["mu"], reference["sigma"])
+    if "features" in reference:
+        facts["features"] = f"{len(reference['features'])} images of {args.ref}"
+        row["kid"], row["kid_std"] = kernel_distance(said["pool"], reference["features"])
+        row["precision"], row["recall"] = precision_recall(said["pool"], reference["features"])
+    if classifier:
+        facts["own"] = f"{classifier.accuracy:.4f}"
+        row |= figures_of(classifier, said)
+    row |= {kind: float(said[kind].mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
     few = min(pictures.count, reference.get("n") or pictures.count)
-    if few < 2048 and {"fid", "fd", "kid"} & set(row):
+    if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
             "the images, and KID scatters: compare with equal n only")
-    facts = {"reference": reference.get("text"), "prompt": repr(args.prompt), "own": own,
-             "cells": cells, "subset": min(1000, row["n"], len(reference.get("features", ()))),
-             "classifier": args.classifier or f"the classifier of {args.data}"}
-    meanings = [f"{name}: {meaning.format(**facts)}" for name, (_, meaning) in FIGURES.items() if name in row]
-    return {**row, "conventions": meanings}
+    return {**row, "conventions": [f"{name}: {text.format(**facts)}" for name, (_, text) in FIGURES.items()
+                                   if name in row]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1089,30 +1018,30 @@ def make_row(pictures, said, judges, reference, args):
 def parse_args(argv=None):
     """The flags, contradictions refused."""
     p = Parser("The judges of samples.")
+    flag = p.add_argument
     # what is judged, by whom, against what
-    p.add_argument("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
-    p.add_argument("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
-    p.add_argument("--judges", nargs="+", choices=JUDGES, default=["inception"], help="each brings columns")
-    p.add_argument("--ref", help=".npz of mu and sigma (FID alone) or of images; or a folder, cropped like the samples")
-    p.add_argument("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
-    p.add_argument("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
+    flag("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
+    flag("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
+    flag("--judges", nargs="+", choices=JUDGES, default=["inception"], help="each brings columns")
+    flag("--ref", help=".npz of mu and sigma (FID alone) or of images; or a folder, cropped like the samples")
+    flag("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
+    flag("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
     # images drawn from --ckpt; what is not given is as the checkpoint was made for
-    p.add_argument("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as in --data")
-    drawing_flags(p.add_argument)
+    flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as in --data")
+    drawing_flags(flag)
     # the judges' weights and words
-    p.add_argument("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
-    p.add_argument("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
-    p.add_argument("--classifier", help="classifier: the folder where it is kept (None: out/<data>, as distill.py); "
-                   "or its file, which needs no --data")
-    p.add_argument("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
-    p.add_argument("--out", default="out/fid", help="folder of results.json")
+    flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
+    flag("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
+    flag("--classifier", help="the folder where it is kept (None: out/<data>); or its file, without --data")
+    flag("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
+    flag("--out", default="out/fid", help="folder of results.json")
     args = p.parse_args(argv)
     check_numbers(args, one="size num ar_steps head_steps batch")
     if not args.samples + args.ckpt:
         raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
-    for flag in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
-        if not args.ckpt and getattr(args, flag) != p.get_default(flag):
-            raise UserError(f"--{flag} is for images drawn from a --ckpt: leave it out")
+    for name in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
+        if not args.ckpt and getattr(args, name) != p.get_default(name):
+            raise UserError(f"--{name} is for images drawn from a --ckpt: leave it out")
     if (args.ref or args.save_stats) and "inception" not in args.judges:
         raise UserError("--ref and --save_stats are for --judges inception: name that judge")
     if bool(args.data or args.classifier) != ("classifier" in args.judges):
@@ -1130,13 +1059,10 @@ def print_table(rows):
         say("".join(f"{cell:>12}" for cell in (row["n"], *cells)) + f"  {row['name']}")
 
 
-def add_results(path, rows):
-    """Put rows into results.json; they replace those of the same samples judged the same way. [] only reads it."""
-    same, found = lambda row: [row.get(key) for key in ("name", "n", "conventions")], []
+def rows_in(path):
+    """The rows of a results.json; of one that is not there, none."""
     with reading(path, "table of results", ": move it away, or choose another --out"):
-        found = [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
-    if rows:
-        write_json(path, {"rows": [row for row in found if same(row) not in map(same, rows)] + rows})
+        return [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
 def main(argv=None):
@@ -1156,23 +1082,27 @@ def main(argv=None):
     for pictures in [*sources, images] if images else sources:
         if pictures.count < 10:
             raise UserError(f"{pictures.name}: {pictures.count} image(s) are no distribution: 10 at least")
+    names = agree_on_classes(sources, real, wanted=any(kind in args.judges for kind in PROMPTED))
     results = Path(args.out) / "results.json"
-    add_results(results, [])  # complains now, not after the work
-    judges = make_judges(args, sources, real, device, rank, world)
-    if rank == 0 and args.save_stats:
-        check_output(args.save_stats, ".npz")
+    rows_in(results)  # complains now, not after the work
+    inception, classifier, ask = make_judges(args, names, real, device, rank, world)
     if rank == 0:
+        if args.save_stats:
+            check_output(args.save_stats, ".npz")
         os.makedirs(args.out, exist_ok=True)
     if images:
-        said = collect(images, {"inception": judges["inception"]}, args.batch, rank, world)
-        reference = complete_reference(reference, images, said["pool"]) if rank == 0 else {}
+        said = collect(images, lambda images, _: {"pool": inception(images)[0]}, args.batch, rank, world)
+        if rank == 0:
+            pool = said["pool"]
+            mu, sigma = mean_and_covariance(pool)
+            reference = {"mu": mu, "sigma": sigma, "n": images.count, **reference, "features": pool[evenly(pool)]}
     rows = []
     while sources:
         pictures = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
-        said = collect(pictures, judges, args.batch, rank, world)
+        said = collect(pictures, ask, args.batch, rank, world)
         if rank == 0:
-            rows.append(make_row(pictures, said, judges, reference, args))
-            add_results(results, rows[-1:])  # at once: a later fault takes no row with it
+            rows.append(make_row(pictures, said, reference, classifier, args))
+            write_json(results, {"rows": [*rows_in(results), rows[-1]]})  # at once: a later fault takes no row with it
     if rank == 0:
         print_table(rows)
 

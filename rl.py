@@ -332,9 +332,12 @@ def is_best(row, rows):
 def make_figures(args, data, functions, weights, device):
     """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward, the
     weighted sum "reward" of those trained on, "diversity", and of pixels what fid.judge says, of latents "fid"."""
-    # of seed 1, which only the reward `judge` sees; or of seed 0, if it is the only one and not the reward
-    classifier = classifier_of(args, data, 1, device) or (
-        None if "classifier" in weights else classifier_of(args, data, 0, device))
+    classifier = None
+    for seed, name in ((1, "judge"), (0, "classifier")):  # none that is rewarded: it would judge itself
+        if classifier is None and name not in weights:
+            classifier = classifier_of(args, data, seed, device)
+    if "judge" in weights:
+        print(f"judge is rewarded, so figures are {'by classifier_0.pt' if classifier else 'without FD'}", flush=True)
     if args.ref:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
         reference = statistics_in(args.ref, read_npz(args.ref))
