@@ -881,6 +881,8 @@ def agree_on_classes(sources, real, wanted):
     ImageNet's. The sources' labels become `asked`, numbers of these; UserError where that is `wanted` and cannot be."""
     named = [one.class_names for one in (real, *sources) if one and one.class_names not in (None, [""])]
     names = named[0] if named else read_class_names()
+    if wanted and any(one.class_names is None for one in sources):
+        say(f"labels without names are taken for numbers of these classes: {names[0]}, {names[1]}, ... ({len(names)})")
     for source in sources:
         own = source.class_names or names
         if set(own) <= set(names) and source.labels.max() < len(own):
