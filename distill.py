@@ -285,7 +285,7 @@ def distil(args, teacher, data, class_names, run, watch):
                 eps_q = critic.eps(x_t, t, c_q.detach())  # (B, P, C), as eps_p
                 eps_p = guided_eps(teacher, x_t, t, c_p, c_null, guidance_at(t, args))
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
-            slope = slope * weight_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over the masked tokens
+            slope = slope * weight_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over masked tokens
             x0.backward(slope)
             sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
 
@@ -543,8 +543,8 @@ def parse_args(argv=None):
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--passes", type=int, default=0, help="AR steps of a student that learns the pictures of the student --teacher, "
-         "in one order: 1 or 2, for speed; 0: as many as wanted, in any order")
+    flag("--passes", type=int, default=0, help="1 or 2: AR steps of a student that learns to draw, in one order, "
+         "the pictures of the student --teacher; 0: distil a teacher, for any order")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
     flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's, 755 for "
@@ -691,7 +691,7 @@ def main(argv=None):
     if args.teacher_steps and not args.data:
         raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
     if args.passes and args.data:
-        raise UserError("--passes: learns from a student alone, --teacher, which has its data's classes: leave --data out")
+        raise UserError("--passes learns from the pictures of a student, --teacher FILE, alone: leave --data out")
     device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
     teacher = open_teacher(args)

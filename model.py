@@ -489,8 +489,8 @@ class MAR(nn.Module):
         return token_orders(torch.zeros_like(keys) if self.config.passes else keys, self.config.seq_len, kind)
 
     def start_noise(self, keys, predict):
-        """What tokens are made of, one draw a token whatever step reveals it: of `predict`, (B, P, C), for the head; and
-        with `passes` of all, (B, L, C), for `transformer`, else None."""
+        """What tokens are made of, one draw a token whatever step reveals it: `predict`'s (B, P, C), for the head; with
+        `passes` that of all (B, L, C), for `transformer`, else None."""
         L, C = self.config.seq_len, self.config.token_dim
         if not self.config.passes:
             return gaussian(keys, START, predict, C), None

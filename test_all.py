@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -456,9 +457,9 @@ def test_a_student_of_few_passes_begins_as_the_one_it_learns_from():
         refused(lambda: few.generate(labels, **how), "in 2 AR steps")
 
 
-def test_tokens_of_one_pass_agree():
-    """Pictures of 2 x 2 numbers that all lean on the first one's noise: x_i = rho n_0 + sqrt(1 - rho^2) n_i, as if drawn
-    one after the other. Drawn in one pass they correlate as they should; those of an independent student, not at all."""
+def test_tokens_of_one_pass_agree(folder):
+    """Pictures of 2 x 2 numbers leaning on the first one's noise, x_i = rho n_0 + sqrt(1 - rho^2) n_i, as if drawn one
+    after the other. Drawn in one pass they correlate as they should; those of an independent student not at all."""
     torch.manual_seed(0)
     start, rho = MAR(tiny_config(img_size=2, patch_size=1, vae_channels=1, num_classes=1)).eval(), 0.8
     everything = torch.arange(4).expand(64, -1)
@@ -468,14 +469,13 @@ def test_tokens_of_one_pass_agree():
         return start.unpatchify(rho * n[:, :1] + math.sqrt(1 - rho**2) * n)
 
     start.generate, start.made = pictures, {}
-    with scratch() as folder:
-        args = argparse.Namespace(passes=1, lr=3e-3, steps=100, batch=64, warmup=0, accumulate=1, ema=0.9, seed=0,
-                                  eval_every=999, log_every=50, save_every=999, recompute=False, resume=False,
-                                  out=str(folder))
-        run = distill.Run(args, torch.device("cpu"), 0, 1, ["student"], [])
-        run.start()
-        distill.draw_in_fewer_passes(args, start, ["a"], run, mock.Mock())
-        few = load_mar(folder / "student.pt")
+    args = argparse.Namespace(passes=1, lr=3e-3, steps=100, batch=64, warmup=0, accumulate=1, ema=0.9, seed=0,
+                              eval_every=999, log_every=50, save_every=999, recompute=False, resume=False,
+                              out=str(folder))
+    run = distill.Run(args, torch.device("cpu"), 0, 1, ["student"], [])
+    run.start()
+    distill.draw_in_fewer_passes(args, start, ["a"], run, mock.Mock())
+    few = load_mar(folder / "student.pt")
     labels = torch.zeros(1000, dtype=torch.long)
     correlations = lambda x: np.corrcoef(x.flatten(1).T)[np.triu_indices(4, 1)]  # of 0-1, 0-2, 0-3, 1-2, 1-3, 2-3
     assert np.abs(correlations(few.generate(labels, 1)) - np.repeat([rho, rho**2], 3)).max() < 0.1
@@ -1072,7 +1072,7 @@ def test_sampling_neither_waits_for_the_device_nor_copies_to_it():
         raise AssertionError("a copy went unnoticed")
 
 
-def test_checkpoints_that_do_not_fit_are_refused():
+def test_checkpoints_that_do_not_fit_are_refused(folder):
     model = tiny_mar()
     good = {"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(), "args": {}, "step": 1}
     less = {name: value for name, value in good["ema"].items() if name != "mask_token"}
@@ -1084,31 +1084,29 @@ def test_checkpoints_that_do_not_fit_are_refused():
              *(({**good, "config": {**good["config"], name: value}}, [f"{name} {value!r}"])
                for name, value in settings),
              *(({**good, "class_names": names}, []) for names in (["ant"], 7, [*"abc", None]))]
-    with scratch() as folder:
-        for file, words in cases:
-            save_checkpoint(file, folder / "file.pt")
-            refused(lambda: load_mar(folder / "file.pt"), "file.pt", *words)
-        save_checkpoint(good, folder / "file.pt")
-        close(load_mar(folder / "file.pt").z_proj.weight, model.z_proj.weight, 0.0)
-        refused(lambda: load_mar(folder / "file.pt", patch_size=1), "z_proj.weight is (32, 12), not (32, 3)")
-        os.truncate(folder / "file.pt", 20000)
-        for path, words in (("file.pt", "truncated"), ("nothing.pt", "no such file"), ("", "that is a folder")):
-            refused(lambda: load_mar(folder / path), words)
+    for file, words in cases:
+        save_checkpoint(file, folder / "file.pt")
+        refused(lambda: load_mar(folder / "file.pt"), "file.pt", *words)
+    save_checkpoint(good, folder / "file.pt")
+    close(load_mar(folder / "file.pt").z_proj.weight, model.z_proj.weight, 0.0)
+    refused(lambda: load_mar(folder / "file.pt", patch_size=1), "z_proj.weight is (32, 12), not (32, 3)")
+    os.truncate(folder / "file.pt", 20000)
+    for path, words in (("file.pt", "truncated"), ("nothing.pt", "no such file"), ("", "that is a folder")):
+        refused(lambda: load_mar(folder / path), words)
 
 
-def test_what_a_checkpoint_could_run_is_not_run():
+def test_what_a_checkpoint_could_run_is_not_run(folder):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {folder}/owned",)
 
-    with scratch() as folder:
-        (folder / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
-        refused(lambda: load_mar(folder / "evil.pt"), "cannot be read")
-        assert not (folder / "owned").exists()
+    (folder / "evil.pt").write_bytes(pickle.dumps({"model": Evil()}))
+    refused(lambda: load_mar(folder / "evil.pt"), "cannot be read")
+    assert not (folder / "owned").exists()
 
 
-def test_a_checkpoint_may_lack_all_but_settings_and_weights():
-    with scratch() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+def test_a_checkpoint_may_lack_all_but_settings_and_weights(folder):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         write_student(folder)
         whole = read_checkpoint(folder / "student.pt")
         optional = ("stage", "step", "args", "class_names")
@@ -1127,27 +1125,26 @@ def test_a_checkpoint_may_lack_all_but_settings_and_weights():
         assert read_checkpoint(folder / "slim/student.pt")["args"]["ar_steps"] == 16
 
 
-def test_safetensors_are_read_or_refused_in_one_line():
+def test_safetensors_are_read_or_refused_in_one_line(folder):
     """Of every tensor that does not lie in the file, and of every dtype that is not read, the name."""
     def file(dtype="F32", shape=(2,), offsets=(0, 8), body=bytes(8)):
         tensor = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
         header = json.dumps({"__metadata__": {}, "w": tensor}).encode()
         return len(header).to_bytes(8, "little") + header + body
 
-    with scratch() as folder:
-        path = folder / "x.safetensors"
-        path.write_bytes(file(body=np.float32([1, 2]).tobytes()))
-        assert read_checkpoint(path)["w"].tolist() == [1, 2]
-        for content, word in ((file("F8_E4M3", (8,)), "w is of dtype F8_E4M3"), (file("I16", (4,)), "I16"),
-                              (file(shape=(3,)), "whole"), (file(offsets=(0, 16), shape=(4,)), "whole"),
-                              (file(offsets=(0, 7)), "whole"), (file()[:40], "whole"), (b"", "whole"),
-                              (file(offsets=None), "whole"), ((1 << 60).to_bytes(8, "little") + b"{", "whole"),
-                              ((2).to_bytes(8, "little") + b"[]", "whole")):
-            path.write_bytes(content)
-            refused(lambda: read_checkpoint(path), "x.safetensors", word)
+    path = folder / "x.safetensors"
+    path.write_bytes(file(body=np.float32([1, 2]).tobytes()))
+    assert read_checkpoint(path)["w"].tolist() == [1, 2]
+    for content, word in ((file("F8_E4M3", (8,)), "w is of dtype F8_E4M3"), (file("I16", (4,)), "I16"),
+                          (file(shape=(3,)), "whole"), (file(offsets=(0, 16), shape=(4,)), "whole"),
+                          (file(offsets=(0, 7)), "whole"), (file()[:40], "whole"), (b"", "whole"),
+                          (file(offsets=None), "whole"), ((1 << 60).to_bytes(8, "little") + b"{", "whole"),
+                          ((2).to_bytes(8, "little") + b"[]", "whole")):
+        path.write_bytes(content)
+        refused(lambda: read_checkpoint(path), "x.safetensors", word)
 
 
-def test_checkpoints_are_read_as_people_keep_them():
+def test_checkpoints_are_read_as_people_keep_them(folder):
     """Whatever stands before the names, wherever the weights lie, with args as an object, a dict or not at all."""
     model = tiny_mar(img_size=64, vae_stride=16, patch_size=1, vae_channels=16, width=48, heads=4)
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
@@ -1160,38 +1157,36 @@ def test_checkpoints_are_read_as_people_keep_them():
             "shadow": {"model": state, "ema": {"decay": 0.9, "shadow_params": [*state.values()]}},
             "dict": {"model": state, "args": {"vae_stride": 16, "vae_embed_dim": 16, "patch_size": 1, "img_size": 64}},
             "half": {"model": {name: value.half().float() for name, value in state.items()}}}
-    with scratch() as folder:
-        for name, file in kept.items():
-            torch.save(file, folder / name)
-            loaded = load_mar(folder / name, heads=4)
-            assert loaded.config == replace(model.config, dropout=0.1, mask_ratio_min=0.7, t_init=755), name
-            close(loaded.mask_token, model.mask_token, 1e-3)
-        write_safetensors(state, folder / "mar.safetensors")
-        close(load_mar(folder / "mar.safetensors", heads=4).mask_token, model.mask_token, 0.0)
-        close(load_mar(folder / "model_ema", ema=False, heads=4).mask_token, model.mask_token + 1, 0.0)
-        refused(lambda: load_mar(folder / "bare"), "width 48", "heads=N")
-        for value, word in ((torch.zeros(9), "is (9,)"), (torch.ones(48).char(), "torch.int8"), ("x", "missing")):
-            torch.save({"model": {**state, "diffloss.net.cond_embed.bias": value}}, folder / "shape")
-            refused(lambda: load_mar(folder / "shape", heads=4), "diffloss.net.cond_embed.bias", word)
-        for channels, words in (("16", "TypeError"), (17, "of 16 numbers are no square of latents of 17 channels")):
-            torch.save({"model": state, "args": {"vae_embed_dim": channels}}, folder / "args")
-            refused(lambda: load_mar(folder / "args", heads=4), words)
-        for culprit in (Path("x"), np.float64(1.5)):
-            torch.save({"model": state, "args": argparse.Namespace(x=culprit)}, folder / "culprit")
-            error = refused(lambda: load_mar(folder / "culprit"), "it holds an object of", type(culprit).__module__[:5])
-            assert error.isprintable()
+    for name, file in kept.items():
+        torch.save(file, folder / name)
+        loaded = load_mar(folder / name, heads=4)
+        assert loaded.config == replace(model.config, dropout=0.1, mask_ratio_min=0.7, t_init=755), name
+        close(loaded.mask_token, model.mask_token, 1e-3)
+    write_safetensors(state, folder / "mar.safetensors")
+    close(load_mar(folder / "mar.safetensors", heads=4).mask_token, model.mask_token, 0.0)
+    close(load_mar(folder / "model_ema", ema=False, heads=4).mask_token, model.mask_token + 1, 0.0)
+    refused(lambda: load_mar(folder / "bare"), "width 48", "heads=N")
+    for value, word in ((torch.zeros(9), "is (9,)"), (torch.ones(48).char(), "torch.int8"), ("x", "missing")):
+        torch.save({"model": {**state, "diffloss.net.cond_embed.bias": value}}, folder / "shape")
+        refused(lambda: load_mar(folder / "shape", heads=4), "diffloss.net.cond_embed.bias", word)
+    for channels, words in (("16", "TypeError"), (17, "of 16 numbers are no square of latents of 17 channels")):
+        torch.save({"model": state, "args": {"vae_embed_dim": channels}}, folder / "args")
+        refused(lambda: load_mar(folder / "args", heads=4), words)
+    for culprit in (Path("x"), np.float64(1.5)):
+        torch.save({"model": state, "args": argparse.Namespace(x=culprit)}, folder / "culprit")
+        error = refused(lambda: load_mar(folder / "culprit"), "it holds an object of", type(culprit).__module__[:5])
+        assert error.isprintable()
 
 
-def test_checkpoint_write_is_all_or_nothing():
-    with scratch() as folder:
-        path = folder / "x.pt"
-        save_checkpoint({"a": torch.ones(3)}, path)
-        before = path.read_bytes()
-        try:
-            save_checkpoint({"a": lambda: 0}, path)  # fails half-way
-        except Exception:
-            pass
-        assert path.read_bytes() == before and [p.name for p in folder.iterdir()] == ["x.pt"]
+def test_checkpoint_write_is_all_or_nothing(folder):
+    path = folder / "x.pt"
+    save_checkpoint({"a": torch.ones(3)}, path)
+    before = path.read_bytes()
+    try:
+        save_checkpoint({"a": lambda: 0}, path)  # fails half-way
+    except Exception:
+        pass
+    assert path.read_bytes() == before and [p.name for p in folder.iterdir()] == ["x.pt"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1223,7 +1218,7 @@ def test_muon_moves_each_matrix_along_an_orthogonal_one():
         assert abs((p - before).norm() / (textbook - before).norm() - 1) < 0.2
 
 
-def test_average_of_weights_and_levels_of_the_losses():
+def test_average_of_weights_and_levels_of_the_losses(folder):
     """update_ema keeps `decay` of the old. Time steps are uniform over a range with both its ends, and the student's
     are T_MIN..T_MAX, the critic's and the teacher's all 1,000."""
     ema, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
@@ -1240,14 +1235,14 @@ def test_average_of_weights_and_levels_of_the_losses():
         seen.setdefault(purpose - purpose % 64, []).append(found[1].flatten())  # the teacher's draws are TEACHER + i
         return found
 
-    with scratch() as folder, mock.patch.object(distill, "noised", noted):
+    with mock.patch.object(distill, "noised", noted):
         blind_distill(folder, "--teacher_batch", 64, "--batch", 64)
     for purpose, low, high in ((distill.STUDENT, 20, 973), (distill.CRITIC, 0, 999), (distill.TEACHER, 0, 999)):
         t = torch.cat(seen[purpose])
         assert low <= t.min() < low + 15 and high - 15 < t.max() <= high and len(t) > 1500, (purpose, t.min(), t.max())
 
 
-def test_distillation_brings_the_student_to_the_data():
+def test_distillation_brings_the_student_to_the_data(folder):
     """One step of a teacher of 200 updates is a blur; 50 updates by either loss must take much of that away.
     Measured on the tokens themselves: Frechet distance of their Gaussian to the data's."""
     def distance(folder, name, **how):
@@ -1259,7 +1254,7 @@ def test_distillation_brings_the_student_to_the_data():
     small = replace(SIZES["shapes"], width=48, encoder_depth=2, decoder_depth=2, head_depth=2, head_width=96)
     model = MAR(small)
     real = fid.mean_and_covariance(model.patchify(shapes.batch(np.arange(2048), np.zeros(2048, bool))[0]).flatten(0, 1))
-    with scratch() as folder, mock.patch.dict(globals(), TINY_SHAPES=small):
+    with mock.patch.dict(globals(), TINY_SHAPES=small):
         blind_distill(folder, "--teacher_steps", 200, "--teacher_batch", 16, "--steps", 0, "--save_every", 999)
         start, said = distance(folder, "teacher.pt", guidance=2.0, guidance_schedule="constant"), []
         for loss in ("gsim", "vsd"):
@@ -1392,23 +1387,22 @@ def apart(ours, theirs):
     return (squares({name: ours[name] - theirs[name] for name in theirs}) / squares(theirs)).sqrt().item()
 
 
-def test_two_processes_train_as_one():
+def test_two_processes_train_as_one(folder):
     """The whole program on one process and on two. What holds to 1e-6, and why the student's bound is looser here, is
     the next test's."""
-    with scratch() as folder:
-        on_ranks(2, lambda: tiny_distill(folder))
-        # Two teachers that differ by rounding, 3e-8: the student's first gradient is the difference that the class
-        # makes in the teacher's scores, which after 6 steps of training is a thousandth of them. One process with a
-        # teacher moved by 6e-8 is as far off: 8e-5.
-        bounds = (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3))
-        for name, key, bound in bounds:
-            one, two = weights(whole_run(), name, key), weights(folder, name, key)
-            assert apart(two, one) < bound, (name, key, apart(two, one))
+    on_ranks(2, lambda: tiny_distill(folder))
+    # Two teachers that differ by rounding, 3e-8: the student's first gradient is the difference that the class
+    # makes in the teacher's scores, which after 6 steps of training is a thousandth of them. One process with a
+    # teacher moved by 6e-8 is as far off: 8e-5.
+    bounds = (("teacher.pt", "ema", 1e-6), ("resume.pt", "model", 1e-3), ("resume.pt", "critic", 1e-3))
+    for name, key, bound in bounds:
+        one, two = weights(whole_run(), name, key), weights(folder, name, key)
+        assert apart(two, one) < bound, (name, key, apart(two, one))
 
 
 def one_and_twenty_steps_of_everything(folder, out):
-    """Teacher; student and critic; a student of fewer passes; rl: one step, and 20, on as many processes as there are, into folder/out/STAGE_N.
-    All start alike, at folder/teacher.pt and folder/student.pt."""
+    """Teacher; student and critic; a student of fewer passes; rl: one step, and 20, on as many processes as there are,
+    into folder/out/STAGE_N. All start alike, at folder/teacher.pt and folder/student.pt."""
     with all_tiny(), mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind):
         for n in ("1", "20"):
             flags = lambda stage: ["--data", "shapes", "--device", "cpu", "--batch", "8", "--log_every", "20",
@@ -1424,7 +1418,7 @@ def one_and_twenty_steps_of_everything(folder, out):
                                    "--calls", "8", "--chunk", "64", "--ar_steps", "2"])
 
 
-def test_one_two_and_four_processes_train_alike():
+def test_one_two_and_four_processes_train_alike(folder):
     """The same batch on 1, 2 and 4 processes: gradients of a step, and parameters after 20, agree to 1e-6 (relative,
     float32), of the teacher, of the student and the critic with real contexts and with own, and of rl's student.
 
@@ -1432,33 +1426,32 @@ def test_one_two_and_four_processes_train_alike():
     (5e-4, beta_1 = 0), so with those it is 3e-6 to 9e-6 after 20 steps. Much of it sits in the bias of
     attention's keys, whose gradient is zero by symmetry: Adam makes full steps of its rounding. No output knows of it.
     """
-    with scratch() as folder:
-        for stage in ("teacher", "student"):
-            tiny_mar(folder, stage, img_size=16, patch_size=4, num_classes=8)
-        one_and_twenty_steps_of_everything(folder, 1)
-        worst = {}
-        for world in (2, 4):
-            on_ranks(world, lambda: one_and_twenty_steps_of_everything(folder, world))
-            for stage, networks in {"teacher": ("model",), "student": ("model", "critic"), "own": ("model", "critic"),
-                                    "passes": ("model",), "rl": ("model",)}.items():
-                one, many = ([read_checkpoint(folder / f"{w}" / f"{stage}_{n}" / "resume.pt") for n in (1, 20)]
-                             for w in (1, world))
-                for network in networks:
-                    optimizer = "critic_optimizer" if network == "critic" else "optimizer"
-                    g, h = ({i: state["exp_avg"] for i, state in z[0][optimizer]["state"].items()} for z in (many, one))
-                    name = stage if network == "model" else f"critic of {stage}"
-                    for what, ours, theirs in (("gradient", g, h), ("parameters", many[1][network], one[1][network])):
-                        worst[name, what] = max(worst.get((name, what), 0), apart(ours, theirs))
-                    moved = apart(one[1][network], one[0][network])
-                    assert moved > 1e-4, f"{name} hardly moved: {moved}"
-        # REINFORCE's v is a difference of rewards that agree in their first digits: it loses those. Contexts that
-        # differ by rounding, here because each process draws its own, move GSIM's gradient of this random network by
-        # 1e-3, and no more when they differ a hundred times as much; a start's pictures are drawn so, too
-        loose = (worst.pop(("rl", "gradient")) < 1e-5 and worst.pop(("own", "gradient")) < 3e-3
-                 and worst.pop(("own", "parameters")) < 1e-4 and worst.pop(("passes", "gradient")) < 1e-5
-                 and worst.pop(("passes", "parameters")) < 1e-4)
-        assert loose and max(worst.values()) < 1e-6, worst
-        return ", ".join(f"{name}'s {what} {error:.0e}" for (name, what), error in worst.items())
+    for stage in ("teacher", "student"):
+        tiny_mar(folder, stage, img_size=16, patch_size=4, num_classes=8)
+    one_and_twenty_steps_of_everything(folder, 1)
+    worst = {}
+    for world in (2, 4):
+        on_ranks(world, lambda: one_and_twenty_steps_of_everything(folder, world))
+        for stage, networks in {"teacher": ("model",), "student": ("model", "critic"), "own": ("model", "critic"),
+                                "passes": ("model",), "rl": ("model",)}.items():
+            one, many = ([read_checkpoint(folder / f"{w}" / f"{stage}_{n}" / "resume.pt") for n in (1, 20)]
+                         for w in (1, world))
+            for network in networks:
+                optimizer = "critic_optimizer" if network == "critic" else "optimizer"
+                g, h = ({i: state["exp_avg"] for i, state in z[0][optimizer]["state"].items()} for z in (many, one))
+                name = stage if network == "model" else f"critic of {stage}"
+                for what, ours, theirs in (("gradient", g, h), ("parameters", many[1][network], one[1][network])):
+                    worst[name, what] = max(worst.get((name, what), 0), apart(ours, theirs))
+                moved = apart(one[1][network], one[0][network])
+                assert moved > 1e-4, f"{name} hardly moved: {moved}"
+    # REINFORCE's v is a difference of rewards that agree in their first digits: it loses those. Contexts that
+    # differ by rounding, here because each process draws its own, move GSIM's gradient of this random network by
+    # 1e-3, and no more when they differ a hundred times as much; a start's pictures are drawn so, too
+    loose = (worst.pop(("rl", "gradient")) < 1e-5 and worst.pop(("own", "gradient")) < 3e-3
+             and worst.pop(("own", "parameters")) < 1e-4 and worst.pop(("passes", "gradient")) < 1e-5
+             and worst.pop(("passes", "parameters")) < 1e-4)
+    assert loose and max(worst.values()) < 1e-6, worst
+    return ", ".join(f"{name}'s {what} {error:.0e}" for (name, what), error in worst.items())
 
 
 def five_steps_in_two_parts(folder, out):
@@ -1467,43 +1460,41 @@ def five_steps_in_two_parts(folder, out):
                   "1e-4", "--critic_lr", "1e-4", "--accumulate", 2, "--save_every", 99)
 
 
-def test_parts_train_alike_on_two_processes():
+def test_parts_train_alike_on_two_processes(folder):
     """A step must leave nothing behind that makes the next one send its first part."""
-    with scratch() as folder:
-        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        five_steps_in_two_parts(folder, "1")
-        on_ranks(2, lambda: five_steps_in_two_parts(folder, "2"))
-        for key in ("model", "critic"):
-            one, two = (weights(folder / world, "resume.pt", key) for world in "12")
-            assert apart(two, one) < 1e-6 < apart(one, weights(folder, "teacher.pt")), (key, apart(two, one))
+    tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+    five_steps_in_two_parts(folder, "1")
+    on_ranks(2, lambda: five_steps_in_two_parts(folder, "2"))
+    for key in ("model", "critic"):
+        one, two = (weights(folder / world, "resume.pt", key) for world in "12")
+        assert apart(two, one) < 1e-6 < apart(one, weights(folder, "teacher.pt")), (key, apart(two, one))
 
 
 # Without data
 
 
-def test_own_contexts_are_the_students_pictures_and_no_data_are_read():
+def test_own_contexts_are_the_students_pictures_and_no_data_are_read(folder):
     """The first drawing is the start's, of (seed, place), of all classes alike often; later ones are the average's."""
     def no_data(*_, **__):
         raise AssertionError("data were opened")
 
-    with scratch() as folder:
-        teacher = tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=4)
-        judge = (HERE / "assets/cifar10/classifier_0.pt").read_bytes()
-        (folder / "classifier_0.pt").write_bytes(judge)
-        with mock.patch.object(distill, "open_data", no_data), mock.patch.object(distill, "Watch", Blind):
-            distill.main(["--teacher", f"{folder}/teacher.pt", "--device", "cpu", "--steps", "17", "--batch", "8",
-                          "--out", f"{folder}/run", "--lr", "1e-3", "--warmup", "0", "--ema", "0.5", "--seed", "5"])
-        assert (folder / "run" / "classifier_0.pt").read_bytes() == judge  # rl.py looks for it there
-        file = read_checkpoint(folder / "run" / "resume.pt")
-        pool, labels = file["pool"]["tokens"], file["pool"]["labels"]
-        assert labels.view(-1, 8)[:3].sort(1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 3  # updates 0, 8, 16
-        assert not labels[24:].any() and not pool[24:].any()
-        close(pool[:8], teacher.patchify(teacher.generate(labels[:8], 8, seeds=[(7, i) for i in range(8)])), 1e-5)
-        for start in (8, 16):
-            seeds = [(7, i) for i in range(start, start + 8)]
-            drawn = teacher.patchify(teacher.generate(labels[start:start + 8], 8, seeds=seeds))
-            assert apart({"": pool[start:start + 8]}, {"": drawn}) > 1e-4, "drawn by the start, not by the average"
-        assert apart(file["model"], teacher.state_dict()) > 1e-3
+    teacher = tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=4)
+    judge = (HERE / "assets/cifar10/classifier_0.pt").read_bytes()
+    (folder / "classifier_0.pt").write_bytes(judge)
+    with mock.patch.object(distill, "open_data", no_data), mock.patch.object(distill, "Watch", Blind):
+        distill.main(["--teacher", f"{folder}/teacher.pt", "--device", "cpu", "--steps", "17", "--batch", "8",
+                      "--out", f"{folder}/run", "--lr", "1e-3", "--warmup", "0", "--ema", "0.5", "--seed", "5"])
+    assert (folder / "run" / "classifier_0.pt").read_bytes() == judge  # rl.py looks for it there
+    file = read_checkpoint(folder / "run" / "resume.pt")
+    pool, labels = file["pool"]["tokens"], file["pool"]["labels"]
+    assert labels.view(-1, 8)[:3].sort(1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 3  # updates 0, 8, 16
+    assert not labels[24:].any() and not pool[24:].any()
+    close(pool[:8], teacher.patchify(teacher.generate(labels[:8], 8, seeds=[(7, i) for i in range(8)])), 1e-5)
+    for start in (8, 16):
+        seeds = [(7, i) for i in range(start, start + 8)]
+        drawn = teacher.patchify(teacher.generate(labels[start:start + 8], 8, seeds=seeds))
+        assert apart({"": pool[start:start + 8]}, {"": drawn}) > 1e-4, "drawn by the start, not by the average"
+    assert apart(file["model"], teacher.state_dict()) > 1e-3
 
 
 def test_the_student_in_assets_draws_the_classes_and_so_do_its_own_contexts():
@@ -1520,7 +1511,7 @@ def test_the_student_in_assets_draws_the_classes_and_so_do_its_own_contexts():
                      for who, row in zip(("student", "teacher in one step"), rows))
 
 
-def test_own_says_how_many_updates_have_own_contexts():
+def test_own_says_how_many_updates_have_own_contexts(folder):
     pictures, steps = distill.OwnPictures.pictures, []
 
     def count(pool, model, seed, time, run):
@@ -1528,34 +1519,33 @@ def test_own_says_how_many_updates_have_own_contexts():
         steps.append(run.step - 1)
         return pictures(pool, model, seed, time, run)
 
-    with scratch() as folder, mock.patch.object(distill.OwnPictures, "pictures", count):
+    with mock.patch.object(distill.OwnPictures, "pictures", count):
         tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
         blind_distill(folder / "run", "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 8,
                       "--own", 0.25)
         assert steps == [3, 7]
 
 
-def test_without_data_the_teacher_decides_the_defaults_and_the_folder():
-    with scratch() as folder:
-        for size in ("shapes", "cifar10_cpu"):
-            model = MAR(SIZES[size])
-            (folder / size).mkdir()
-            path = f"{folder}/{size}/teacher.pt"
-            wanted = {**distill.DEFAULTS[size], "teacher": path, "teacher_steps": 0, "own": 1, "out": f"out/{size}",
-                      "data": None, "ar_steps": 5}
-            # by the name of its size; by its width where it says none, or one of another width
-            for said in ({"size": size}, {}, {"size": "large"}, {"size": "a size of my own"}):
-                save_checkpoint({"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(),
-                                 "args": {"ar_steps": 5, **said}}, path)
-                args = distill.parse_args(["--teacher", path, "--size", "cifar10"])  # the teacher's size, not --size
-                assert {name: vars(args)[name] for name in wanted if name != "size"} == {
-                    name: value for name, value in wanted.items() if name != "size"}
-        for flags in [], ["--teacher", PUBLIC["mar_large"][1]]:
-            args = distill.parse_args(flags)
-            assert (args.out, args.own) == ("out/imagenet", 1)
-            assert args.teacher == (flags or [PUBLIC["mar_base"][1]])[-1]
-        args = distill.parse_args(["--data", "cifar10", "--size", "cifar10_cpu"])
-        assert (args.batch, args.out, args.own, args.teacher) == (16, "out/cifar10", 0, None)
+def test_without_data_the_teacher_decides_the_defaults_and_the_folder(folder):
+    for size in ("shapes", "cifar10_cpu"):
+        model = MAR(SIZES[size])
+        (folder / size).mkdir()
+        path = f"{folder}/{size}/teacher.pt"
+        wanted = {**distill.DEFAULTS[size], "teacher": path, "teacher_steps": 0, "own": 1, "out": f"out/{size}",
+                  "data": None, "ar_steps": 5}
+        # by the name of its size; by its width where it says none, or one of another width
+        for said in ({"size": size}, {}, {"size": "large"}, {"size": "a size of my own"}):
+            save_checkpoint({"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(),
+                             "args": {"ar_steps": 5, **said}}, path)
+            args = distill.parse_args(["--teacher", path, "--size", "cifar10"])  # the teacher's size, not --size
+            assert {name: vars(args)[name] for name in wanted if name != "size"} == {
+                name: value for name, value in wanted.items() if name != "size"}
+    for flags in [], ["--teacher", PUBLIC["mar_large"][1]]:
+        args = distill.parse_args(flags)
+        assert (args.out, args.own) == ("out/imagenet", 1)
+        assert args.teacher == (flags or [PUBLIC["mar_base"][1]])[-1]
+    args = distill.parse_args(["--data", "cifar10", "--size", "cifar10_cpu"])
+    assert (args.batch, args.out, args.own, args.teacher) == (16, "out/cifar10", 0, None)
 
 
 def one_of(rank=0, world=1):
@@ -1642,22 +1632,21 @@ def test_gradients_are_those_of_torchs_ddp():
             f"by CPU time {cpu:.3f}; {len(ratios)} rounds, {1000 * statistics.median(said['ours']):.0f} ms a step)")
 
 
-def test_accumulation_and_variants_run():
-    with scratch() as folder:
-        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8, decoder_depth=3)
-        teacher = ("--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
-        results = {}
-        for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
-                            "bf16": ("--dtype", "bfloat16"),
-                            "plain_g1": ("--guidance", 1)}.items():
-            blind_distill(folder / name, *teacher, *flags)
-            results[name] = weights(folder / name, "resume.pt", "model")
-        start = weights(folder, "teacher.pt")
-        for name, state in results.items():
-            moved = sum((results["plain"][key] - start[key]).square().sum() for key in start) ** 0.5
-            other = sum((results["plain"][key] - state[key]).square().sum() for key in start) ** 0.5 / moved
-            if name != "plain":
-                assert other < 1e-4 if name == "accumulate" else other > 0.03, (name, other)
+def test_accumulation_and_variants_run(folder):
+    tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8, decoder_depth=3)
+    teacher = ("--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 2)
+    results = {}
+    for name, flags in {"plain": (), "accumulate": ("--accumulate", 4), "vsd": ("--loss", "vsd"),
+                        "bf16": ("--dtype", "bfloat16"),
+                        "plain_g1": ("--guidance", 1)}.items():
+        blind_distill(folder / name, *teacher, *flags)
+        results[name] = weights(folder / name, "resume.pt", "model")
+    start = weights(folder, "teacher.pt")
+    for name, state in results.items():
+        moved = sum((results["plain"][key] - start[key]).square().sum() for key in start) ** 0.5
+        other = sum((results["plain"][key] - state[key]).square().sum() for key in start) ** 0.5 / moved
+        if name != "plain":
+            assert other < 1e-4 if name == "accumulate" else other > 0.03, (name, other)
 
 
 def test_help_shows_the_defaults_that_hold():
@@ -1683,67 +1672,64 @@ RENAMED = {  # class names of a network -> what the line says of the first that 
     "none": (None, None), "numbers": ([*map(str, range(8))], None), "alike": (CLASSES, None)}
 
 
-def test_classes_are_compared_by_their_names():
+def test_classes_are_compared_by_their_names(folder):
     """Of a teacher or a student with the data's, where both have some: as many, otherwise named, is no match."""
-    with scratch() as folder:
-        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        write_student(folder)
-        for kind, (names, *words) in RENAMED.items():
-            for stage in ("teacher", "student"):
-                file = read_checkpoint(folder / f"{stage}.pt")
-                save_checkpoint({**file, "class_names": names}, folder / f"{stage}_{kind}.pt")
-            said = io.StringIO()
-            teach = lambda: blind_distill(folder / kind, "--teacher", folder / f"teacher_{kind}.pt", "--steps", 1,
-                                          "--teacher_steps", 0, said=said)
-            reward = lambda: run_rl(folder, "--ckpt", folder / f"student_{kind}.pt", "--out", folder / f"rl_{kind}",
-                                    "--steps", 1, said=said)
-            for go in (teach, reward):
-                if words != [None]:
-                    refused(go, *words)
-                else:
-                    go()
-            assert said.getvalue().count("names no classes: its class 0 is taken for disc") == 2 * (
-                kind in ("none", "numbers")), said.getvalue()
-            assert (folder / kind).exists() == (folder / f"rl_{kind}").exists() == (words == [None])
-
-
-def test_a_resumed_run_stands_on_the_file_it_began_with():
-    """Another teacher, or start of rl.py, under the same name is refused; the same file under another name is not."""
-    with scratch() as folder:
-        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        write_student(folder)
-        teach = lambda name, *more: blind_distill(folder / "d", "--teacher", folder / name, "--teacher_steps", 0, *more)
-        reward = lambda name, *more: run_rl(folder, "--ckpt", folder / name, "--out", folder / "r", *more)
-        for stage, go in (("teacher", teach), ("student", reward)):
-            go(f"{stage}.pt", "--steps", 1)
-            shutil.move(folder / f"{stage}.pt", folder / f"moved_{stage}.pt")
-            go(f"moved_{stage}.pt", "--steps", 2, "--resume")
-            file = read_checkpoint(folder / f"moved_{stage}.pt")
-            file["ema"]["mask_token"] = file["ema"]["mask_token"] + 1
-            for kind, other in (("weights", file), ("step", {**file, "step": 7})):
-                save_checkpoint(other, folder / f"{stage}.pt")
-                refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "did not start from this", f"{stage}.pt")
-        assert read_checkpoint(folder / "d/resume.pt")["step"] == read_checkpoint(folder / "r/resume.pt")["step"] == 2
-
-
-def test_resume_with_other_flags_goes_on_or_says_why_not():
-    """What does not fit ends in one line. What fits and differs is told, and holds."""
-    with scratch() as folder:
-        blind_distill(folder / "run", "--own", 0.5)
-        refused(lambda: blind_distill(folder / "run", "--resume"), "has --own 0.5", "not 0")
-        refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--resume", "--batch", 16), "has --batch 8, not 16")
-        with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
-            refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--lr", "1e-5"), "has --lr 0.0005, not 1e-05")
+    tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+    write_student(folder)
+    for kind, (names, *words) in RENAMED.items():
+        for stage in ("teacher", "student"):
+            file = read_checkpoint(folder / f"{stage}.pt")
+            save_checkpoint({**file, "class_names": names}, folder / f"{stage}_{kind}.pt")
         said = io.StringIO()
-        blind_distill(folder / "run", "--own", 0.5, "--resume", "--steps", 8, "--lr", "1e-5", said=said)
-        assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
-        assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
-        assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
-        write_student(folder)
-        refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (stage student")
+        teach = lambda: blind_distill(folder / kind, "--teacher", folder / f"teacher_{kind}.pt", "--steps", 1,
+                                      "--teacher_steps", 0, said=said)
+        reward = lambda: run_rl(folder, "--ckpt", folder / f"student_{kind}.pt", "--out", folder / f"rl_{kind}",
+                                "--steps", 1, said=said)
+        for go in (teach, reward):
+            if words != [None]:
+                refused(go, *words)
+            else:
+                go()
+        assert said.getvalue().count("names no classes: its class 0 is taken for disc") == 2 * (
+            kind in ("none", "numbers")), said.getvalue()
+        assert (folder / kind).exists() == (folder / f"rl_{kind}").exists() == (words == [None])
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_resumed_run_stands_on_the_file_it_began_with(folder):
+    """Another teacher, or start of rl.py, under the same name is refused; the same file under another name is not."""
+    tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+    write_student(folder)
+    teach = lambda name, *more: blind_distill(folder / "d", "--teacher", folder / name, "--teacher_steps", 0, *more)
+    reward = lambda name, *more: run_rl(folder, "--ckpt", folder / name, "--out", folder / "r", *more)
+    for stage, go in (("teacher", teach), ("student", reward)):
+        go(f"{stage}.pt", "--steps", 1)
+        shutil.move(folder / f"{stage}.pt", folder / f"moved_{stage}.pt")
+        go(f"moved_{stage}.pt", "--steps", 2, "--resume")
+        file = read_checkpoint(folder / f"moved_{stage}.pt")
+        file["ema"]["mask_token"] = file["ema"]["mask_token"] + 1
+        for kind, other in (("weights", file), ("step", {**file, "step": 7})):
+            save_checkpoint(other, folder / f"{stage}.pt")
+            refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "did not start from this", f"{stage}.pt")
+    assert read_checkpoint(folder / "d/resume.pt")["step"] == read_checkpoint(folder / "r/resume.pt")["step"] == 2
+
+
+def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
+    """What does not fit ends in one line. What fits and differs is told, and holds."""
+    blind_distill(folder / "run", "--own", 0.5)
+    refused(lambda: blind_distill(folder / "run", "--resume"), "has --own 0.5", "not 0")
+    refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--resume", "--batch", 16), "has --batch 8, not 16")
+    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
+        refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--lr", "1e-5"), "has --lr 0.0005, not 1e-05")
+    said = io.StringIO()
+    blind_distill(folder / "run", "--own", 0.5, "--resume", "--steps", 8, "--lr", "1e-5", said=said)
+    assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
+    assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
+    assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
+    write_student(folder)
+    refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (stage student")
+
+
+def test_a_second_signal_ends_at_once(folder):
     """torchrun passes on what the terminal has sent already: within a second it is the same signal."""
     def work():
         args = distill.parse_args(["--data", "shapes", "--out", str(folder)])
@@ -1755,17 +1741,16 @@ def test_a_second_signal_ends_at_once():
             with mock.patch.object(distill.time, "time", lambda: now):
                 signal.raise_signal(signal.SIGINT)
 
-    with scratch() as folder:
-        result = Command(work).ended()
+    result = Command(work).ended()
     assert result.returncode == -signal.SIGINT and result.stdout.split() == ["0", "0.6", "1.2"], result
     assert "stopping after this update; once more ends now" in result.stderr
 
 
-def test_a_signal_ends_a_run_at_once_and_resume_makes_it_whole():
+def test_a_signal_ends_a_run_at_once_and_resume_makes_it_whole(folder):
     """In an update: it is the last, and saved whatever --save_every says. In a look that a save comes before: now.
     While nothing is to be saved, in the first look: now, and nothing is in the way of another start. Then --resume
     makes what was broken off: networks, optimisers, log, table, best.pt are those of a run left alone."""
-    with scratch() as folder, mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
+    with mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         write_student(folder)
         stop, off = (signal.SIGINT, 130), (signal.SIGTERM, 0)
         reward = ("--steps", 3, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
@@ -1803,7 +1788,7 @@ def test_rows_of_a_table_may_lack_figures():
             heads == ["fd"])], lines
 
 
-def test_a_signal_to_one_of_two_ranks_ends_both_at_the_next_log_line():
+def test_a_signal_to_one_of_two_ranks_ends_both_at_the_next_log_line(folder):
     def work():
         real = distill.update_ema
 
@@ -1816,12 +1801,11 @@ def test_a_signal_to_one_of_two_ranks_ends_both_at_the_next_log_line():
         with mock.patch.object(distill, "update_ema", told):
             blind_distill(folder / "out", "--steps", 0, "--teacher_steps", 9, "--log_every", 4, "--save_every", 99)
 
-    with scratch() as folder:
-        on_ranks(2, work)  # exit code 0 of both
-        assert read_checkpoint(folder / "out" / "resume.pt")["step"] == 4
+    on_ranks(2, work)  # exit code 0 of both
+    assert read_checkpoint(folder / "out" / "resume.pt")["step"] == 4
 
 
-def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint():
+def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
     """A learning rate that blows up, a critic's loss, a reward: nothing may be logged or saved after it, though both
     are due at every step. Mended, the run goes through."""
     def fails(real, at):
@@ -1829,24 +1813,23 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint():
         return lambda *args: real(*args) * (float("nan") if next(calls) >= at else 1.0)
 
     mean, rare = (lambda images, labels: images.mean((1, 2, 3))), ("--save_every", 1, "--eval_every", 99)
-    with scratch() as folder:
-        write_student(folder)
-        with mock.patch.object(distill, "CLIP", 0):
-            refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite at step")
-        assert not (folder / "0/log.jsonl").read_text()
-        cases = [(mock.patch.object(distill, "critic_loss", fails(distill.critic_loss, 4)), "student",
-                  lambda *more: blind_distill(folder / "1", "--log_every", 1, *more)),
-                 (mock.patch.dict(rl.REWARDS, mean=lambda *_: fails(mean, 9)), "rl",  # two for a trial, two for a look
-                  lambda *more: run_rl(folder, *rare, "--reward", "mean", "--out", folder / "2", *more))]
-        for i, (broken, stage, go) in enumerate(cases, start=1):
-            with broken:
-                refused(go, "not finite at step", "last good checkpoint")
-            file = read_checkpoint(folder / f"{i}/resume.pt")
-            assert file["stage"] == stage and 1 <= file["step"] <= 3, file["step"]
-            assert all(torch.isfinite(value).all() for value in file["model"].values())
-            assert json.loads((folder / f"{i}/log.jsonl").read_text().splitlines()[-1])["step"] == file["step"]
-            with mock.patch.dict(rl.REWARDS, mean=lambda *_: mean):
-                go("--resume")
+    write_student(folder)
+    with mock.patch.object(distill, "CLIP", 0):
+        refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite at step")
+    assert not (folder / "0/log.jsonl").read_text()
+    cases = [(mock.patch.object(distill, "critic_loss", fails(distill.critic_loss, 4)), "student",
+              lambda *more: blind_distill(folder / "1", "--log_every", 1, *more)),
+             (mock.patch.dict(rl.REWARDS, mean=lambda *_: fails(mean, 9)), "rl",  # two for a trial, two for a look
+              lambda *more: run_rl(folder, *rare, "--reward", "mean", "--out", folder / "2", *more))]
+    for i, (broken, stage, go) in enumerate(cases, start=1):
+        with broken:
+            refused(go, "not finite at step", "last good checkpoint")
+        file = read_checkpoint(folder / f"{i}/resume.pt")
+        assert file["stage"] == stage and 1 <= file["step"] <= 3, file["step"]
+        assert all(torch.isfinite(value).all() for value in file["model"].values())
+        assert json.loads((folder / f"{i}/log.jsonl").read_text().splitlines()[-1])["step"] == file["step"]
+        with mock.patch.dict(rl.REWARDS, mean=lambda *_: mean):
+            go("--resume")
 
 
 def killed_by_the_system(work, moment):
@@ -1871,11 +1854,11 @@ def killed_by_the_system(work, moment):
     return result.returncode != 0
 
 
-def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing():
+def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
     """kill -9, resume, kill -9, ..., of distill.py and of rl.py: each run ends in the bits, log and table of one left
     alone. KILLS=20 asks for that many random moments each; a test makes do with one, and one inside a write."""
     kills, rng, said = int(os.environ.get("KILLS", 1)), np.random.default_rng(), []
-    with (scratch() as folder, mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind),
+    with (mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind),
           all_tiny()):
         write_student(folder)
         teach = [*map(str, TINY[1:]), "--log_every", "1", "--own", "0.5"]
@@ -1913,10 +1896,10 @@ def small_disk(kilobytes):
             subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room():
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(whole):
     """2,300 kB hold one checkpoint of 1,350, its teacher.pt of 340, and not the next beside them. Then every other
     file that a run writes."""
-    with scratch() as whole, small_disk(2300) as folder:
+    with small_disk(2300) as folder:
         blind_distill(whole / "run", "--teacher_steps", 4, "--steps", 0)
         refused(lambda: blind_distill(folder / "run", "--teacher_steps", 4, "--steps", 0), "cannot write", "resume.pt")
         assert read_checkpoint(folder / "run" / "resume.pt")["step"] == 1
@@ -1959,22 +1942,21 @@ def distil_with_accidents(folder, name, resume=False):
                       "--save_every", 3, "--log_every", 1, *["--resume"] * resume, said=sys.stdout)
 
 
-def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well():
+def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well(folder):
     """Both accidents happen to one run, and it ends in the bits of the undisturbed run of two processes."""
-    with scratch() as folder:
-        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        result = fresh("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
-                       "test_all.py", "--rank", "distil_with_accidents", folder, "hurt")
-        assert result.returncode == 0, result.stderr[-9000:]  # torchrun's own account of a failure comes last
-        assert "SIGTERM at step 9" in result.stdout and read_checkpoint(folder / "hurt" / "resume.pt")["step"] == 9
-        for name, resume in (("hurt", True), ("whole", False)):
-            on_ranks(2, lambda: distil_with_accidents(folder, name, resume))
-        files = [read_checkpoint(folder / run / "resume.pt") for run in ("hurt", "whole")]
-        for key in ("model", "ema", "critic"):
-            assert apart(*(file[key] for file in files)) == 0, key
-        assert files[0]["step"] == 12
-        steps = [json.loads(line)["step"] for line in (folder / "hurt" / "log.jsonl").open()]
-        assert steps == list(range(1, 13)), steps
+    tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+    result = fresh("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+                   "test_all.py", "--rank", "distil_with_accidents", folder, "hurt")
+    assert result.returncode == 0, result.stderr[-9000:]  # torchrun's own account of a failure comes last
+    assert "SIGTERM at step 9" in result.stdout and read_checkpoint(folder / "hurt" / "resume.pt")["step"] == 9
+    for name, resume in (("hurt", True), ("whole", False)):
+        on_ranks(2, lambda: distil_with_accidents(folder, name, resume))
+    files = [read_checkpoint(folder / run / "resume.pt") for run in ("hurt", "whole")]
+    for key in ("model", "ema", "critic"):
+        assert apart(*(file[key] for file in files)) == 0, key
+    assert files[0]["step"] == 12
+    steps = [json.loads(line)["step"] for line in (folder / "hurt" / "log.jsonl").open()]
+    assert steps == list(range(1, 13)), steps
 
 
 def test_profile_of_a_step():
@@ -2076,25 +2058,24 @@ def test_train_indices_are_shuffled_epochs():
     refused(lambda: data.train_indices(n, 8, 0, 0, world=3), "8", "3")
 
 
-def test_image_folder_is_held_in_memory():
-    with scratch() as tmp:
-        folder = make_folder(tmp / "bugs", each=120)
-        bugs = data.open_data(folder)
-        assert (len(bugs), bugs.img_size, bugs.class_names, bugs.pixels) == (240, 8, ["ant", "bee"], True)
-        assert bugs.labels.tolist() == [0] * 120 + [1] * 120
-        files = data.list_images(folder / "train")[1]
-        assert all((bugs.images([i])[0].numpy() == data.read_image(files[i], 8)).all() for i in range(240))
-        real = torch.from_numpy(np.asarray(Image.open(files[200]))).permute(2, 0, 1)
-        x, labels = bugs.batch([200, 200], np.array([False, True]))
-        assert torch.allclose((x[0] + 1) * 127.5, real.float(), atol=1e-4)
-        assert torch.equal(x[1], x[0].flip(-1)) and labels.tolist() == [1, 1]
-        Image.new("RGB", (8, 8), "red").save(files[200])  # nothing is kept, so nothing is out of date
-        assert data.open_data(folder).images([200])[0, :, 0, 0].tolist() == [255, 0, 0]
+def test_image_folder_is_held_in_memory(tmp):
+    folder = make_folder(tmp / "bugs", each=120)
+    bugs = data.open_data(folder)
+    assert (len(bugs), bugs.img_size, bugs.class_names, bugs.pixels) == (240, 8, ["ant", "bee"], True)
+    assert bugs.labels.tolist() == [0] * 120 + [1] * 120
+    files = data.list_images(folder / "train")[1]
+    assert all((bugs.images([i])[0].numpy() == data.read_image(files[i], 8)).all() for i in range(240))
+    real = torch.from_numpy(np.asarray(Image.open(files[200]))).permute(2, 0, 1)
+    x, labels = bugs.batch([200, 200], np.array([False, True]))
+    assert torch.allclose((x[0] + 1) * 127.5, real.float(), atol=1e-4)
+    assert torch.equal(x[1], x[0].flip(-1)) and labels.tolist() == [1, 1]
+    Image.new("RGB", (8, 8), "red").save(files[200])  # nothing is kept, so nothing is out of date
+    assert data.open_data(folder).images([200])[0, :, 0, 0].tolist() == [255, 0, 0]
 
 
-def test_every_kind_of_image_becomes_rgb():
+def test_every_kind_of_image_becomes_rgb(tmp):
     data.say_once.cache_clear()
-    with scratch() as tmp, contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         grey16 = np.full((4, 4), 257 * 100, np.uint16)
         clear = np.zeros((4, 4, 4), np.uint8)  # black, but wholly transparent
         palette = Image.new("P", (4, 4), 1)
@@ -2121,16 +2102,15 @@ def test_adm_crop():
         assert data.adm_crop(Image.new("RGB", size), 16).size == (16, 16)
 
 
-def test_a_picture_is_read_as_it_is_stored():
-    with scratch() as tmp:
-        exif = Image.Exif()
-        exif[0x0112] = 6  # stored lying: a viewer turns it to the right
-        image = Image.new("RGB", (16, 16), "blue")
-        image.paste("red", (0, 0, 4, 16))
-        image.save(tmp / "phone.png", exif=exif)
-        lying, upright = (data.read_image(tmp / "phone.png", 16, upright) for upright in (False, True))
-        assert (lying[0, :, :4] == 255).all() and (upright[0, :4] == 255).all() and upright[0].mean() == 255 / 4
-        assert {".jpg", ".jfif", ".pgm", ".jpe", ".webp"} <= set(data.SUFFIXES) <= set(Image.registered_extensions())
+def test_a_picture_is_read_as_it_is_stored(tmp):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: a viewer turns it to the right
+    image = Image.new("RGB", (16, 16), "blue")
+    image.paste("red", (0, 0, 4, 16))
+    image.save(tmp / "phone.png", exif=exif)
+    lying, upright = (data.read_image(tmp / "phone.png", 16, upright) for upright in (False, True))
+    assert (lying[0, :, :4] == 255).all() and (upright[0, :4] == 255).all() and upright[0].mean() == 255 / 4
+    assert {".jpg", ".jfif", ".pgm", ".jpe", ".webp"} <= set(data.SUFFIXES) <= set(Image.registered_extensions())
 
 
 def test_bad_image_folders_are_refused():
@@ -2181,36 +2161,35 @@ def test_bad_image_folders_are_refused():
                     assert found is error
 
 
-def test_folders_are_read_as_people_keep_them():
-    with scratch() as tmp:
-        pool = make_folder(tmp / "pool", classes=("ant", "bee", "wasp"), each=2)
-        train, picture = tmp / "set/train", pool / "train/ant/0.png"
-        (train / "ant/images").mkdir(parents=True)  # Tiny ImageNet's <class>/images/*
-        (train / "bee").symlink_to(pool / "train/bee")
-        (train / "ant/back").symlink_to(train)
-        (train / "ant/images/loop").symlink_to("loop")
-        for name in ("images/a.PNG", "b.jfif", "._b.jfif", "c.txt", "c", ".DS_Store", "d.avif", "../loose.png"):
-            shutil.copy(picture, train / "ant" / name)
-        os.makedirs(os.fsencode(train) + b"/caf\xe9/part")  # Latin-1, of an old archive
-        shutil.copy(picture, os.fsencode(train) + b"/caf\xe9/part/\xe9t\xe9.png")
-        for root in (train, f"{train}/", os.path.relpath(train)):
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                classes, files, labels = data.find_images(root)
-            assert classes == ["ant", "bee", "caf\udce9"] and labels.tolist() == [0, 0, 0, 1, 1, 2]
-            assert [Path(file).name for file in files[:5]] == ["b.jfif", "d.avif", "a.PNG", "0.png", "1.png"]
-            assert said.getvalue().count("\n") == 1 and "3 files are no images, or in no" in said.getvalue()
-        some = data.open_data(tmp / "set")
-        assert (len(some), some.class_names) == (6, classes)
-        (tmp / "set/validation").symlink_to(pool / "train")
-        assert data.open_data(tmp / "set", "test").class_names == ["ant", "bee", "wasp"]
-        assert data.find_images(pool / "train/bee")[0] == [""], "pictures alone are of one class without a name"
-        with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.dict(os.environ, RANK="1"):
-            data.find_images(train)
-        assert said.getvalue() == "", "rank 0 speaks for all"
+def test_folders_are_read_as_people_keep_them(tmp):
+    pool = make_folder(tmp / "pool", classes=("ant", "bee", "wasp"), each=2)
+    train, picture = tmp / "set/train", pool / "train/ant/0.png"
+    (train / "ant/images").mkdir(parents=True)  # Tiny ImageNet's <class>/images/*
+    (train / "bee").symlink_to(pool / "train/bee")
+    (train / "ant/back").symlink_to(train)
+    (train / "ant/images/loop").symlink_to("loop")
+    for name in ("images/a.PNG", "b.jfif", "._b.jfif", "c.txt", "c", ".DS_Store", "d.avif", "../loose.png"):
+        shutil.copy(picture, train / "ant" / name)
+    os.makedirs(os.fsencode(train) + b"/caf\xe9/part")  # Latin-1, of an old archive
+    shutil.copy(picture, os.fsencode(train) + b"/caf\xe9/part/\xe9t\xe9.png")
+    for root in (train, f"{train}/", os.path.relpath(train)):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            classes, files, labels = data.find_images(root)
+        assert classes == ["ant", "bee", "caf\udce9"] and labels.tolist() == [0, 0, 0, 1, 1, 2]
+        assert [Path(file).name for file in files[:5]] == ["b.jfif", "d.avif", "a.PNG", "0.png", "1.png"]
+        assert said.getvalue().count("\n") == 1 and "3 files are no images, or in no" in said.getvalue()
+    some = data.open_data(tmp / "set")
+    assert (len(some), some.class_names) == (6, classes)
+    (tmp / "set/validation").symlink_to(pool / "train")
+    assert data.open_data(tmp / "set", "test").class_names == ["ant", "bee", "wasp"]
+    assert data.find_images(pool / "train/bee")[0] == [""], "pictures alone are of one class without a name"
+    with contextlib.redirect_stdout(io.StringIO()) as said, mock.patch.dict(os.environ, RANK="1"):
+        data.find_images(train)
+    assert said.getvalue() == "", "rank 0 speaks for all"
 
 
-def test_a_folder_called_as_built_in_data_is_named():
-    with scratch() as tmp, contextlib.chdir(tmp):
+def test_a_folder_called_as_built_in_data_is_named(tmp):
+    with contextlib.chdir(tmp):
         for name, words in (("shapes", ["disc", "ring"]), ("cifar10", ["ant", "bee"])):
             make_folder(tmp / name)
             with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -2223,14 +2202,13 @@ def test_a_folder_called_as_built_in_data_is_named():
                 assert data.open_data(f"./{name}").class_names == ["ant", "bee"] and not said.getvalue()
 
 
-def test_images_of_64_px_are_pixels_when_told_so():
-    with scratch() as tmp:
-        folder = make_folder(tmp / "bugs", size=(70, 64))
-        refused(lambda: data.open_data(folder), "256 px")
-        some = data.open_data(folder, pixels=True)
-        assert (some.img_size, some.pixels) == (64, True) and some.images([0]).shape == (1, 3, 64, 64)
-        assert data.open_data(folder, img_size=32).images([0]).shape == (1, 3, 32, 32)
-        assert not data.is_small(folder) and data.is_small(make_folder(tmp / "small"))
+def test_images_of_64_px_are_pixels_when_told_so(tmp):
+    folder = make_folder(tmp / "bugs", size=(70, 64))
+    refused(lambda: data.open_data(folder), "256 px")
+    some = data.open_data(folder, pixels=True)
+    assert (some.img_size, some.pixels) == (64, True) and some.images([0]).shape == (1, 3, 64, 64)
+    assert data.open_data(folder, img_size=32).images([0]).shape == (1, 3, 32, 32)
+    assert not data.is_small(folder) and data.is_small(make_folder(tmp / "small"))
 
 
 class StubVAE(torch.nn.Module):
@@ -2270,125 +2248,119 @@ def build_bugs(folder, out, stop=99):
             return None
 
 
-def test_a_cache_that_is_killed_while_it_is_made_goes_on():
-    with scratch() as tmp:
-        folder = make_folder(tmp / "bugs", size=(64, 64), each=4)
-        (folder / "train/bee/2.png").write_bytes(b"not a picture")
-        files = [file for i, file in enumerate(data.list_images(folder / "train")[1]) if i != 6]
-        x = torch.from_numpy(np.stack([data.read_image(file, 64) for file in files])).float() / 127.5 - 1
-        # done.npy, moments.npy, cache.json made; both opened; 3 times encoded twice, flushed; done.npy flushed
-        for stop, again in enumerate([8] * 8 + [5] * 3 + [2] * 3 + [0, None]):
-            out = tmp / f"{stop}"
-            assert (build_bugs(folder, out, stop) is None) == (again is not None), stop
-            if 2 < stop < 14:
-                refused(lambda: data.open_data(out), "not finished")
-            assert build_bugs(folder, out) == (again or 0), "what is done is not done again"
-            built = data.open_data(out)
-            assert (built.class_names, built.labels.tolist(), built.img_size) == (["ant", "bee"], [0] * 4 + [1] * 3, 64)
-            for flip, images in enumerate((x, x.flip(-1))):
-                assert torch.equal(built.read(np.arange(7), np.full(7, flip)), StubVAE().moments(images).half())
+def test_a_cache_that_is_killed_while_it_is_made_goes_on(tmp):
+    folder = make_folder(tmp / "bugs", size=(64, 64), each=4)
+    (folder / "train/bee/2.png").write_bytes(b"not a picture")
+    files = [file for i, file in enumerate(data.list_images(folder / "train")[1]) if i != 6]
+    x = torch.from_numpy(np.stack([data.read_image(file, 64) for file in files])).float() / 127.5 - 1
+    # done.npy, moments.npy, cache.json made; both opened; 3 times encoded twice, flushed; done.npy flushed
+    for stop, again in enumerate([8] * 8 + [5] * 3 + [2] * 3 + [0, None]):
+        out = tmp / f"{stop}"
+        assert (build_bugs(folder, out, stop) is None) == (again is not None), stop
+        if 2 < stop < 14:
+            refused(lambda: data.open_data(out), "not finished")
+        assert build_bugs(folder, out) == (again or 0), "what is done is not done again"
+        built = data.open_data(out)
+        assert (built.class_names, built.labels.tolist(), built.img_size) == (["ant", "bee"], [0] * 4 + [1] * 3, 64)
+        for flip, images in enumerate((x, x.flip(-1))):
+            assert torch.equal(built.read(np.arange(7), np.full(7, flip)), StubVAE().moments(images).half())
 
 
-def test_a_damaged_cache_is_not_believed():
+def test_a_damaged_cache_is_not_believed(tmp):
     """Something has cut, removed or exchanged a file: zeros would pass for pictures."""
-    with scratch() as tmp:
-        folder = make_folder(tmp / "bugs", size=(64, 64))
-        for name, content in itertools.product(("moments.npy", "done.npy", "cache.json"), (None, b"", b"cut", b"[1]")):
-            build_bugs(folder, tmp / "cache")
-            here = tmp / "cache/train"
-            (here / name).unlink() if content is None else (here / name).write_bytes(content)
-            refused(lambda: data.open_data(tmp / "cache"), name if content is None and name != "cache.json" else "",
-                    "" if content is None else "delete")
-            shutil.rmtree(here)
+    folder = make_folder(tmp / "bugs", size=(64, 64))
+    for name, content in itertools.product(("moments.npy", "done.npy", "cache.json"), (None, b"", b"cut", b"[1]")):
         build_bugs(folder, tmp / "cache")
-        np.save(tmp / "cache/train/done.npy", np.ones(5, np.uint8))
-        refused(lambda: data.open_data(tmp / "cache"), "6 pictures", "delete it and build it again")
+        here = tmp / "cache/train"
+        (here / name).unlink() if content is None else (here / name).write_bytes(content)
+        refused(lambda: data.open_data(tmp / "cache"), name if content is None and name != "cache.json" else "",
+                "" if content is None else "delete")
+        shutil.rmtree(here)
+    build_bugs(folder, tmp / "cache")
+    np.save(tmp / "cache/train/done.npy", np.ones(5, np.uint8))
+    refused(lambda: data.open_data(tmp / "cache"), "6 pictures", "delete it and build it again")
 
 
-def test_cifar10_binary_files():
-    with scratch() as tmp:
-        refused(lambda: data.open_cifar10("train", root=tmp), "--get cifar10", "cifar-10-batches-py", "pickle")
-        (tmp / "data").mkdir()
-        (tmp / "data/cifar-10-binary.tar.gz").write_bytes(b"half a download")
-        refused(lambda: data.get(["cifar10"], tmp), "damaged", "c32a1d4ab5d03f1284b67883e8d87530")
-        records = np.zeros((10_000, 3073), np.uint8)
-        records[7, 0], records[7, 1:1025], records[7, 2049:] = 9, 200, 50  # a truck: red 200, green 0, blue 50
-        (tmp / "cifar-10-batches-bin").mkdir()
-        records.tofile(tmp / "cifar-10-batches-bin/test_batch.bin")
-        with tarfile.open(tmp / "data/cifar-10-binary.tar.gz", "w:gz") as tar:
-            tar.add(tmp / "cifar-10-batches-bin", "cifar-10-batches-bin")
-        checksum = f"md5:{data.file_hash(tmp / 'data/cifar-10-binary.tar.gz', 'md5')}"
-        with mock.patch.dict(data.PUBLIC, cifar10=(*data.PUBLIC["cifar10"][:2], None, checksum)):
-            data.get(["cifar10"], tmp)  # there already: only checked and unpacked
-        assert (tmp / "data/cifar-10-batches-bin/test_batch.bin").stat().st_size == 30_730_000
-        test = data.open_cifar10("test", root=tmp)
-        assert len(test) == 10_000 and test.class_names[test.labels[7]] == "truck"
-        assert test.images([7])[0, :, 5, 5].tolist() == [200, 0, 50]
-        refused(lambda: data.open_cifar10("train", root=tmp), "data_batch_1.bin", "missing")
-        refused(lambda: data.open_cifar10("test", img_size=64, root=tmp), "32")
+def test_cifar10_binary_files(tmp):
+    refused(lambda: data.open_cifar10("train", root=tmp), "--get cifar10", "cifar-10-batches-py", "pickle")
+    (tmp / "data").mkdir()
+    (tmp / "data/cifar-10-binary.tar.gz").write_bytes(b"half a download")
+    refused(lambda: data.get(["cifar10"], tmp), "damaged", "c32a1d4ab5d03f1284b67883e8d87530")
+    records = np.zeros((10_000, 3073), np.uint8)
+    records[7, 0], records[7, 1:1025], records[7, 2049:] = 9, 200, 50  # a truck: red 200, green 0, blue 50
+    (tmp / "cifar-10-batches-bin").mkdir()
+    records.tofile(tmp / "cifar-10-batches-bin/test_batch.bin")
+    with tarfile.open(tmp / "data/cifar-10-binary.tar.gz", "w:gz") as tar:
+        tar.add(tmp / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    checksum = f"md5:{data.file_hash(tmp / 'data/cifar-10-binary.tar.gz', 'md5')}"
+    with mock.patch.dict(data.PUBLIC, cifar10=(*data.PUBLIC["cifar10"][:2], None, checksum)):
+        data.get(["cifar10"], tmp)  # there already: only checked and unpacked
+    assert (tmp / "data/cifar-10-batches-bin/test_batch.bin").stat().st_size == 30_730_000
+    test = data.open_cifar10("test", root=tmp)
+    assert len(test) == 10_000 and test.class_names[test.labels[7]] == "truck"
+    assert test.images([7])[0, :, 5, 5].tolist() == [200, 0, 50]
+    refused(lambda: data.open_cifar10("train", root=tmp), "data_batch_1.bin", "missing")
+    refused(lambda: data.open_cifar10("test", img_size=64, root=tmp), "32")
 
 
-def test_other_files_are_no_vae():
+def test_other_files_are_no_vae(tmp):
     refused(lambda: data.load_vae(public_mar_file()), "not the KL-16 VAE but a MAR")
     state = {name: torch.tensor(float(i)).expand(tuple(shape))  # of each tensor a file keeps one number
              for i, (name, shape) in enumerate(about("vae")["shapes"].items())}
-    with scratch() as tmp:
-        part = {name: value for name, value in state.items() if name != "quant_conv.bias"}
-        for file, *words in ((part, "no KLVAE file", "quant_conv.bias missing"),
-                             ({"state_dict": {}, "epoch": 3}, "not the KL-16 VAE", "--get kl16")):
-            torch.save(file, tmp / "other.ckpt")
-            refused(lambda: data.load_vae(tmp / "other.ckpt"), "other.ckpt", *words)
-        os.truncate(tmp / "other.ckpt", 500)
-        refused(lambda: data.load_vae(tmp / "other.ckpt"), "other.ckpt")
-        # plain; as latent-diffusion's training leaves it, with the discriminator; the same from several GPUs
-        loss = {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
-        for i, file in enumerate([{**state, **loss}, {"state_dict": {**state, **loss}, "epoch": 3, "callbacks": {}},
-                                  {"state_dict": {f"module.{name}": value for name, value in state.items()}}]):
-            torch.save(file, tmp / "trained.ckpt")
-            vae = data.load_vae(tmp / "trained.ckpt")
-            assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items()), i
+    part = {name: value for name, value in state.items() if name != "quant_conv.bias"}
+    for file, *words in ((part, "no KLVAE file", "quant_conv.bias missing"),
+                         ({"state_dict": {}, "epoch": 3}, "not the KL-16 VAE", "--get kl16")):
+        torch.save(file, tmp / "other.ckpt")
+        refused(lambda: data.load_vae(tmp / "other.ckpt"), "other.ckpt", *words)
+    os.truncate(tmp / "other.ckpt", 500)
+    refused(lambda: data.load_vae(tmp / "other.ckpt"), "other.ckpt")
+    # plain; as latent-diffusion's training leaves it, with the discriminator; the same from several GPUs
+    loss = {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
+    for i, file in enumerate([{**state, **loss}, {"state_dict": {**state, **loss}, "epoch": 3, "callbacks": {}},
+                              {"state_dict": {f"module.{name}": value for name, value in state.items()}}]):
+        torch.save(file, tmp / "trained.ckpt")
+        vae = data.load_vae(tmp / "trained.ckpt")
+        assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items()), i
 
 
-def test_latent_batches():
+def test_latent_batches(tmp):
     # a cache made by hand: mean 3 (flip: 5), log-variance ln 4, so a sample is (3 or 5, + 2 noise) * 0.2325
-    with scratch() as tmp:
-        moments = np.zeros((4, 2, 32, 8, 8), np.float16)
-        moments[:, 0, :16], moments[:, 1, :16], moments[:, :, 16:] = 3, 5, np.log(4)
-        (tmp / "train").mkdir()
-        np.save(tmp / "train/moments.npy", moments)
-        np.save(tmp / "train/done.npy", np.array([data.BROKEN, data.DONE, data.DONE, data.DONE], np.uint8))
-        (tmp / "train/cache.json").write_text(json.dumps({"img_size": 128, "classes": {"a": 2, "b": 2}}))
-        latents = data.open_data(tmp)
-        assert (len(latents), latents.pixels, latents.labels.tolist()) == (3, False, [0, 1, 1])
-        refused(lambda: data.open_data(tmp, pixels=True), "no pixels", "the folder of the images")
-        draw = lambda seed: latents.batch([1, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
-        x, labels = draw(0)
-        assert x.shape == (2, 16, 8, 8) and x.dtype == torch.float32 and labels.tolist() == [1, 1]
-        assert torch.equal(x, draw(0)[0]) and not torch.equal(x, draw(1)[0]), "the generator decides"
-        assert torch.allclose(x.mean((1, 2, 3)), torch.tensor([3, 5]) * 0.2325, atol=0.06)
-        assert torch.allclose(x.std((1, 2, 3)), torch.tensor(2 * 0.2325), atol=0.05)
+    moments = np.zeros((4, 2, 32, 8, 8), np.float16)
+    moments[:, 0, :16], moments[:, 1, :16], moments[:, :, 16:] = 3, 5, np.log(4)
+    (tmp / "train").mkdir()
+    np.save(tmp / "train/moments.npy", moments)
+    np.save(tmp / "train/done.npy", np.array([data.BROKEN, data.DONE, data.DONE, data.DONE], np.uint8))
+    (tmp / "train/cache.json").write_text(json.dumps({"img_size": 128, "classes": {"a": 2, "b": 2}}))
+    latents = data.open_data(tmp)
+    assert (len(latents), latents.pixels, latents.labels.tolist()) == (3, False, [0, 1, 1])
+    refused(lambda: data.open_data(tmp, pixels=True), "no pixels", "the folder of the images")
+    draw = lambda seed: latents.batch([1, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
+    x, labels = draw(0)
+    assert x.shape == (2, 16, 8, 8) and x.dtype == torch.float32 and labels.tolist() == [1, 1]
+    assert torch.equal(x, draw(0)[0]) and not torch.equal(x, draw(1)[0]), "the generator decides"
+    assert torch.allclose(x.mean((1, 2, 3)), torch.tensor([3, 5]) * 0.2325, atol=0.06)
+    assert torch.allclose(x.std((1, 2, 3)), torch.tensor(2 * 0.2325), atol=0.05)
 
 
-def test_latent_cache_by_command():
+def test_latent_cache_by_command(tmp):
     # as a user does it, on two processes; every row must be the VAE's own answer for the image and for its mirror
-    with scratch() as tmp:
-        folder = make_folder(tmp / "bugs", size=(70, 64), each=3)
-        command = ["data.py", "--data", folder, "--vae", vae_file(), "--img_size", "64", "--out", tmp / "lat",
-                   "--batch", "2", "--device", "cpu"]
-        on_ranks(2, script(*command))
-        built = np.load(tmp / "lat/train/moments.npy")
-        vae, files = data.load_vae(vae_file()), data.list_images(folder / "train")[1]
-        for row, file in zip(built, files, strict=True):
-            image = torch.from_numpy(data.read_image(file, 64)).float()[None] / 127.5 - 1
-            want = vae.moments(torch.cat([image, image.flip(-1)])).numpy()
-            assert np.abs(row - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
-        assert len(data.open_data(tmp / "lat")) == 6 and data.open_data(tmp / "lat").img_size == 64
-        command[command.index("64")] = "128"
-        refused(lambda: data_main(*command[1:]), "made otherwise", "64 px", "delete it")
-        refused(lambda: data.open_data(tmp / "lat", img_size=128), "64 px, not 128")
+    folder = make_folder(tmp / "bugs", size=(70, 64), each=3)
+    command = ["data.py", "--data", folder, "--vae", vae_file(), "--img_size", "64", "--out", tmp / "lat",
+               "--batch", "2", "--device", "cpu"]
+    on_ranks(2, script(*command))
+    built = np.load(tmp / "lat/train/moments.npy")
+    vae, files = data.load_vae(vae_file()), data.list_images(folder / "train")[1]
+    for row, file in zip(built, files, strict=True):
+        image = torch.from_numpy(data.read_image(file, 64)).float()[None] / 127.5 - 1
+        want = vae.moments(torch.cat([image, image.flip(-1)])).numpy()
+        assert np.abs(row - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
+    assert len(data.open_data(tmp / "lat")) == 6 and data.open_data(tmp / "lat").img_size == 64
+    command[command.index("64")] = "128"
+    refused(lambda: data_main(*command[1:]), "made otherwise", "64 px", "delete it")
+    refused(lambda: data.open_data(tmp / "lat", img_size=128), "64 px, not 128")
 
 
-def test_latents_of_other_pictures_are_not_believed():
+def test_latents_of_other_pictures_are_not_believed(tmp):
     """A picture that changes, comes or goes is noticed; the cache by its own path is what it was."""
     changes = {"changed": lambda bugs: Image.new("RGB", (64, 64), "red").save(bugs / "ant/1.png"),
                "came": lambda bugs: shutil.copy(bugs / "bee/0.png", bugs / "ant/9.png"),
@@ -2397,7 +2369,7 @@ def test_latents_of_other_pictures_are_not_believed():
                "touched": lambda bugs: os.utime(bugs / "ant/0.png", ns=(0, 0)),
                "moved": lambda bugs: (bugs / "ant/0.png").rename(bugs / "bee/9.png"),
                "class": lambda bugs: (bugs / "ant").rename(bugs / "cat")}
-    with scratch() as tmp, mock.patch.object(data, "default_cache", lambda path, size: tmp / f"lat {size}"):
+    with mock.patch.object(data, "default_cache", lambda path, size: tmp / f"lat {size}"):
         folder, cache = make_folder(tmp / "bugs", size=(64, 64)), tmp / "lat 64"
         (tmp / "vae").write_bytes(b"x")
         build = ["--data", str(folder), "--vae", str(tmp / "vae"), "--img_size", "64", "--device", "cpu"]
@@ -2422,26 +2394,25 @@ def test_latents_of_other_pictures_are_not_believed():
             assert data.open_data(tmp / "came", img_size=64).labels.tolist() == [0, 0, 0, 0, 1, 1]
 
 
-def test_a_cache_wants_room_before_it_is_made():
-    with scratch() as tmp, mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=12_000)):
+def test_a_cache_wants_room_before_it_is_made(tmp):
+    with mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=12_000)):
         folder = make_folder(tmp / "bugs", size=(64, 64))  # 6 rows of 2 x 32 x 4 x 4 float16 are 12,288 bytes
         refused(lambda: build_bugs(folder, tmp / "out"), "0.00 GB are free", "make room")
         assert os.listdir(tmp / "out/train") == [".lock"]
 
 
-def test_class_names_are_read_as_people_write_them():
-    with scratch() as tmp:
-        names = tmp / "names"
-        lists = ('["tench", "shark"]', "tench\nshark\n", "\ufefftench\r\nshark", "n01440764 tench\nn01484850 shark")
-        for text in lists:
-            names.write_bytes(text.encode())
-            assert data.read_class_names(names, ["a", "b"]) == ["tench", "shark"], text
-        refused(lambda: data.read_class_names(names, ["a", "b", "c"]), "2 classes, here are 3", "--class_names")
-        for text in (b"", b"tench\n\nshark", b"tench\n \nshark", b'["a", ""]', b'{"0": "tench", "1": "shark"}',
-                     b"[1, 2]", b"{0: 'tench'}", b'[["n01440764", "tench"]]', b'["tench"', b"[]",
-                     b"\xff\xfet\0"):  # UTF-16
-            names.write_bytes(text)
-            refused(lambda: data.read_class_names(names), str(names), "class names", "a name a line, or a JSON list")
+def test_class_names_are_read_as_people_write_them(tmp):
+    names = tmp / "names"
+    lists = ('["tench", "shark"]', "tench\nshark\n", "\ufefftench\r\nshark", "n01440764 tench\nn01484850 shark")
+    for text in lists:
+        names.write_bytes(text.encode())
+        assert data.read_class_names(names, ["a", "b"]) == ["tench", "shark"], text
+    refused(lambda: data.read_class_names(names, ["a", "b", "c"]), "2 classes, here are 3", "--class_names")
+    for text in (b"", b"tench\n\nshark", b"tench\n \nshark", b'["a", ""]', b'{"0": "tench", "1": "shark"}',
+                 b"[1, 2]", b"{0: 'tench'}", b'[["n01440764", "tench"]]', b'["tench"', b"[]",
+                 b"\xff\xfet\0"):  # UTF-16
+        names.write_bytes(text)
+        refused(lambda: data.read_class_names(names), str(names), "class names", "a name a line, or a JSON list")
 
 
 class FlakyServer(http.server.BaseHTTPRequestHandler):
@@ -2527,16 +2498,15 @@ def test_every_end_of_a_command_is_one_line():
     assert said.getvalue() == "class \\x1b]0;title\\x07 of\ntwo lines\n"
 
 
-def test_a_folder_has_one_owner():
-    with scratch() as folder:
-        other = Command(lambda: (data.lock_folder(folder), print("mine"), time.sleep(99)))
-        while other.is_alive() and os.stat(other.files[0].fileno()).st_size == 0:
-            time.sleep(0.01)
-        refused(lambda: data.lock_folder(folder), str(folder), "in use")
-        other.kill(), other.join()
-        (folder / "x.pt.99..writing").touch(), (folder / "my.writing").touch()
-        data.lock_folder(folder), data.lock_folder(folder)  # a dead process owns nothing; what is mine is mine
-        assert sorted(os.listdir(folder)) == [".lock", "my.writing"]
+def test_a_folder_has_one_owner(folder):
+    other = Command(lambda: (data.lock_folder(folder), print("mine"), time.sleep(99)))
+    while other.is_alive() and os.stat(other.files[0].fileno()).st_size == 0:
+        time.sleep(0.01)
+    refused(lambda: data.lock_folder(folder), str(folder), "in use")
+    other.kill(), other.join()
+    (folder / "x.pt.99..writing").touch(), (folder / "my.writing").touch()
+    data.lock_folder(folder), data.lock_folder(folder)  # a dead process owns nothing; what is mine is mine
+    assert sorted(os.listdir(folder)) == [".lock", "my.writing"]
 
 
 def test_commands_start_where_posix_modules_docstrings_and_letters_are_missing():
@@ -2586,73 +2556,69 @@ def sample_main(*argv):
     return printed.getvalue()
 
 
-def test_two_processes_write_the_same_npz():
-    with scratch() as folder:
-        tiny_mar(folder, num_classes=20)  # more than a grid shows: all of them are drawn
-        common = ["sample.py", "--ckpt", folder / "student.pt", "--num", "51", "--device", "cpu"]
-        on_ranks(2, script(*common, "--batch", "8", "--out", folder / "two.npz"))
-        for _ in range(2):  # the second time a part is there
-            on_ranks(2, script(*common, "--batch", "8", "--out", folder / "png"))
-            names = sorted(path.name for path in (folder / "png").glob("*.png"))
-            assert names == [f"{i:06d}_{i % 20}.png" for i in range(51)]
-            (folder / "png" / names[40]).unlink()
-        shutil.rmtree(folder / "png")
-        sample_main(*common[1:], "--batch", 64, "--out", folder / "one.npz")
-        one, two = np.load(folder / "one.npz"), np.load(folder / "two.npz")
-        assert one["arr_0"].shape == (51, 8, 8, 3) and one["arr_0"].dtype == np.uint8 and one["arr_0"].std() > 20
-        # rounding to bytes may turn a difference of 1e-7 into one level
-        difference = np.abs(one["arr_0"].astype(int) - two["arr_0"])
-        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
-        assert (one["labels"] == np.arange(51) % 20).all() and (two["labels"] == one["labels"]).all()
-        assert sorted(p.name for p in folder.iterdir()) == ["one.npz", "student.pt", "two.npz"]  # nothing left behind
+def test_two_processes_write_the_same_npz(folder):
+    tiny_mar(folder, num_classes=20)  # more than a grid shows: all of them are drawn
+    common = ["sample.py", "--ckpt", folder / "student.pt", "--num", "51", "--device", "cpu"]
+    on_ranks(2, script(*common, "--batch", "8", "--out", folder / "two.npz"))
+    for _ in range(2):  # the second time a part is there
+        on_ranks(2, script(*common, "--batch", "8", "--out", folder / "png"))
+        names = sorted(path.name for path in (folder / "png").glob("*.png"))
+        assert names == [f"{i:06d}_{i % 20}.png" for i in range(51)]
+        (folder / "png" / names[40]).unlink()
+    shutil.rmtree(folder / "png")
+    sample_main(*common[1:], "--batch", 64, "--out", folder / "one.npz")
+    one, two = np.load(folder / "one.npz"), np.load(folder / "two.npz")
+    assert one["arr_0"].shape == (51, 8, 8, 3) and one["arr_0"].dtype == np.uint8 and one["arr_0"].std() > 20
+    # rounding to bytes may turn a difference of 1e-7 into one level
+    difference = np.abs(one["arr_0"].astype(int) - two["arr_0"])
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    assert (one["labels"] == np.arange(51) % 20).all() and (two["labels"] == one["labels"]).all()
+    assert sorted(p.name for p in folder.iterdir()) == ["one.npz", "student.pt", "two.npz"]  # nothing left behind
 
 
-def test_gif_shows_the_unmasking():
-    with scratch() as folder:
-        model, labels = tiny_mar(folder), torch.arange(4)
-        frames = list(unmasking(model, labels, seed=3, ar_steps=5))
-        unknown = [int((frame[0] == 128).all(0).sum()) // 4 for frame in frames]  # tokens of 2x2 px
-        assert all(abs(u - m) <= 1 for u, m in zip(unknown, mask_counts(16, 5)))  # a token may be grey by chance
-        assert torch.equal(frames[-1], draw(model, labels, seed=3, ar_steps=5))
-        (folder / "a.gif.7..writing").touch(), (folder / "b.gif.7..writing").touch()  # of kill -9; another one's
-        sample_main("--ckpt", folder / "student.pt", "--gif", folder / "a.gif", "--ar_steps", 5, "--per_class", 2)
-        assert sorted(path.name for path in folder.iterdir()) == ["a.gif", "b.gif.7..writing", "student.pt"]
-        assert Image.open(folder / "a.gif").n_frames == 6  # the empty picture, then one an AR step
+def test_gif_shows_the_unmasking(folder):
+    model, labels = tiny_mar(folder), torch.arange(4)
+    frames = list(unmasking(model, labels, seed=3, ar_steps=5))
+    unknown = [int((frame[0] == 128).all(0).sum()) // 4 for frame in frames]  # tokens of 2x2 px
+    assert all(abs(u - m) <= 1 for u, m in zip(unknown, mask_counts(16, 5)))  # a token may be grey by chance
+    assert torch.equal(frames[-1], draw(model, labels, seed=3, ar_steps=5))
+    (folder / "a.gif.7..writing").touch(), (folder / "b.gif.7..writing").touch()  # of kill -9; another one's
+    sample_main("--ckpt", folder / "student.pt", "--gif", folder / "a.gif", "--ar_steps", 5, "--per_class", 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.gif", "b.gif.7..writing", "student.pt"]
+    assert Image.open(folder / "a.gif").n_frames == 6  # the empty picture, then one an AR step
 
 
-def test_edit_keeps_what_is_outside_the_box():
+def test_edit_keeps_what_is_outside_the_box(folder):
     """A phone stores the sensor's rows and a note how to turn them: --box is measured on what a viewer shows."""
-    with scratch() as folder:
-        model, turned = tiny_mar(folder), Image.Exif()  # 8 px, tokens of 2 x 2
-        turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-        picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(np.rot90(picture).copy()).save(folder / "p.png", exif=turned)
-        part, stays = sample.open_edit(model, folder / "p.png", (3, 0, 6, 5))  # touches columns 2..5, rows 0..5
-        hole = np.zeros((8, 8), bool)
-        hole[0:6, 2:6] = True
-        assert torch.equal(stays[0], torch.from_numpy(picture).permute(2, 0, 1))
-        assert (stays[1][:, hole] == 128).all() and torch.equal(stays[1][:, ~hole], stays[0][:, ~hole])
-        drawn = draw(model, [0, 1], ar_steps=3, **part)
-        assert torch.equal(drawn[:, :, ~hole], stays[:1, :, ~hole].expand(2, -1, -1))
-        assert (drawn[:, :, hole] != stays[0][:, hole]).float().mean() > 0.5
-        sample_main("--ckpt", folder / "student.pt", "--edit", folder / "p.png", "--box", 0, 0, 3, 2, "--classes", 1,
-                    "--out", folder / "e.png")  # two tokens: of the checkpoint's 8 AR steps two are made
-        grid = np.asarray(Image.open(folder / "e.png"))
-        assert grid.shape[0] == GAP + 2 * (96 + GAP)  # the picture's row and the class's
+    model, turned = tiny_mar(folder), Image.Exif()  # 8 px, tokens of 2 x 2
+    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(np.rot90(picture).copy()).save(folder / "p.png", exif=turned)
+    part, stays = sample.open_edit(model, folder / "p.png", (3, 0, 6, 5))  # touches columns 2..5, rows 0..5
+    hole = np.zeros((8, 8), bool)
+    hole[0:6, 2:6] = True
+    assert torch.equal(stays[0], torch.from_numpy(picture).permute(2, 0, 1))
+    assert (stays[1][:, hole] == 128).all() and torch.equal(stays[1][:, ~hole], stays[0][:, ~hole])
+    drawn = draw(model, [0, 1], ar_steps=3, **part)
+    assert torch.equal(drawn[:, :, ~hole], stays[:1, :, ~hole].expand(2, -1, -1))
+    assert (drawn[:, :, hole] != stays[0][:, hole]).float().mean() > 0.5
+    sample_main("--ckpt", folder / "student.pt", "--edit", folder / "p.png", "--box", 0, 0, 3, 2, "--classes", 1,
+                "--out", folder / "e.png")  # two tokens: of the checkpoint's 8 AR steps two are made
+    grid = np.asarray(Image.open(folder / "e.png"))
+    assert grid.shape[0] == GAP + 2 * (96 + GAP)  # the picture's row and the class's
 
 
-def test_grid_shows_every_pixel():
+def test_grid_shows_every_pixel(folder):
     pictures = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    with scratch() as folder:
-        save_grid([("first row", pictures), ("", pictures[:2])], folder / "g.png")
-        grid = np.asarray(Image.open(folder / "g.png"))
-        left = grid.shape[1] - 3 * (96 + GAP)
-        assert grid.shape[0] == GAP + 2 * (96 + GAP) and (grid[:100, :left] < 128).any()  # a title stands at the left
-        tile = grid[GAP:GAP + 96, left + 96 + GAP:left + 2 * 96 + GAP]  # row 0, picture 1
-        assert (tile[::6, ::6] == pictures[1].permute(1, 2, 0).numpy()).all()  # one block of 6 x 6 for each pixel
-        assert (tile[5::6, 5::6] == tile[::6, ::6]).all()
-        save_grid([("", torch.zeros(2, 3, 256, 256, dtype=torch.uint8))], folder / "big.png")
-        assert Image.open(folder / "big.png").size == (GAP + 2 * (256 + GAP), 2 * GAP + 256)  # not enlarged
+    save_grid([("first row", pictures), ("", pictures[:2])], folder / "g.png")
+    grid = np.asarray(Image.open(folder / "g.png"))
+    left = grid.shape[1] - 3 * (96 + GAP)
+    assert grid.shape[0] == GAP + 2 * (96 + GAP) and (grid[:100, :left] < 128).any()  # a title stands at the left
+    tile = grid[GAP:GAP + 96, left + 96 + GAP:left + 2 * 96 + GAP]  # row 0, picture 1
+    assert (tile[::6, ::6] == pictures[1].permute(1, 2, 0).numpy()).all()  # one block of 6 x 6 for each pixel
+    assert (tile[5::6, 5::6] == tile[::6, ::6]).all()
+    save_grid([("", torch.zeros(2, 3, 256, 256, dtype=torch.uint8))], folder / "big.png")
+    assert Image.open(folder / "big.png").size == (GAP + 2 * (256 + GAP), 2 * GAP + 256)  # not enlarged
 
 
 def test_latents_are_unscaled_and_decoded():
@@ -2734,26 +2700,25 @@ def not_finite(folder):
     return found
 
 
-def test_pictures_that_are_not_finite_are_never_written():
+def test_pictures_that_are_not_finite_are_never_written(folder):
     """NaN would be black bytes, and black pictures would be judged."""
-    with scratch() as folder:
-        tiny_mar(folder)
-        broken = not_finite(folder)
-        before = sorted(folder.iterdir())
-        for name, count in (("nan", "4 of 4 pictures"), ("inf", "4 of 4 pictures"), ("class", "1 of 4 pictures")):
-            refused(lambda: draw(load_mar(broken[name]), range(4), ar_steps=2), count, "not finite")
-        refused(lambda: draw(load_mar(broken["inf"]), range(4), ar_steps=2, head_steps=4), "4 of 4")  # despite a clamp
-        nan = ["--ckpt", broken["nan"], "--ar_steps", 2, "--per_class", 1, "--batch", 4, "--device", "cpu"]
-        for *flags, out in (("--out", "x.png"), ("--gif", "x.gif"), ("--num", 6, "--out", "x.npz"),
-                            ("--num", 6, "--out", "new")):
-            refused(lambda: sample_main(*nan, *flags, folder / out), "4 of 4")
-        shutil.rmtree(folder / "new")
-        assert sorted(folder.iterdir()) == before
-        assert draw(load_mar(broken["class"]), [0, 1, 3], ar_steps=2).float().std() > 20  # the others are as they were
-        model = tiny_mar(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
-        vae = TinyVAE()
-        vae.layer.bias[0] = math.nan
-        refused(lambda: draw(model, [0] * 20, vae=vae, ar_steps=2), "20 of 20")  # finite latents, a broken VAE
+    tiny_mar(folder)
+    broken = not_finite(folder)
+    before = sorted(folder.iterdir())
+    for name, count in (("nan", "4 of 4 pictures"), ("inf", "4 of 4 pictures"), ("class", "1 of 4 pictures")):
+        refused(lambda: draw(load_mar(broken[name]), range(4), ar_steps=2), count, "not finite")
+    refused(lambda: draw(load_mar(broken["inf"]), range(4), ar_steps=2, head_steps=4), "4 of 4")  # despite a clamp
+    nan = ["--ckpt", broken["nan"], "--ar_steps", 2, "--per_class", 1, "--batch", 4, "--device", "cpu"]
+    for *flags, out in (("--out", "x.png"), ("--gif", "x.gif"), ("--num", 6, "--out", "x.npz"),
+                        ("--num", 6, "--out", "new")):
+        refused(lambda: sample_main(*nan, *flags, folder / out), "4 of 4")
+    shutil.rmtree(folder / "new")
+    assert sorted(folder.iterdir()) == before
+    assert draw(load_mar(broken["class"]), [0, 1, 3], ar_steps=2).float().std() > 20  # the others are as they were
+    model = tiny_mar(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
+    vae = TinyVAE()
+    vae.layer.bias[0] = math.nan
+    refused(lambda: draw(model, [0] * 20, vae=vae, ar_steps=2), "20 of 20")  # finite latents, a broken VAE
 
 
 def test_a_stopped_npz_leaves_no_half_file():
@@ -2772,65 +2737,63 @@ def test_a_stopped_npz_leaves_no_half_file():
             assert [p.name for p in folder.iterdir()] == ["student.pt"]
 
 
-def test_num_writes_a_folder_of_pngs_and_goes_on_with_it():
-    with scratch() as folder:
-        tiny_mar(folder), tiny_mar(folder, "teacher")
-        common = ["--ckpt", folder / "student.pt", "--batch", 4, "--device", "cpu", "--num"]
-        (folder / "a.npz.17015.0.writing").touch()  # of kill -9
-        sample_main(*common, 10, "--out", folder / "a.npz")
-        assert not list(folder.glob("*.writing"))
-        arrays, out = np.load(folder / "a.npz"), folder / "new"
-        with happens_at(sample, "draw", 3, mock.Mock(side_effect=UserError("killed"))):
-            refused(lambda: sample_main(*common, 10, "--out", out), "killed")
-        assert sorted(path.name for path in out.glob("*.png")) == [f"{i:06d}_{i % 4}.png" for i in range(8)]
-        (out / "000008_0.png.7..writing").touch()  # of kill -9
-        before = (out / "000003_3.png").stat().st_mtime_ns
-        sample_main(*common, 10, "--out", out)
-        files = sorted(path for path in out.iterdir() if path.name[0] != ".")
-        assert [f.name for f in files] == [f"{i:06d}_{i % 4}.png" for i in range(10)]
-        assert (np.stack([np.asarray(Image.open(f)) for f in files]) == arrays["arr_0"]).all()
-        assert (out / "000003_3.png").stat().st_mtime_ns == before  # not drawn again
-        others = [  # what is not the same way of drawing
-            (["--seed", 1], out), (["--ar_steps", 2], out), (["--classes", 0, 1], out),
-            (["--ckpt", folder / "teacher.pt"], out), ([], folder)]  # and a folder with other files in it
-        for flags, where in others:
-            refused(lambda: sample_main(*common, 12, *flags, "--out", where), str(where), "new or empty")
-        (out / ".drawn_by.json").write_text("{")
-        refused(lambda: sample_main(*common, 12, "--out", out), ".drawn_by.json", "other")
-        refused(lambda: sample_main(*common, 6, "--out", folder / "student.pt"), ".npz")
+def test_num_writes_a_folder_of_pngs_and_goes_on_with_it(folder):
+    tiny_mar(folder), tiny_mar(folder, "teacher")
+    common = ["--ckpt", folder / "student.pt", "--batch", 4, "--device", "cpu", "--num"]
+    (folder / "a.npz.17015.0.writing").touch()  # of kill -9
+    sample_main(*common, 10, "--out", folder / "a.npz")
+    assert not list(folder.glob("*.writing"))
+    arrays, out = np.load(folder / "a.npz"), folder / "new"
+    with happens_at(sample, "draw", 3, mock.Mock(side_effect=UserError("killed"))):
+        refused(lambda: sample_main(*common, 10, "--out", out), "killed")
+    assert sorted(path.name for path in out.glob("*.png")) == [f"{i:06d}_{i % 4}.png" for i in range(8)]
+    (out / "000008_0.png.7..writing").touch()  # of kill -9
+    before = (out / "000003_3.png").stat().st_mtime_ns
+    sample_main(*common, 10, "--out", out)
+    files = sorted(path for path in out.iterdir() if path.name[0] != ".")
+    assert [f.name for f in files] == [f"{i:06d}_{i % 4}.png" for i in range(10)]
+    assert (np.stack([np.asarray(Image.open(f)) for f in files]) == arrays["arr_0"]).all()
+    assert (out / "000003_3.png").stat().st_mtime_ns == before  # not drawn again
+    others = [  # what is not the same way of drawing
+        (["--seed", 1], out), (["--ar_steps", 2], out), (["--classes", 0, 1], out),
+        (["--ckpt", folder / "teacher.pt"], out), ([], folder)]  # and a folder with other files in it
+    for flags, where in others:
+        refused(lambda: sample_main(*common, 12, *flags, "--out", where), str(where), "new or empty")
+    (out / ".drawn_by.json").write_text("{")
+    refused(lambda: sample_main(*common, 12, "--out", out), ".drawn_by.json", "other")
+    refused(lambda: sample_main(*common, 6, "--out", folder / "student.pt"), ".npz")
 
 
-def test_export_is_the_public_layout():
+def test_export_is_the_public_layout(folder):
     """Keys and shapes of MAR-B, L, H are the public ones. What comes back draws the same bits, a student as one."""
-    with scratch() as folder:
-        model = tiny_mar(folder)
-        said = sample_main("--ckpt", folder / "student.pt", "--export", folder / "mar.pth")
-        assert "patch" in said and "t = 625" in said
-        tiny_mar(folder, "teacher")
-        assert "cannot draw" in sample_main("--ckpt", folder / "teacher.pt", "--export", folder / "teacher.pth")
-        file = read_checkpoint(folder / "mar.pth")
-        assert set(file["model"]) == set(file["model_ema"]) and file["stage"] == "student"
-        for checkpoint, png in ("mar.pth", "a.png"), ("student.pt", "b.png"):
-            sample_main("--ckpt", folder / checkpoint, "--classes", "ring", "--device", "cpu", "--out", folder / png)
-        assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
-        assert torch.equal(load_mar(folder / "mar.pth", ema=False).z_proj.weight, model.z_proj.weight)
-        refused(lambda: sample_main("--ckpt", folder / "mar.pth", "--export", folder / "x.npz"), ".pth")
+    model = tiny_mar(folder)
+    said = sample_main("--ckpt", folder / "student.pt", "--export", folder / "mar.pth")
+    assert "patch" in said and "t = 625" in said
+    tiny_mar(folder, "teacher")
+    assert "cannot draw" in sample_main("--ckpt", folder / "teacher.pt", "--export", folder / "teacher.pth")
+    file = read_checkpoint(folder / "mar.pth")
+    assert set(file["model"]) == set(file["model_ema"]) and file["stage"] == "student"
+    for checkpoint, png in ("mar.pth", "a.png"), ("student.pt", "b.png"):
+        sample_main("--ckpt", folder / checkpoint, "--classes", "ring", "--device", "cpu", "--out", folder / png)
+    assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+    assert torch.equal(load_mar(folder / "mar.pth", ema=False).z_proj.weight, model.z_proj.weight)
+    refused(lambda: sample_main("--ckpt", folder / "mar.pth", "--export", folder / "x.npz"), ".pth")
 
-        # a public file, once exported, is again a public file: nothing that only we know is needed to read it
-        public = {"model": file["model"], "model_ema": file["model_ema"]}
-        torch.save({**public, "args": argparse.Namespace(img_size=8, vae_stride=1, patch_size=2, vae_embed_dim=3)},
-                   folder / "public.pth")
-        refused(lambda: sample_main("--ckpt", folder / "public.pth", "--export", folder / "x.pth"), "heads=N")
-        sample.export(load_mar(folder / "public.pth", heads=2), folder / "again.pth")
-        assert torch.equal(draw(load_mar(folder / "again.pth"), range(4), ar_steps=4),
-                           draw(load_mar(folder / "public.pth", heads=2), range(4), ar_steps=4))
-        for name, public in about("mar_full_shapes").items():
-            with torch.device("meta"):
-                whole = MAR(SIZES[name.removeprefix("mar_")])
-            whole.stage, whole.made, whole.class_names = "teacher", {}, None
-            with mock.patch.object(sample, "save_checkpoint") as saved:
-                sample.export(whole, folder / "x.pth")
-            assert {k: list(v.shape) for k, v in saved.call_args.args[0]["model"].items()} == public["shapes"], name
+    # a public file, once exported, is again a public file: nothing that only we know is needed to read it
+    public = {"model": file["model"], "model_ema": file["model_ema"]}
+    torch.save({**public, "args": argparse.Namespace(img_size=8, vae_stride=1, patch_size=2, vae_embed_dim=3)},
+               folder / "public.pth")
+    refused(lambda: sample_main("--ckpt", folder / "public.pth", "--export", folder / "x.pth"), "heads=N")
+    sample.export(load_mar(folder / "public.pth", heads=2), folder / "again.pth")
+    assert torch.equal(draw(load_mar(folder / "again.pth"), range(4), ar_steps=4),
+                       draw(load_mar(folder / "public.pth", heads=2), range(4), ar_steps=4))
+    for name, public in about("mar_full_shapes").items():
+        with torch.device("meta"):
+            whole = MAR(SIZES[name.removeprefix("mar_")])
+        whole.stage, whole.made, whole.class_names = "teacher", {}, None
+        with mock.patch.object(sample, "save_checkpoint") as saved:
+            sample.export(whole, folder / "x.pth")
+        assert {k: list(v.shape) for k, v in saved.call_args.args[0]["model"].items()} == public["shapes"], name
 
 
 def test_names_of_classes_go_before_their_numbers():
@@ -2926,10 +2889,10 @@ class Tree(torch.nn.Module):
         return x
 
 
-def test_clip_loads_from_a_half_precision_torchscript_archive():
+def test_clip_loads_from_a_half_precision_torchscript_archive(folder):
     state = {name: value.half() for name, value in fill(about("clip_tiny")["shapes"]).items()}
     extras = {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")}
-    with scratch() as folder, torch.no_grad(), towers():
+    with torch.no_grad(), towers():
         torch.jit.save(torch.jit.trace(Tree({**state, **extras}), torch.ones(1)), folder / "ViT.pt")
         torch.save(state, folder / "plain.pt")
         a, b = (fid.load_clip(folder / file) for file in ("ViT.pt", "plain.pt"))
@@ -2938,7 +2901,7 @@ def test_clip_loads_from_a_half_precision_torchscript_archive():
         assert a.logit_scale.dtype == torch.float32  # what was stored as fp16 is computed in fp32
 
 
-def test_public_networks_are_refused_in_their_files_names():
+def test_public_networks_are_refused_in_their_files_names(folder):
     clip, pick = about("clip_tiny")["shapes"], about("pickscore_tiny")["shapes"]
     load_clip, load_pick = (towers()(load) for load in (fid.load_clip, fid.load_pickscore))
     key = "vision_model.encoder.layers.0.self_attn.k_proj.weight"
@@ -2953,20 +2916,19 @@ def test_public_networks_are_refused_in_their_files_names():
         (load_pick, pick, {key: [80, 81]}, ["no whole pickscore file", "Sizes of tensors"]),
         (fid.load_imagereward, {"mlp.layers.0.weight": [1, 1]}, {}, ["blip.visual_encoder.cls_token missing"]),
     ]
-    with scratch() as folder:
-        for load, shapes, changes, words in cases:
-            left = {name: shape for name, shape in {**shapes, **changes}.items() if shape is not None}
-            torch.save({name: torch.zeros(shape) for name, shape in left.items()}, folder / "file.pt")
-            refused(lambda: load(folder / "file.pt"), "file.pt", *words)
-        (folder / "cut.pt").write_bytes((folder / "file.pt").read_bytes()[:99])
-        (folder / "bpe.gz").write_text("no gzip")
-        others = [(load_clip, "cut.pt", "cut.pt"), (load_clip, "", "that is a folder"),
-                  (load_pick, "gone.bin", "--get pickscore"), (fid.load_inception, "gone", "--get inception"),
-                  (fid.Tokenizer, "gone", "--get bpe"), (fid.Tokenizer, "bpe.gz", "merge table"),
-                  (fid.WordPiece, "gone", "--get imagereward_vocab"),
-                  (fid.WordPiece, "bpe.gz", "no whole vocabulary (KeyError: '[PAD]')")]
-        for load, what, words in others:
-            refused(lambda: load(folder / what), words)
+    for load, shapes, changes, words in cases:
+        left = {name: shape for name, shape in {**shapes, **changes}.items() if shape is not None}
+        torch.save({name: torch.zeros(shape) for name, shape in left.items()}, folder / "file.pt")
+        refused(lambda: load(folder / "file.pt"), "file.pt", *words)
+    (folder / "cut.pt").write_bytes((folder / "file.pt").read_bytes()[:99])
+    (folder / "bpe.gz").write_text("no gzip")
+    others = [(load_clip, "cut.pt", "cut.pt"), (load_clip, "", "that is a folder"),
+              (load_pick, "gone.bin", "--get pickscore"), (fid.load_inception, "gone", "--get inception"),
+              (fid.Tokenizer, "gone", "--get bpe"), (fid.Tokenizer, "bpe.gz", "merge table"),
+              (fid.WordPiece, "gone", "--get imagereward_vocab"),
+              (fid.WordPiece, "bpe.gz", "no whole vocabulary (KeyError: '[PAD]')")]
+    for load, what, words in others:
+        refused(lambda: load(folder / what), words)
 
 
 def test_clip_tokens_agree_with_openai():
@@ -2980,7 +2942,7 @@ def test_clip_tokens_agree_with_openai():
     assert long[76] == 49407 and (long[1:76] == long[1]).all()  # cut, the end marked
 
 
-def test_wordpiece_on_hand_made_cases():
+def test_wordpiece_on_hand_made_cases(folder):
     words = "[PAD] [UNK] [CLS] [SEP] a high - quality un ##aff ##able cafe ! !? $ naive _".split()
     cases = [("A  high-quality", "a high - quality"),  # lower case, punctuation stands alone
              ("unaffable", "un ##aff ##able"),         # longest piece first
@@ -2988,18 +2950,16 @@ def test_wordpiece_on_hand_made_cases():
              ("Caf\u00c9!!", "cafe ! !"),              # accents go
              ("a$a_a", "a $ a _ a"),                   # signs stand alone
              ("na\u00efve\ta\u3000a\ra", "naive a a a")]
-    with scratch() as folder:
-        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-        ids, mask = fid.WordPiece(folder / "vocab.txt")([text for text, _ in cases] + ["a " * 50])
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    ids, mask = fid.WordPiece(folder / "vocab.txt")([text for text, _ in cases] + ["a " * 50])
     for row, m, (_, pieces) in zip(ids, mask.bool().numpy(), cases):
         assert " ".join(words[i] for i in row[m > 0]) == f"[CLS] {pieces} [SEP]"
     assert ids.shape == (7, 35) and mask[6].all() and ids[6, 34] == 3  # cut to 35, the end marked
 
 
-def test_scores_are_differentiable_in_the_pixels():
-    with scratch() as folder:
-        with towers():
-            clip = fid.load_clip(public("clip_tiny", folder, "clip.pt")).double()
+def test_scores_are_differentiable_in_the_pixels(folder):
+    with towers():
+        clip = fid.load_clip(public("clip_tiny", folder, "clip.pt")).double()
     torch.manual_seed(0)
     pixels, text = torch.rand(2, 3, 40, 50, dtype=torch.float64, requires_grad=True), torch.randn(2, 32).double()
     (slope,) = torch.autograd.grad(clip.score(pixels, text).sum(), pixels)  # through resize and crop
@@ -3023,7 +2983,7 @@ def test_bicubic_is_pillows_but_for_rounding():
         assert gap.max() < 1.3 and gap.mean() < 0.33, (gap.max(), gap.mean())
 
 
-def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from():
+def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from(folder):
     data = open_data("shapes")
     net = fid.Classifier(8, 16).eval()
     images = data.images(np.arange(64))
@@ -3033,41 +2993,39 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from()
     assert x.grad.abs().sum() > 0
     net.last.bias.data[0] = math.nan  # which argmax takes for the largest
     refused(lambda: fid.classify(net, [images]), "NaN")
-    with scratch() as folder:
-        (folder / "classifier_0.pt").write_bytes(shapes_classifier())
-        small = open_data("shapes", img_size=8)
-        refused(lambda: fid.load_or_train_classifier(small, folder), "classifier_0.pt", "another sha256")
-        (folder / "classifier_1.pt").write_bytes(shapes_classifier())  # it would be the judge of itself
-        refused(lambda: fid.load_or_train_classifier(data, folder, 1), "classifier_1.pt", "another seed")
-        images = type(data).images
-        with mock.patch.object(type(data), "images", lambda self, picks: 255 - images(self, picks)):
-            changed = open_data("shapes")
-            refused(lambda: fid.load_or_train_classifier(changed, folder), "classifier_0.pt", "another sha256")
-        file = read_checkpoint(folder / "classifier_0.pt")
-        save_checkpoint({name: file[name] for name in ("made_from", "model", "accuracy")}, folder / "old.pt")
-        refused(lambda: fid.load_classifier(folder / "old.pt"), "old.pt", "KeyError: 'reference'", "delete")
-        one = open_data(make_folder(folder / "one", classes=("ant",), each=1))
-        refused(lambda: fid.train_classifier(one, 0, "cpu"), "one picture")
-        make_folder(folder / "tiny", each=20)
-        for test in (("images",), ("",), ()):  # Tiny ImageNet's test split has no classes; others lack folders, or all
-            shutil.rmtree(folder / "tiny/test", ignore_errors=True)
-            make_folder(folder / "tiny", classes=test, split="test")
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said), mock.patch.object(fid, "tqdm", lambda steps, **_: steps[:9]):
-                net = fid.train_classifier(open_data(folder / "tiny"), 0, "cpu")
-            assert "held out" in said.getvalue() and 0 <= net.accuracy <= 1, said.getvalue()
+    (folder / "classifier_0.pt").write_bytes(shapes_classifier())
+    small = open_data("shapes", img_size=8)
+    refused(lambda: fid.load_or_train_classifier(small, folder), "classifier_0.pt", "another sha256")
+    (folder / "classifier_1.pt").write_bytes(shapes_classifier())  # it would be the judge of itself
+    refused(lambda: fid.load_or_train_classifier(data, folder, 1), "classifier_1.pt", "another seed")
+    images = type(data).images
+    with mock.patch.object(type(data), "images", lambda self, picks: 255 - images(self, picks)):
+        changed = open_data("shapes")
+        refused(lambda: fid.load_or_train_classifier(changed, folder), "classifier_0.pt", "another sha256")
+    file = read_checkpoint(folder / "classifier_0.pt")
+    save_checkpoint({name: file[name] for name in ("made_from", "model", "accuracy")}, folder / "old.pt")
+    refused(lambda: fid.load_classifier(folder / "old.pt"), "old.pt", "KeyError: 'reference'", "delete")
+    one = open_data(make_folder(folder / "one", classes=("ant",), each=1))
+    refused(lambda: fid.train_classifier(one, 0, "cpu"), "one picture")
+    make_folder(folder / "tiny", each=20)
+    for test in (("images",), ("",), ()):  # Tiny ImageNet's test split has no classes; others lack folders, or all
+        shutil.rmtree(folder / "tiny/test", ignore_errors=True)
+        make_folder(folder / "tiny", classes=test, split="test")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), mock.patch.object(fid, "tqdm", lambda steps, **_: steps[:9]):
+            net = fid.train_classifier(open_data(folder / "tiny"), 0, "cpu")
+        assert "held out" in said.getvalue() and 0 <= net.accuracy <= 1, said.getvalue()
 
 
-def test_the_classifier_beside_a_checkpoint_is_found():
-    with scratch() as folder:
-        (folder / "classifier_1.pt").touch()
-        assert fid.classifier_beside(folder / "teacher.pt", 1) == folder / "classifier_1.pt"
-        assert fid.classifier_beside(folder / "student.pt") is None
+def test_the_classifier_beside_a_checkpoint_is_found(folder):
+    (folder / "classifier_1.pt").touch()
+    assert fid.classifier_beside(folder / "teacher.pt", 1) == folder / "classifier_1.pt"
+    assert fid.classifier_beside(folder / "student.pt") is None
     assert fid.classifier_beside(HERE / "assets/cifar10/student.pt")
 
 
-def test_the_same_pictures_in_a_folder_of_another_name_have_the_same_classifier():
-    with scratch() as folder, all_tiny():
+def test_the_same_pictures_in_a_folder_of_another_name_have_the_same_classifier(folder):
+    with all_tiny():
         fid.load_or_train_classifier(open_data(make_folder(folder / "one")), folder)
         before = (folder / "classifier_0.pt").read_bytes()
         again = open_data(make_folder(folder / "two"))
@@ -3081,7 +3039,7 @@ def test_the_same_pictures_in_a_folder_of_another_name_have_the_same_classifier(
         assert (folder / "classifier_0.pt").read_bytes() == before
 
 
-def test_judged_labels_have_the_shares_of_the_data():
+def test_judged_labels_have_the_shares_of_the_data(folder):
     """Real pictures of a set that is 95 % discs lie near it where labels are drawn alike, and far from it where each
     class is drawn as often as the other. Classes that are as frequent take turns."""
     for counts in ([6250] * 8, [1000, 1004, 996], [1.0]):
@@ -3095,7 +3053,7 @@ def test_judged_labels_have_the_shares_of_the_data():
             assert torch.equal(fid.labels_like(counts, n), labels[:n])
     real = lambda labels, first: data.draw_shapes(first + 8 * np.arange(len(labels)) + 2 * np.asarray(labels), 32)
     seeing = fid.load_classifier(HERE / "assets/cifar10/classifier_0.pt")  # its features tell discs from squares too
-    with scratch() as folder, all_tiny():
+    with all_tiny():
         labels = np.array([0] * 380 + [1] * 20)  # discs, squares
         for i, picture in enumerate(real(labels, 0)):
             path = folder / "set/train" / ("disc", "square")[labels[i]] / f"{i}.png"
@@ -3126,11 +3084,10 @@ def test_judged_labels_have_the_shares_of_the_data():
     return f"FD of real pictures {drawn[0]['fd']:.2f}, of as many of each class {drawn[1]['fd']:.2f}"
 
 
-def test_classifier_keeps_the_statistics_of_its_data():
+def test_classifier_keeps_the_statistics_of_its_data(folder):
     data = open_data("shapes")
-    with scratch() as folder:
-        (folder / "classifier_0.pt").write_bytes(shapes_classifier())
-        net = fid.load_or_train_classifier(data, folder)
+    (folder / "classifier_0.pt").write_bytes(shapes_classifier())
+    net = fid.load_or_train_classifier(data, folder)
     for name, theirs in fid.statistics_of(net, data).items():
         close(net.reference[name], theirs, 1e-6)
     images, labels = data.images(np.arange(500)), data.labels[:500]
@@ -3138,15 +3095,14 @@ def test_classifier_keeps_the_statistics_of_its_data():
     assert net.accuracy > 0.9 and row["accuracy"] > 0.9 and row["fd"] < fid.judge(net, images.flip(1), labels)["fd"] / 4
 
 
-def test_colours_of_shapes_are_counted():
+def test_colours_of_shapes_are_counted(folder):
     """Pictures of one colour have the classes' shapes right, and are one mode of eight. The census is exact."""
     shapes, index = open_data("shapes"), np.arange(1000)
     images, labels = shapes.images(index), shapes.labels[index]
     truth = [int(4 * a) * 2 + int(2 * b) for a, b in zip(*(data.index_uniform(index, k) for k in (3, 4)))]
     assert data.shape_modes(images).tolist() == truth
-    with scratch() as folder:
-        (folder / "classifier_0.pt").write_bytes(shapes_classifier())
-        net = fid.load_classifier(folder / "classifier_0.pt")
+    (folder / "classifier_0.pt").write_bytes(shapes_classifier())
+    net = fid.load_classifier(folder / "classifier_0.pt")
     row = fid.judge(net, images, labels)
     assert 7.9 < row["modes"] <= 8 and abs(sum(row["census"].values()) - 1) < 1e-3
     for kept, modes in (([7], 1), ([0, 1, 6, 7], 4)):
@@ -3303,8 +3259,8 @@ def test_fid_judges_checkpoints_and_folders_by_the_classifier():
         assert "accuracy" not in row  # the folder's classes are not the classifier's
 
 
-def test_two_processes_judge_as_one():
-    with scratch() as folder, mock.patch.object(fid, "load_inception", lambda path: Quick()):
+def test_two_processes_judge_as_one(folder):
+    with mock.patch.object(fid, "load_inception", lambda path: Quick()):
         np.savez(folder / "a.npz", arr_0=pictures(201))  # no equal shares
         for world in (1, 2):
             argv = [f"{folder}/a.npz", "--save_stats", f"{folder}/{world}.npz", "--out", str(folder)]
@@ -3360,7 +3316,7 @@ def test_chain_memory_is_that_of_one_step():
     assert most[8, "graph"] > 1.7 * most[4, "graph"] and most[16, "graph"] > 5 * most[16, "ours"], most
 
 
-def test_rl_clamps_what_is_scored_and_gives_each_picture_its_share():
+def test_rl_clamps_what_is_scored_and_gives_each_picture_its_share(folder):
     """Nothing is earned outside the range that a screen can show; a reward that is flat has no direction, and the KL,
     of the policy's own s, is the mean over the pictures."""
     pushed, scored, backward = [], [], rl.backward_chain
@@ -3373,7 +3329,7 @@ def test_rl_clamps_what_is_scored_and_gives_each_picture_its_share():
         pushed.append((slope, kl, s))
         return backward(student, start, x, slope, kl, s, *rest)
 
-    with (scratch() as folder, mock.patch.object(rl, "backward_chain", noted),
+    with (mock.patch.object(rl, "backward_chain", noted),
           mock.patch.dict(rl.REWARDS, flat=lambda *_: flat)):
         write_student(folder)
         run_rl(folder, "--reward", "flat", "--noise_std", 5, "--kl", 0.3, "--steps", 1)
@@ -3444,8 +3400,8 @@ def run_rl(folder, *flags, said=None):
         rl.main(rl_flags(folder, *map(str, flags)))
 
 
-def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
-    with scratch() as folder, mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
+def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
+    with mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         write_student(folder)
         run_rl(folder, "--steps", 12, "--eval_every", 6, "--lr", "3e-3", "--ema", 0.5, "--kl", 0, "--calls", 64,
                "--chunk", 1024)
@@ -3474,10 +3430,10 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint():
         assert ("best" in rows) == (strict / "best.pt").exists()
 
 
-def test_rl_resumes_bit_exactly():
+def test_rl_resumes_bit_exactly(folder):
     """Killed in one of three steps, while a checkpoint or best.pt is saved, or a row is written."""
     flags = ("--steps", 6, "--eval_every", 3, "--lr", "3e-3", "--ema", 0.5, "--kl", 0)
-    with scratch() as folder, mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
+    with mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         write_student(folder)
         run_rl(folder, *flags, "--out", folder / "whole")
         for file, name, count, step in ((rl, "update_ema", 3, 2), (rl, "update_ema", 4, 3), (rl, "update_ema", 5, 4),
@@ -3493,19 +3449,18 @@ def test_rl_resumes_bit_exactly():
             assert_alike(folder / "whole", out)
 
 
-def test_rl_makes_a_row_again_where_it_was_made_otherwise():
+def test_rl_makes_a_row_again_where_it_was_made_otherwise(folder):
     """A finished run that is resumed changes nothing; with other --eval_images it makes all its rows again."""
-    with scratch() as folder:
-        write_student(folder)
-        run_rl(folder, "--steps", 2)
-        files = [folder / "rl" / name for name in ("results.json", "log.jsonl")]
-        was = [file.read_text() for file in files]
-        run_rl(folder, "--steps", 2, "--resume")
-        assert [file.read_text() for file in files] == was
-        run_rl(folder, "--steps", 2, "--resume", "--eval_images", 16)
-        rows = json.loads(files[0].read_text())
-        assert rows["before"]["made_by"]["n"] == rows["after"]["made_by"]["n"] == 16
-        assert rows["before"]["fd"] != json.loads(was[0])["before"]["fd"]
+    write_student(folder)
+    run_rl(folder, "--steps", 2)
+    files = [folder / "rl" / name for name in ("results.json", "log.jsonl")]
+    was = [file.read_text() for file in files]
+    run_rl(folder, "--steps", 2, "--resume")
+    assert [file.read_text() for file in files] == was
+    run_rl(folder, "--steps", 2, "--resume", "--eval_images", 16)
+    rows = json.loads(files[0].read_text())
+    assert rows["before"]["made_by"]["n"] == rows["after"]["made_by"]["n"] == 16
+    assert rows["before"]["fd"] != json.loads(was[0])["before"]["fd"]
 
 
 def test_best_has_the_most_reward_at_a_bounded_distance():
@@ -3521,23 +3476,22 @@ def test_best_has_the_most_reward_at_a_bounded_distance():
         assert rl.is_best({**row(1, 9), "modes": modes}, {"before": {**before, "modes": 8}}) == verdict
 
 
-def test_rl_two_processes_make_the_update_of_one():
-    with scratch() as folder:
-        write_student(folder)
-        run_rl(folder, "--out", str(folder / "one"), "--steps", "2")
-        run_rl(folder, "--out", str(folder / "parts"), "--steps", "2", "--accumulate", "2")
-        on_ranks(2, script("rl.py", *rl_flags(folder, "--out", str(folder / "two"), "--steps", "2")))
-        one = read_checkpoint(folder / "one" / "resume.pt")
-        for other in ("parts", "two"):
-            file = read_checkpoint(folder / other / "resume.pt")
-            for moment in ("exp_avg", "exp_avg_sq"):  # the gradients themselves, before Adam hides their size
-                a, b = (torch.cat([s[moment].flatten() for s in z["optimizer"]["state"].values()]) for z in (one, file))
-                close(b, a, 1e-5)
-            a, b = (torch.cat([p.flatten() for p in z["model"].values()]) for z in (one, file))
+def test_rl_two_processes_make_the_update_of_one(folder):
+    write_student(folder)
+    run_rl(folder, "--out", str(folder / "one"), "--steps", "2")
+    run_rl(folder, "--out", str(folder / "parts"), "--steps", "2", "--accumulate", "2")
+    on_ranks(2, script("rl.py", *rl_flags(folder, "--out", str(folder / "two"), "--steps", "2")))
+    one = read_checkpoint(folder / "one" / "resume.pt")
+    for other in ("parts", "two"):
+        file = read_checkpoint(folder / other / "resume.pt")
+        for moment in ("exp_avg", "exp_avg_sq"):  # the gradients themselves, before Adam hides their size
+            a, b = (torch.cat([s[moment].flatten() for s in z["optimizer"]["state"].values()]) for z in (one, file))
             close(b, a, 1e-5)
-            ours, theirs = (json.loads((folder / name / "results.json").read_text())["after"]["fd"]
-                            for name in (other, "one"))
-            assert abs(ours / theirs - 1) < 1e-3
+        a, b = (torch.cat([p.flatten() for p in z["model"].values()]) for z in (one, file))
+        close(b, a, 1e-5)
+        ours, theirs = (json.loads((folder / name / "results.json").read_text())["after"]["fd"]
+                        for name in (other, "one"))
+        assert abs(ours / theirs - 1) < 1e-3
 
 
 def write_judges(folder):
@@ -3563,9 +3517,9 @@ class TinyImageReward(torch.nn.Module):
         return pixels.mean((1, 2, 3)) * (ids * mask).sum(1)
 
 
-def test_rl_every_reward_runs_with_both_estimators():
+def test_rl_every_reward_runs_with_both_estimators(folder):
     smooth = ["red:2", "classifier", "judge:0.5", "clip:0.1", "pickscore", "imagereward:0.01"]
-    with (scratch() as folder, mock.patch.object(fid, "load_imagereward", lambda path: TinyImageReward()),
+    with (mock.patch.object(fid, "load_imagereward", lambda path: TinyImageReward()),
           towers()):
         write_student(folder)
         flags = ["--folder", write_judges(folder), "--steps", "1", "--eval_images", "16", "--calls", "4", "--reward"]
@@ -3580,11 +3534,11 @@ def test_rl_every_reward_runs_with_both_estimators():
         assert all(abs(again[name] - row[name]) < 1e-6 for name in ("clip", "pickscore", "jpeg", "diversity"))
 
 
-def test_rl_is_judged_by_a_classifier_that_is_not_rewarded():
+def test_rl_is_judged_by_a_classifier_that_is_not_rewarded(folder):
     seen, by = [], {}
     look = lambda args, start, score, run, watch, names: seen.append(watch.figures(pictures, torch.arange(4)))
     pictures = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
-    with scratch() as folder, mock.patch.object(rl, "train", look):
+    with mock.patch.object(rl, "train", look):
         write_student(folder)
         for names in ("red", "classifier", "judge", "classifier judge"):
             said = io.StringIO()
@@ -3595,10 +3549,10 @@ def test_rl_is_judged_by_a_classifier_that_is_not_rewarded():
         assert "without FD" in said.getvalue()
 
 
-def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders():
+def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders(folder):
     """A student of ImageNet has classes n01440764 and so on; prompts must be of the names in assets/."""
     asked = []
-    with scratch() as folder, mock.patch.object(rl, "check_names"), mock.patch.object(
+    with mock.patch.object(rl, "check_names"), mock.patch.object(
             rl, "prompt_scorer", lambda kind, names, *_: asked.append(names) or (
             lambda images, labels: images.mean((1, 2, 3)))):
         path = write_student(folder)
@@ -3645,10 +3599,10 @@ class TinyVAE(torch.nn.Module):
         return self.layer(latents)
 
 
-def test_rl_of_latents_scores_decoded_pictures():
+def test_rl_of_latents_scores_decoded_pictures(folder):
     inception = lambda images: (F.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1), None)  # (N, 12)
     inception.to = lambda device: inception
-    with (scratch() as folder, mock.patch.multiple(
+    with (mock.patch.multiple(
             rl, load_vae=lambda path: TinyVAE(), load_inception=lambda path: inception, read_npz=lambda path: None,
             statistics_in=lambda path, arrays: (np.zeros(12), np.eye(12)))):
         write_student(folder, img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
@@ -3666,7 +3620,7 @@ def test_rl_of_latents_scores_decoded_pictures():
             refused(lambda: run_rl(folder, *blind, *more), word)
 
 
-def test_rewards_of_every_kind_are_numbers():
+def test_rewards_of_every_kind_are_numbers(folder):
     """Counts, truth values, doubles, halves, a number that lost its dimension, and one that writes into its pictures:
     all are trained on, in chunks whose last has one picture. What a reward raises is said to be the reward's."""
     def away(images, labels):
@@ -3678,7 +3632,7 @@ def test_rewards_of_every_kind_are_numbers():
              "listed": lambda a, i: [float(one.max()) for one in a],
              "in_place": lambda a, i: a.sub_(0.5).mean((1, 2, 3)),
              "away": away, "pairwise": lambda a, i: torch.cdist(a.flatten(1), a.flatten(1))}
-    with scratch() as folder, mock.patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in kinds.items()}):
+    with mock.patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in kinds.items()}):
         write_student(folder)
         for name in list(kinds)[:-2]:
             run_rl(folder, "--reward", name, "--watch", "count", "--steps", 1, "--eval_images", 33, "--chunk", 32,
@@ -3689,10 +3643,10 @@ def test_rewards_of_every_kind_are_numbers():
         run_rl(folder, "--reward", "in_place", "--estimator", "pathwise", "--steps", 1, "--out", folder / "path")
 
 
-def test_pathwise_refuses_a_reward_without_gradient():
+def test_pathwise_refuses_a_reward_without_gradient(folder):
     """One of several is enough, before anything is written. Watched it may be, and trained on by reinforce."""
     blind = lambda images, labels: images.detach().mean((1, 2, 3))
-    with scratch() as folder, mock.patch.dict(rl.REWARDS, blind=lambda *_: blind):
+    with mock.patch.dict(rl.REWARDS, blind=lambda *_: blind):
         write_student(folder)
         for name, others in (("jpeg", []), ("jpeg", ["red"]), ("blind", [])):
             refused(lambda: run_rl(folder, "--reward", *others, name, "--estimator", "pathwise"), "no gradient", name)
@@ -4140,7 +4094,7 @@ def test_every_stage_runs_on_a_gpu_that_is_not_there():
     assert "all steps reached" in on_fake_gpu(steps_on_fake_gpu)
 
 
-def test_measurements_name_what_prints_them():
+def test_measurements_name_what_prints_them(folder):
     """Tests and functions of assets/measure.py that assets/measurements.md names are there, and a small one runs."""
     with mock.patch.dict(sys.modules, test_all=sys.modules[__name__]):
         spec = importlib.util.spec_from_file_location("measure", HERE / "assets/measure.py")
@@ -4152,9 +4106,8 @@ def test_measurements_name_what_prints_them():
     assert functions and set(functions) <= set(measure.MEASUREMENTS) and tests and set(tests) <= set(globals())
     assert words and all(any(word in name for name in globals() if name.startswith("test_")) for word in words), words
     assert "student, batch 4, without the last block's cut" in measure.shortcuts(repeat=1, size="shapes")
-    with scratch() as folder:
-        assert open_data(measure.random_latents(folder), img_size=256).num_classes == 1000
-        assert load_mar(measure.random_checkpoint(folder / "x.pt", TINY_SHAPES, "teacher")).config == TINY_SHAPES
+    assert open_data(measure.random_latents(folder), img_size=256).num_classes == 1000
+    assert load_mar(measure.random_checkpoint(folder / "x.pt", TINY_SHAPES, "teacher")).config == TINY_SHAPES
 
 
 def judged(test, said):
@@ -4168,7 +4121,8 @@ def judged(test, said):
     faulthandler.dump_traceback_later(HANG, exit=True)
     torch.manual_seed(0)
     try:
-        verdict, code = test(), 0
+        with scratch() as folder:  # for a test that takes one
+            verdict, code = test(*[folder] * len(inspect.signature(test).parameters)), 0
     except Skip as reason:
         verdict, code = reason, SKIPPED
     except BaseException:  # SystemExit too: a program under test that leaves is no success
