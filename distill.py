@@ -358,7 +358,7 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
     Tokens of one AR step are drawn independently: with few steps they contradict each other. But chance enters a
     picture by its start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it
     step by step, in one order, and say it at once. A regression, so no mode is more frequent than `start` draws it.
-    An update costs as many passes of start as it draws in, and one of the student with its backward.
+    An update costs as many passes of start as it draws in, and --passes of the student with their backward.
     """
     K = steps_of(start)
     student = MAR(replace(start.config, passes=args.passes)).to(run.device).eval()
@@ -369,7 +369,7 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
     run.restore("student", **state)
     prepare(args, student, frozen=[start])
     gradients = Gradients(student)
-    counts = mask_counts(student.config.seq_len, args.passes)  # tokens masked before each AR step, K + 1 numbers
+    counts = mask_counts(student.config.seq_len, args.passes)[:-1]  # tokens masked before each AR step
     sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
 
     for step in run.steps("student", args.steps, args.batch):
@@ -379,17 +379,18 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, DECAY)
 
         batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
-        m = counts[step % args.passes]  # AR steps take turns
         for labels, seeds in micro_batches(batch, args.accumulate, [gradients]):
-            # 1. a picture of the start's, in the student's order: also what the student knows of it before this AR step
+            # 1. pictures of the start's, in the student's order
             keys = image_keys(seeds, run.device)
-            orders = student.orders(keys)  # (B, L)
+            orders, loss = student.orders(keys), 0.0  # (B, L)
             target = start.patchify(start.generate(labels, K, seeds=seeds, orders=orders))  # (B, L, C)
-            visible, masked = orders[:, m:].sort(dim=1).values, orders[:, :m].sort(dim=1).values
-            # 2. all that is masked at once, from the noise that the start had
-            n, seen = student.start_noise(keys, masked)
-            x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
-            loss = pseudo_huber(x0 - take(target, masked), r=0.2)[0].mean() / args.accumulate
+            # 2. in each of the student's AR steps all that is masked at once, from the noise that the start had
+            for m in counts:
+                visible, masked = orders[:, m:].sort(dim=1).values, orders[:, :m].sort(dim=1).values
+                n, seen = student.start_noise(keys, masked)  # (B, P, C), (B, L, C)
+                x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
+                error = pseudo_huber(x0 - take(target, masked), r=0.2)[0]  # (B, P)
+                loss = loss + error.mean() / (args.passes * args.accumulate)
             loss.backward()
             sums[0] += loss.detach()
 
