@@ -3400,6 +3400,32 @@ def run_rl(folder, *flags, said=None):
         rl.main(rl_flags(folder, *map(str, flags)))
 
 
+def test_a_student_of_few_passes_lives_like_any_other(folder):
+    """Killed and resumed it ends in the same bits; it is drawn, judged and post-trained, and not exported in silence."""
+    def few(out, *flags):
+        with contextlib.redirect_stdout(io.StringIO()):
+            distill.main(["--teacher", str(folder / "student.pt"), "--passes", "2", "--steps", "4", "--batch", "8",
+                          "--save_every", "1", "--eval_every", "2", "--eval_images", "16", "--log_every", "1",
+                          "--device", "cpu", "--accumulate", "2", "--out", str(folder / out), *flags])
+
+    write_student(folder)
+    few("whole")
+    rows = json.loads((folder / "whole/results.json").read_text())
+    assert set(rows) == {"start_4", "start_2", "student"} and rows["student"]["fd"] > 0
+    killed_at(distill, "update_ema", 3, lambda: few("cut"))
+    assert read_checkpoint(folder / "cut/resume.pt")["step"] == 2
+    few("cut", "--resume")
+    assert_alike(folder / "whole", folder / "cut")
+
+    student = folder / "whole/student.pt"
+    assert "K = 2" in sample_main("--ckpt", student, "--device", "cpu", "--out", folder / "a.png")
+    for flags in (["--order", "raster"], ["--ar_steps", 4]):
+        refused(lambda: sample_main("--ckpt", student, "--device", "cpu", "--out", folder / "b.png", *flags), "in 2 AR")
+    run_rl(folder, "--ckpt", student, "--steps", 2, "--out", folder / "rl")
+    assert load_mar(folder / "rl/student.pt").config.passes == 2
+    assert "sees no noise" in sample_main("--ckpt", student, "--export", folder / "mar.pth")
+
+
 def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
     with mock.patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         write_student(folder)
