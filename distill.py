@@ -220,16 +220,11 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 
     x0 (B, P, C), keys (B,), positions (B, P) of the tokens -> x_t (B, P, C), t (B, P), eps (B, P, C), alpha and sigma
     (B, P, 1)."""
-    t = random_times(keys, purpose, positions, low, high)  # (B, P)
+    span = high - low + 1
+    t = low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
     eps = gaussian(keys, purpose + 64, positions, x0.shape[-1])
     alpha, sigma = alpha_sigma(t)
     return alpha * x0 + sigma * eps, t, eps, alpha, sigma
-
-
-def random_times(keys, purpose, positions, low, high):
-    """Integer t, uniform in low..high, one per token: -> (B, P) long."""
-    span = high - low + 1
-    return low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
 
 
 # ----------------------------------------------------------------------------------------------------------------------

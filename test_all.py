@@ -1225,7 +1225,8 @@ def test_average_of_weights_and_levels_of_the_losses(folder):
     ema.weight.data.fill_(1.0), model.weight.data.fill_(2.0)
     distill.update_ema(ema, model, 0.9)
     assert abs(ema.weight.item() - 1.1) < 1e-6 and model.weight.item() == 2.0
-    steps = distill.random_times(image_keys(range(5000)), distill.STUDENT, torch.arange(8).expand(5000, -1), 3, 12)
+    places = torch.arange(8).expand(5000, -1)
+    steps = distill.noised(torch.zeros(5000, 8, 1), image_keys(range(5000)), distill.STUDENT, places, 3, 12)[1]
     counts = torch.bincount(steps.flatten(), minlength=14)[3:13]
     assert counts.sum() == 40000 and (counts - 4000).abs().max() < 5 * 4000**0.5, counts
 
@@ -3401,7 +3402,7 @@ def run_rl(folder, *flags, said=None):
 
 
 def test_a_student_of_few_passes_lives_like_any_other(folder):
-    """Killed and resumed it ends in the same bits; it is drawn, judged and post-trained, and not exported in silence."""
+    """Killed and resumed it ends in the same bits; it is drawn, judged, post-trained, and not exported in silence."""
     def few(out, *flags):
         with contextlib.redirect_stdout(io.StringIO()):
             distill.main(["--teacher", str(folder / "student.pt"), "--passes", "2", "--steps", "4", "--batch", "8",
