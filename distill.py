@@ -6,6 +6,7 @@ Needed before: nothing for shapes; for ImageNet the public teacher (data.py --ge
     python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
     python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
     python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
+    python distill.py --teacher out/shapes/student.pt --passes 1     # afterwards: a whole picture in one pass
     torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B, no data
     torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint, bit for bit
 
@@ -20,8 +21,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
    data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 then loses its classes, and ImageNet is untried: there
    the target is the paper's at all t.
 
-Below: the losses, a batch, stage 1 (`distil`), stage 0 (`train_teacher`), flags and `main`; last what both stages and
-rl.py train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data parallelism by hand.
+Below: the losses, a batch, stage 1 (`distil`), fewer passes, stage 0 (`train_teacher`), flags and `main`; last what all
+of them and rl.py train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data parallelism by hand.
 """
 import copy
 import itertools
