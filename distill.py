@@ -385,8 +385,7 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
                 visible, masked = orders[:, m:].sort(dim=1).values, orders[:, :m].sort(dim=1).values
                 n, seen = student.start_noise(keys, masked)  # (B, P, C), (B, L, C)
                 x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
-                error = pseudo_huber(x0 - take(target, masked), r=0.2)[0]  # (B, P)
-                loss = loss + error.mean() / (args.passes * args.accumulate)
+                loss = loss + (x0 - take(target, masked)).square().mean() / (args.passes * args.accumulate)
             loss.backward()
             sums[0] += loss.detach()
 

@@ -4034,7 +4034,7 @@ def reached_in_a_fork(*_, **__):
 
 
 def fake_distillation(stage, config, size, *flags, mode=Strict):
-    """Updates of train_teacher or distil up to the first log line -> the mode they ran in."""
+    """Updates of a loop of distill.py's up to the first log line -> the mode they ran in."""
     cuda, shape = torch.device("cuda", 0), (config.vae_channels, config.latent_size, config.latent_size)
 
     class Pictures(list):
@@ -4052,6 +4052,9 @@ def fake_distillation(stage, config, size, *flags, mode=Strict):
                 distill.train_teacher(args, config, Pictures([0] * 99), run)
             else:
                 teacher = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
+                teacher.made = {"ar_steps": 4}
+                if args.passes:
+                    distill.draw_in_fewer_passes(args, teacher, [], run, Blind())
                 distill.distil(args, teacher, Pictures([0] * 99), [], run, Blind())
         except Reached:
             return inside
@@ -4081,7 +4084,7 @@ def steps_on_fake_gpu():
     for flags in ([], ["--accumulate", "2", "--recompute"]):
         in_a_fork(lambda: fake_distillation("teacher", replace(pixels, dropout=0.1), "shapes", *small, *flags))
     for flags in (["--own", "1"], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
-                  ["--loss", "vsd", "--log_every", "2"]):
+                  ["--loss", "vsd", "--log_every", "2"], ["--passes", "2"]):
         in_a_fork(lambda: fake_distillation("student", pixels, "shapes", *small, *flags))
     for config, flags in ((pixels, ["--estimator", "pathwise", "--accumulate", "2", "--recompute"]),
                           (latents, ["--log_every", "2"]), (latents, ["--estimator", "pathwise"])):
