@@ -485,11 +485,9 @@ class MAR(nn.Module):
         return (z - sigma * eps) / alpha
 
     def orders(self, keys, kind="random"):
-        """As token_orders, (B, L); with `passes` one for all pictures: from the border inward, in which students draw
-        better than in most. A network that is told the order learns much slower (assets/measurements.md)."""
-        if self.config.passes:
-            keys, kind = torch.zeros_like(keys), "inward"
-        return token_orders(keys, self.config.seq_len, kind)
+        """As token_orders, (B, L); with `passes` one for all pictures: a network that is told the order of each learns
+        far slower, and "inward" lost colours (assets/measurements.md)."""
+        return token_orders(torch.zeros_like(keys) if self.config.passes else keys, self.config.seq_len, kind)
 
     def start_noise(self, keys, predict):
         """What tokens are made of, one draw a token whatever step reveals it: `predict`'s (B, P, C), for the head; with
