@@ -353,7 +353,8 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
 
     Tokens of one AR step are drawn independently: with few steps they contradict each other. But chance enters a
     picture by its start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it
-    step by step, in one order, and say it at once. A regression, so no mode is more frequent than `start` draws it.
+    step by step, in one order, and say it at once. This is a regression: where it cannot tell yet which of two modes
+    the noise means it draws their mean, but nothing pulls it to the frequent one, as a loss on distributions would.
     An update costs as many passes of start as it draws in, and --passes of the student with their backward.
     """
     K = steps_of(start)
@@ -686,8 +687,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.teacher_steps and not args.data:
         raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
-    if args.passes and args.data:
-        raise UserError("--passes learns from the pictures of a student, --teacher FILE, alone: leave --data out")
+    if args.passes and (args.data or args.t_init):
+        raise UserError("--passes learns from the pictures of a student, --teacher FILE, alone: leave out --data and "
+                        "--t_init")
     device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
     teacher = open_teacher(args)
@@ -709,7 +711,8 @@ def main(argv=None):
     # --vae, and not judged: that is fid.py's job
     beside = None if data else classifier_beside(args.teacher)
     if not data and config.pixels:
-        say(f"no data: contexts are the student's own pictures, {'judged by' if beside else 'not judged: no'} "
+        source = "start's" if args.passes else "student's own"
+        say(f"no data: it learns from the {source} pictures, {'judged by' if beside else 'not judged: no'} "
             f"{beside or 'classifier_0.pt lies beside the teacher'}")
     if beside and rank == 0 and not os.path.exists(run.path("classifier_0.pt")):
         with replacing(run.path("classifier_0.pt"), "wb") as f:  # so that rl.py and fid.py find it beside the student

@@ -531,9 +531,10 @@ class MAR(nn.Module):
         """`generate` step by step: yields (tokens (B, L, C), visible (B, V) before the step, predict (B, P) in it)."""
         B, L, C = len(labels), self.config.seq_len, self.config.token_dim
         keys = image_keys(range(B) if seeds is None else seeds, labels.device)
-        if self.config.passes and (ar_steps != self.config.passes or orders != "random" or redraw is not None):
-            raise UserError(f"this student draws whole pictures in {self.config.passes} AR steps, in its own order: "
-                            "leave --order, --edit and other --ar_steps to the student that it learned from")
+        how = ar_steps, head_steps, guidance, orders, redraw
+        if self.config.passes and how != (self.config.passes, 1, 1, "random", None):
+            raise UserError(f"this student draws whole pictures in {self.config.passes} AR steps, one head step each, "
+                            "without guidance, in its own order: all else is for the student that it learned from")
         if isinstance(orders, str):
             orders = self.orders(keys, orders)
         tokens, masked = torch.zeros(B, L, C, device=labels.device), L
@@ -645,8 +646,8 @@ def check_config(config, path):
     for field in fields(config):
         value = getattr(config, field.name)
         is_share = field.type is float  # dropout, label_drop, mask_ratio_min
-        low, high, kinds = (0, 1, (int, float)) if is_share else (
-            int(field.name != "passes"), 999 if field.name == "t_init" else 1 << 16, (int,))
+        low = 0 if is_share or field.name == "passes" else 1
+        high, kinds = (1, (int, float)) if is_share else (999 if field.name == "t_init" else 1 << 16, (int,))
         if type(value) not in kinds or not low <= value <= high:
             raise UserError(f"{path}: no network has {field.name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
