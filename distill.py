@@ -463,7 +463,9 @@ def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
     x0 = take(tokens, masked)  # (B, P, C)
     each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
     x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
-    return diffusion_loss(model.head(x_t, t, c), x0, x_t, t, eps).mean()
+    with torch.autocast("cuda" if c.is_cuda else "cpu", torch.bfloat16, enabled=runs_bf16(c.device)):  # as MAR trains
+        out = model.head(x_t, t, c).float()  # (draws, B, P, 2C)
+    return diffusion_loss(out, x0, x_t, t, eps).mean()
 
 
 def diffusion_loss(out, x0, x_t, t, eps):

@@ -1035,9 +1035,13 @@ def test_bf16_weights_give_the_bits_of_autocast():
     model, tokens, labels = tiny_mar(), torch.randn(3, 16, 12), torch.tensor([0, -1, 3])
     orders = token_orders(image_keys(range(3)), 16)
     visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
+    weight = model.decoder_blocks[0].attn.qkv.weight.requires_grad_()
+    slope = lambda c: torch.autograd.grad(c.square().sum(), weight)[0]
     plain = model.transformer(tokens, visible, labels, predict)
     with mock.patch.object(model_file, "BF16", True):  # on the CPU, as on CUDA
         by_autocast = model.transformer(tokens, visible, labels, predict)
+        exact = slope(plain)
+        assert 1e-4 < (slope(by_autocast) - exact).norm() / exact.norm() < 0.03  # attention is written out in bf16
         assert by_autocast.dtype == torch.float32 and 1e-4 < apart({"": by_autocast}, {"": plain}) < 3e-2
         assert bf16_weights(model) is model
         close(model.transformer(tokens, visible, labels, predict), by_autocast, 0.0)
