@@ -1022,7 +1022,7 @@ def test_dtype_is_decided_by_what_the_machine_is():
     with mock.patch.object(model_file, "BF16", None), contextlib.redirect_stdout(io.StringIO()):
         for dtype, machines in wanted.items():
             for name, (has, capability, bf16) in machines.items():
-                with (mock.patch("torch.cpu.get_capabilities", lambda: has),
+                with (mock.patch("torch.cpu.get_capabilities", lambda: has, create=True),  # older PyTorch has none
                       mock.patch("torch.backends.cpu.get_cpu_capability", lambda: capability),
                       mock.patch("torch.backends.mkldnn.is_available", lambda: name != "macOS")):
                     setup("cpu", dtype)
