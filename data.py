@@ -228,11 +228,12 @@ def adm_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, size, upright=False):
-    """-> uint8 (3, size, size), as it is stored; upright: turned as a camera's note (EXIF) says and viewers show it."""
+def read_image(path, size=None, upright=False):
+    """-> uint8 (3, size, size), or (3, H, W) without a crop. As it is stored; upright: turned as a camera's note (EXIF)
+    says and viewers show it."""
     with reading(path, "image", ": mend it or remove it"), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image) if upright else image
-        return np.array(adm_crop(to_rgb(image), size)).transpose(2, 0, 1)  # (3, size, size)
+        image = to_rgb(ImageOps.exif_transpose(image) if upright else image)
+        return np.array(adm_crop(image, size) if size else image).transpose(2, 0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -141,76 +140,68 @@ def precision_recall(generated, reference, k=3, chunk=1000):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inception: the FID network of 2015-12-05, as torch-fidelity and pytorch-fid ported it. Names are the file's.
+# Inception: the FID network of 2015-12-05, as torch-fidelity and pytorch-fid ported it.
 
 
 class Conv(nn.Sequential):
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
-        super().__init__(OrderedDict(conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+    """Pooling if there is `first`, convolution, batch norm, ReLU. kernel: a side, or (height, width)."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, padding="same", first=nn.Identity()):
+        super().__init__(OrderedDict(first=first, conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
                                      bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU(inplace=True)))
+
+
+class Branches(nn.ModuleDict):
+    """Modules side by side, whose outputs are concatenated."""
+
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self.values()], 1)
+
+
+def chain(*modules):
+    """One after the other; the file puts _1, _2, ... behind the name of the branch."""
+    return nn.Sequential(OrderedDict((f"_{i}", module) for i, module in enumerate(modules, 1)))
 
 
 # a border pixel is the mean of what there is, not of zeros: TensorFlow's way
 mean_pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 max_pool, halve = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
-# The blocks as tables: a row is a branch, their outputs are concatenated. In a row: (name, channels, kernel, stride,
-# padding) one after the other; a list of two tuples splits the branch; a bare function pools first.
-ROW, COLUMN, ROW3, COLUMN3 = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0)), ((1, 3), 1, (0, 1)), ((3, 1), 1, (1, 0))
 
-MIXED_B = [[("branch3x3", 384, 3, 2)],  # (N, 288, 35, 35) -> (N, 768, 17, 17)
-           [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 2)],
-           [halve]]
-MIXED_D = [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
-           [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, *ROW), ("branch7x7x3_3", 192, *COLUMN),
-            ("branch7x7x3_4", 192, 3, 2)],
-           [halve]]
+def mixed_a(c, pool):  # (N, c, 35, 35) -> (N, 224 + pool, 35, 35)
+    return Branches({"branch1x1": Conv(c, 64, 1),
+                     "branch5x5": chain(Conv(c, 48, 1), Conv(48, 64, 5)),
+                     "branch3x3dbl": chain(Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)),
+                     "branch_pool": Conv(c, pool, 1, first=mean_pool)})
 
 
-def mixed_a(pool):  # (N, c, 35, 35) -> (N, 224 + pool, 35, 35)
-    return [[("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5, 1, 2)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3, 1, 1), ("branch3x3dbl_3", 96, 3, 1, 1)],
-            [mean_pool, ("branch_pool", pool, 1)]]
+def mixed_b(c):  # (N, 288, 35, 35) -> (N, 768, 17, 17)
+    return Branches({"branch3x3": Conv(c, 384, 3, 2, 0),
+                     "branch3x3dbl": chain(Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)),
+                     "pool": halve})
 
 
-def mixed_c(mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin ones
-    return [[("branch1x1", 192, 1)],
-            [("branch7x7_1", mid, 1), ("branch7x7_2", mid, *ROW), ("branch7x7_3", 192, *COLUMN)],
-            [("branch7x7dbl_1", mid, 1), ("branch7x7dbl_2", mid, *COLUMN), ("branch7x7dbl_3", mid, *ROW),
-             ("branch7x7dbl_4", mid, *COLUMN), ("branch7x7dbl_5", 192, *ROW)],
-            [mean_pool, ("branch_pool", 192, 1)]]
+def mixed_c(c, mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin ones
+    return Branches({"branch1x1": Conv(c, 192, 1),
+                     "branch7x7": chain(Conv(c, mid, 1), Conv(mid, mid, (1, 7)), Conv(mid, 192, (7, 1))),
+                     "branch7x7dbl": chain(Conv(c, mid, 1), Conv(mid, mid, (7, 1)), Conv(mid, mid, (1, 7)),
+                                           Conv(mid, mid, (7, 1)), Conv(mid, 192, (1, 7))),
+                     "branch_pool": Conv(c, 192, 1, first=mean_pool)})
 
 
-def mixed_e(pool):  # (N, c, 8, 8) -> (N, 2048, 8, 8)
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, *ROW3), ("branch3x3_2b", 384, *COLUMN3)]],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3, 1, 1),
-             [("branch3x3dbl_3a", 384, *ROW3), ("branch3x3dbl_3b", 384, *COLUMN3)]],
-            [pool, ("branch_pool", 192, 1)]]
+def mixed_d(c):  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
+    return Branches({"branch3x3": chain(Conv(c, 192, 1), Conv(192, 320, 3, 2, 0)),
+                     "branch7x7x3": chain(Conv(c, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
+                                          Conv(192, 192, 3, 2, 0)),
+                     "pool": halve})
 
 
-class Mixed(nn.Module):
-    """One block of such a table on c channels."""
-
-    def __init__(self, c, table):
-        super().__init__()
-        self.table = table
-        for row in table:
-            channels = c
-            for step in row:
-                if not callable(step):
-                    for name, *shape in step if isinstance(step, list) else [step]:
-                        setattr(self, name, Conv(channels, *shape))
-                    channels = shape[0]
-
-    def run(self, x, step):
-        if isinstance(step, list):
-            return torch.cat([self.run(x, part) for part in step], 1)
-        return step(x) if callable(step) else getattr(self, step[0])(x)
-
-    def forward(self, x):
-        return torch.cat([functools.reduce(self.run, row, x) for row in self.table], 1)
+def mixed_e(c, pool):  # (N, c, 8, 8) -> (N, 2048, 8, 8)
+    thin = lambda: Branches({"a": Conv(384, 384, (1, 3)), "b": Conv(384, 384, (3, 1))})
+    return Branches({"branch1x1": Conv(c, 320, 1),
+                     "branch3x3": chain(Conv(c, 384, 1), thin()),
+                     "branch3x3dbl": chain(Conv(c, 448, 1), Conv(448, 384, 3), thin()),
+                     "branch_pool": Conv(c, 192, 1, first=pool)})
 
 
 def resize_tf1(x, side=299):
@@ -231,16 +222,14 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, 3, 2), Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, 1, 1)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = Conv(64, 80, 1), Conv(80, 192, 3)
+        stem = {"Conv2d_1a_3x3": Conv(3, 32, 3, 2, 0), "Conv2d_2a_3x3": Conv(32, 32, 3, 1, 0),
+                "Conv2d_2b_3x3": Conv(32, 64, 3), "pool_1": halve,  # (N, 64, 73, 73)
+                "Conv2d_3b_1x1": Conv(64, 80, 1), "Conv2d_4a_3x3": Conv(80, 192, 3, 1, 0), "pool_2": halve}
         # the last block pools by maximum: a slip of the original network, but the weights were trained with it
-        self.mixed = {"5b": (192, mixed_a(32)), "5c": (256, mixed_a(64)), "5d": (288, mixed_a(64)),
-                      "6a": (288, MIXED_B), "6b": (768, mixed_c(128)), "6c": (768, mixed_c(160)),
-                      "6d": (768, mixed_c(160)), "6e": (768, mixed_c(192)), "7a": (768, MIXED_D),
-                      "7b": (1280, mixed_e(mean_pool)), "7c": (2048, mixed_e(max_pool))}
-        for name, (channels, table) in self.mixed.items():
-            setattr(self, f"Mixed_{name}", Mixed(channels, table))
+        mixed = {"5b": mixed_a(192, 32), "5c": mixed_a(256, 64), "5d": mixed_a(288, 64), "6a": mixed_b(288),
+                 "6b": mixed_c(768, 128), "6c": mixed_c(768, 160), "6d": mixed_c(768, 160), "6e": mixed_c(768, 192),
+                 "7a": mixed_d(768), "7b": mixed_e(1280, mean_pool), "7c": mixed_e(2048, max_pool)}
+        self.stem, self.mixed = nn.Sequential(OrderedDict(stem)), nn.Sequential(OrderedDict(mixed))
         self.fc = nn.Linear(2048, 1008)
 
     @torch.no_grad()
@@ -252,18 +241,15 @@ class Inception(nn.Module):
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # TF32 and autocast would each move FID in the second decimal
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(x.device.type, enabled=False):
-            x = halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))  # (N, 64, 73, 73)
-            x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))  # (N, 192, 35, 35)
-            for name in self.mixed:
-                x = getattr(self, f"Mixed_{name}")(x)
-        pool = x.mean((2, 3))  # (N, 2048)
+            pool = self.mixed(self.stem(x)).mean((2, 3))  # (N, 192, 35, 35) after the stem; (N, 2048)
         # the inception score leaves the bias out: so did the original code. In float64, or a GPU's TF32 would show
         return pool, (pool.double() @ self.fc.weight.double().T).float()
 
 
 def load_inception(path):
     """The Inception of torch-fidelity's or pytorch-fid's weight file."""
-    return load_network(lambda _: Inception(), path, "inception").to(memory_format=torch.channels_last)
+    names = [(r"^stem\.", ""), (r"^mixed\.", "Mixed_"), (r"\._", "_"), (r"\.([ab])\.", r"\1.")]
+    return load_network(lambda _: Inception(), path, "inception", names).to(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,10 +328,10 @@ def train_classifier(data, seed, device, batch=128):
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
-    spread = mean_and_covariance(classify(net, read_in_parts(data, evenly(data, 5000)))[0])[1]
+    spread = mean_and_covariance(classify(net, data.images(evenly(data, 5000)))[0])[1]
     net.scale.fill_((net.last.in_features / spread.trace()) ** 0.5)
     net.reference = statistics_of(net, data)
-    logits = classify(net, read_in_parts(test, held))[1]
+    logits = classify(net, test.images(held))[1]
     net.accuracy = float((logits.argmax(1) == torch.as_tensor(test.labels[held])).float().mean())
     return net
 
@@ -402,27 +388,22 @@ def labels_like(counts, n):
     return torch.searchsorted(ends / ends[-1], torch.arange(n).double() * (5**0.5 - 1) / 2 % 1, right=True)
 
 
-def read_in_parts(data, indices):
-    """Yields the images of `indices`, 500 at a time."""
-    return map(data.images, np.array_split(indices, -(-len(indices) // 500)))
-
-
 def evenly(data, n=10000):
     """Indices of `n` images spread evenly over a data set."""
     return np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64)
 
 
 @torch.no_grad()
-def classify(classifier, batches):
-    """Batches of images -> features (N, F), logits (N, classes) of all of them, float32 on the CPU. UserError where
-    one is not finite: NaN would pass for class 0."""
-    features, logits = zip(*map(classifier, batches))
+def classify(classifier, images):
+    """uint8 images (N, 3, H, W) -> features (N, F), logits (N, classes), float32 on the CPU. UserError where one is not
+    finite: NaN would pass for class 0."""
+    features, logits = zip(*map(classifier, images.split(500)))
     return as_features(torch.cat(features)), as_features(torch.cat(logits))
 
 
 def thumbnails(images):
     """uint8 (N, 3, H, W) -> (N, 48): the means of 4 x 4 parts, in [-1, 1]."""
-    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 4).flatten(1)
+    return torch.cat([F.adaptive_avg_pool2d(part.float() / 127.5 - 1, 4).flatten(1) for part in images.split(500)])
 
 
 def signs(reference, thumbs):
@@ -435,10 +416,9 @@ def statistics_of(classifier, data):
     """What real pictures are like, as a dict of float64 tensors: mean and covariance of features ("mu", "sigma") and of
     thumbnails; "shares" (M,) of the census's cells; but for shapes, "directions" (48, 6), whose signs make cells. And
     "classes", int64: how many pictures each has."""
-    seen = [(classify(classifier, [images])[0], thumbnails(images)) for images in read_in_parts(data, evenly(data))]
-    features, thumbs = map(torch.cat, zip(*seen))
-    reference = {"classes": data.counts}
-    reference["mu"], reference["sigma"] = mean_and_covariance(features)
+    images, reference = data.images(evenly(data)), {"classes": data.counts}
+    thumbs = thumbnails(images)
+    reference["mu"], reference["sigma"] = mean_and_covariance(classify(classifier, images)[0])
     reference["thumb_mu"], reference["thumb_sigma"] = mean_and_covariance(thumbs)
     if data.name == "shapes":
         return {**reference, "shares": torch.full((len(SHAPE_MODES),), 1 / len(SHAPE_MODES), dtype=torch.float64)}
@@ -450,7 +430,7 @@ def statistics_of(classifier, data):
 def examine(classifier, images, labels=None):
     """uint8 images (N, 3, H, W) -> {"features" (N, F), "thumbs" (N, 48), "cell" (N,)}; where it is known what they were
     asked to show, labels (N,), "accuracy" too: (N,) bool, whether the classifier sees that."""
-    features, logits = classify(classifier, images.split(500))
+    features, logits = classify(classifier, images)
     thumbs, reference = thumbnails(images), classifier.reference
     cell = signs(reference, thumbs) if "directions" in reference else shape_modes(images)
     seen = {"features": features, "thumbs": thumbs, "cell": cell}
@@ -829,15 +809,14 @@ def npz_pictures(path, arrays):
 def folder_pictures(path, size=None):
     """Every image below a folder. size: crop to it as ADM does; None: as they are, all of one size."""
     class_names, files, labels = find_images(path)
-    with reading(files[0], "image"), Image.open(files[0]) as first:
-        side = size or first.width
+    side = size or read_image(files[0]).shape[2]
 
     def one(number):
-        file = files[number]
-        with reading(file, "image", ": mend it or remove it"), Image.open(file) as image:
-            if not size and image.size != (side, side):
-                raise UserError(f"{file} is {image.width} x {image.height}, not {side} x {side}: crop all by --size")
-        return read_image(file, side)
+        picture = read_image(files[number], size)  # (3, H, W)
+        if picture.shape[1:] != (side, side):
+            width_height = f"{picture.shape[2]} x {picture.shape[1]}"
+            raise UserError(f"{files[number]} is {width_height}, not {side} x {side}: crop all by --size")
+        return picture
 
     def read(numbers):
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
@@ -867,13 +846,9 @@ def checkpoint_pictures(path, args, device, vae, real=None):
                 bf16_weights(model)
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
-    sources = []
-    for way in ways_to_draw(args, model):
-        how = {**way, "seed": args.seed}
-        name = f"{path} ({', '.join(f'{name} {value}' for name, value in how.items())})"
-        sources.append(Pictures(name, model.config.img_size, labels, model.class_names,
-                                functools.partial(read, how), how))
-    return sources
+    said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
+    return [Pictures(f"{path} ({said(how)})", model.config.img_size, labels, model.class_names,
+                     functools.partial(read, how), how) for how in ways_to_draw(args, model)]
 
 
 def agree_on_classes(sources, real, wanted):

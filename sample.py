@@ -195,11 +195,11 @@ def unmasking(model, labels, seed=0, vae=None, **generate_kwargs):
         yield torch.where(in_pixels(c, known), decode(model, model.unpatchify(tokens), vae), 128).cpu()
 
 
-def save_gif(model, classes, titles, per_class, path, seed, vae, **how):
+def save_gif(model, classes, titles, per_class, path, **how):
     """The unmasking of per_class pictures of each class -> an animated GIF file."""
     labels = torch.tensor(classes, device=next(model.parameters()).device).repeat_interleave(per_class)
     frames = [grid_image(list(zip(titles, pictures.split(per_class)))).quantize(256)  # a third of the memory
-              for pictures in tqdm(unmasking(model, labels, seed, vae, **how), total=how["ar_steps"] + 1)]
+              for pictures in tqdm(unmasking(model, labels, **how), total=how["ar_steps"] + 1)]
     # about three seconds in all, whatever K is, and two more to look at the result
     durations = [max(20, 3000 // len(frames))] * (len(frames) - 1) + [2000]
     with replacing(path, "wb") as file:
@@ -346,14 +346,14 @@ def parse_args(argv=None):
 
 
 def ways_to_draw(args, model):
-    """Keyword arguments of MAR.generate, for each of --ar_steps and --guidance. What no flag says is as the checkpoint
-    was made for, or as the public ones; a student has head steps and guidance of its own."""
+    """Keyword arguments of `draw`, for each of --ar_steps and --guidance. What no flag says is as the checkpoint was
+    made for, or as the public ones; a student has head steps and guidance of its own."""
     made, config = model.made, model.config
     steps = args.ar_steps or [steps_of(model)]
     mask_counts(config.seq_len, max(steps))  # complains when K is above the number of tokens
     how = {"head_steps": args.head_steps or made.get("teacher_head_steps", 100),
            "guidance_schedule": args.guidance_schedule or made.get("guidance_schedule", "linear"),
-           "temperature": args.temperature, "orders": args.order}
+           "temperature": args.temperature, "orders": args.order, "seed": args.seed}
     scales = args.guidance or [made.get("guidance", {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0))]
     if is_student(model):
         how["head_steps"], scales = 1, [1.0]
@@ -417,19 +417,18 @@ def main(argv=None):
         ways = [{**how, **part, "ar_steps": min(how["ar_steps"], tokens)} for how in ways]
     out = args.gif or args.out or ("samples.npz" if job == "num" else "grid.png")
     if rank == 0 and job == "num" and not Path(out).suffix:
-        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "classes": classes, "seed": args.seed, **ways[0]})
+        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "classes": classes, **ways[0]})
     elif rank == 0:
         check_output(out, {"gif": ".gif", "num": ".npz"}.get(job, ".png"))
     if job == "num":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what is half-written goes
         # classes take turns, so every stretch of the file is balanced: the inception score is computed on tenths of it
         labels = np.resize(classes, args.num)
-        save_samples(model, labels, out, rank, world, args.batch, seed=args.seed, vae=vae, **ways[0])
+        save_samples(model, labels, out, rank, world, args.batch, vae=vae, **ways[0])
     elif job == "gif":
-        save_gif(model, classes, titles, args.per_class or 4, out, args.seed, vae, **ways[0])
+        save_gif(model, classes, titles, args.per_class or 4, out, vae=vae, **ways[0])
     else:
-        rows += draw_grid(model, classes, titles, ways, args.per_class, seed=args.seed, vae=vae, batch=args.batch)
-        save_grid(rows, out)
+        save_grid(rows + draw_grid(model, classes, titles, ways, args.per_class, vae=vae, batch=args.batch), out)
     for how in ways:
         say(f"{out}: K = {how['ar_steps']}, head steps {how['head_steps']}, guidance {how['guidance']}, "
             f"seed {args.seed}")

@@ -2999,7 +2999,7 @@ def test_classifier_takes_bytes_and_floats_and_remembers_what_it_was_made_from(f
     net(x)[1].sum().backward()
     assert x.grad.abs().sum() > 0
     net.last.bias.data[0] = math.nan  # which argmax takes for the largest
-    refused(lambda: fid.classify(net, [images]), "NaN")
+    refused(lambda: fid.classify(net, images), "NaN")
     (folder / "classifier_0.pt").write_bytes(shapes_classifier())
     small = open_data("shapes", img_size=8)
     refused(lambda: fid.load_or_train_classifier(small, folder), "classifier_0.pt", "another sha256")

@@ -384,7 +384,7 @@ def paired():
         model = load_mar(path)
         K = read_checkpoint(path)["args"].get("ar_steps", 8)
         images = draw(model, labels, seed=int(os.environ.get("SEED", 1)), ar_steps=K)
-        log_p = F.log_softmax(classify(judge, images.split(500))[1], dim=1).gather(1, labels[:, None])[:, 0].double()
+        log_p = F.log_softmax(classify(judge, images)[1], dim=1).gather(1, labels[:, None])[:, 0].double()
         row = fid.judge(judge, images, labels)
         row["diversity"] = rl.diversity(images, labels)
         row["jpeg"] = 100 * rl.jpeg_bytes(images.float() / 255).mean().item()
