@@ -522,7 +522,7 @@ def read_class_names(path=None, of_data=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The KL-16 VAE
-# Module names are those of the public file (LTH14/mar models/vae.py), so its weights load without a table of renames.
+# Module names are nearly those of the public file (LTH14/mar models/vae.py); load_vae knows the rest.
 
 CHANNELS = (128, 128, 256, 256, 512)  # a level: full size, 1/2, 1/4, 1/8, 1/16
 
@@ -560,52 +560,35 @@ class SelfAttention(nn.Module):
         return x + self.proj_out(h)
 
 
+def sequence(**modules):
+    return nn.Sequential(OrderedDict(modules))
+
+
 def middle(c):
-    return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c), attn_1=SelfAttention(c), block_2=ResnetBlock(c, c)))
+    return sequence(block_1=ResnetBlock(c, c), attn_1=SelfAttention(c), block_2=ResnetBlock(c, c))
 
 
-class Encoder(nn.Module):
+def encoder():
     """(B, 3, H, W) -> (B, 32, H/16, W/16). Attention at the deepest level only: elsewhere H*W is too many."""
-
-    def __init__(self):
-        super().__init__()
-        first, last = CHANNELS[0], CHANNELS[-1]
-        blocks = lambda c, width: nn.Sequential(ResnetBlock(c, width), ResnetBlock(width, width))
-        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleDict({"block": blocks(*pair)}) for pair in zip((first, *CHANNELS), CHANNELS))
-        for level, c in zip(self.down[:-1], CHANNELS):
-            level["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)})
-        self.down[-1]["attn"] = nn.ModuleList([SelfAttention(last), SelfAttention(last)])
-        self.mid, self.norm_out, self.conv_out = middle(last), norm(last), nn.Conv2d(last, 32, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv_in(x)  # (B, 128, H, W)
-        for level in self.down[:-1]:
-            h = level["downsample"]["conv"](F.pad(level["block"](h), (0, 1, 0, 1)))  # half; padded right and below
-        for block, attention in zip(self.down[-1]["block"], self.down[-1]["attn"]):
-            h = attention(block(h))
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # (B, 32, H/16, W/16)
+    half = lambda c: sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))  # right and below
+    down = [sequence(block0=ResnetBlock(c_in, c), block1=ResnetBlock(c, c), downsample=half(c))
+            for c_in, c in zip((128, *CHANNELS), CHANNELS[:-1])]
+    deepest = sequence(block0=ResnetBlock(256, 512), attn0=SelfAttention(512),
+                       block1=ResnetBlock(512, 512), attn1=SelfAttention(512))
+    return sequence(conv_in=nn.Conv2d(3, 128, 3, padding=1), down=nn.Sequential(*down, deepest), mid=middle(512),
+                    norm_out=norm(512), silu=nn.SiLU(), conv_out=nn.Conv2d(512, 32, 3, padding=1))
 
 
-class Decoder(nn.Module):
+def decoder():
     """(B, 16, h, w) -> (B, 3, 16h, 16w). A block a level more than the encoder, and no attention on the way up."""
-
-    def __init__(self):
-        super().__init__()
-        first, last = CHANNELS[0], CHANNELS[-1]
-        blocks = lambda c, width: nn.Sequential(ResnetBlock(c, width), *(ResnetBlock(width, width) for _ in range(2)))
-        self.conv_in, self.mid = nn.Conv2d(16, last, 3, padding=1), middle(last)
-        widths = zip((*CHANNELS[1:], last), CHANNELS)  # from that of the level below to its own
-        self.up = nn.ModuleList(nn.ModuleDict({"block": blocks(*pair)}) for pair in widths)
-        for level, c in zip(self.up[1:], CHANNELS[1:]):
-            level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
-        self.norm_out, self.conv_out = norm(first), nn.Conv2d(first, 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))  # (B, 512, h, w)
-        for level in reversed(self.up[1:]):  # the public list begins with the full size
-            h = level["upsample"]["conv"](F.interpolate(level["block"](h), scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(self.up[0]["block"](h))))  # (B, 3, 16h, 16w)
+    double = lambda c: sequence(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1))
+    up = {}
+    for level in (4, 3, 2, 1, 0):  # the public list begins with the full size
+        c_in, c = CHANNELS[min(level + 1, 4)], CHANNELS[level]
+        up[str(level)] = sequence(block0=ResnetBlock(c_in, c), block1=ResnetBlock(c, c), block2=ResnetBlock(c, c),
+                                  upsample=double(c) if level else nn.Identity())
+    return sequence(conv_in=nn.Conv2d(16, 512, 3, padding=1), mid=middle(512), up=sequence(**up),
+                    norm_out=norm(128), silu=nn.SiLU(), conv_out=nn.Conv2d(128, 3, 3, padding=1))
 
 
 class KLVAE(nn.Module):
@@ -613,7 +596,7 @@ class KLVAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder = Encoder(), Decoder()
+        self.encoder, self.decoder = encoder(), decoder()
         self.quant_conv, self.post_quant_conv = nn.Conv2d(32, 32, 1), nn.Conv2d(16, 16, 1)
 
     @torch.no_grad()
@@ -634,7 +617,8 @@ def load_vae(path):
                             "python data.py --get kl16 gets it")
         return KLVAE()
 
-    return load_network(build, path, "kl16", drop=["loss."])  # a discriminator's, in what training leaves
+    names = [(r"(block|attn)(\d)", r"\1.\2")]
+    return load_network(build, path, "kl16", names, drop=["loss."])  # a discriminator's, in what training leaves
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import math
 import os
 import re
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (PUBLIC, SHAPE_MODES, Parser, check_numbers, find_images, load_vae, open_data, read_class_names,
-                  read_image, run_main, setup, shape_modes, train_indices)
+                  read_image, run_main, sequence, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
                    replacing, runs_bf16, save_checkpoint, say, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
@@ -143,12 +142,10 @@ def precision_recall(generated, reference, k=3, chunk=1000):
 # Inception: the FID network of 2015-12-05, as torch-fidelity and pytorch-fid ported it.
 
 
-class Conv(nn.Sequential):
-    """Pooling if there is `first`, convolution, batch norm, ReLU. kernel: a side, or (height, width)."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, padding="same", first=nn.Identity()):
-        super().__init__(OrderedDict(first=first, conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
-                                     bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU(inplace=True)))
+def conv(c_in, c_out, kernel, stride=1, padding="same", first=nn.Identity()):
+    """`first`, a pooling, if there is one; convolution, batch norm, ReLU. kernel: a side, or (height, width)."""
+    return sequence(first=first, conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+                    bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU(inplace=True))
 
 
 class Branches(nn.ModuleDict):
@@ -160,7 +157,7 @@ class Branches(nn.ModuleDict):
 
 def chain(*modules):
     """One after the other; the file puts _1, _2, ... behind the name of the branch."""
-    return nn.Sequential(OrderedDict((f"_{i}", module) for i, module in enumerate(modules, 1)))
+    return sequence(**{f"_{i}": module for i, module in enumerate(modules, 1)})
 
 
 # a border pixel is the mean of what there is, not of zeros: TensorFlow's way
@@ -169,39 +166,39 @@ max_pool, halve = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 
 def mixed_a(c, pool):  # (N, c, 35, 35) -> (N, 224 + pool, 35, 35)
-    return Branches({"branch1x1": Conv(c, 64, 1),
-                     "branch5x5": chain(Conv(c, 48, 1), Conv(48, 64, 5)),
-                     "branch3x3dbl": chain(Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)),
-                     "branch_pool": Conv(c, pool, 1, first=mean_pool)})
+    return Branches({"branch1x1": conv(c, 64, 1),
+                     "branch5x5": chain(conv(c, 48, 1), conv(48, 64, 5)),
+                     "branch3x3dbl": chain(conv(c, 64, 1), conv(64, 96, 3), conv(96, 96, 3)),
+                     "branch_pool": conv(c, pool, 1, first=mean_pool)})
 
 
 def mixed_b(c):  # (N, 288, 35, 35) -> (N, 768, 17, 17)
-    return Branches({"branch3x3": Conv(c, 384, 3, 2, 0),
-                     "branch3x3dbl": chain(Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, 2, 0)),
+    return Branches({"branch3x3": conv(c, 384, 3, 2, 0),
+                     "branch3x3dbl": chain(conv(c, 64, 1), conv(64, 96, 3), conv(96, 96, 3, 2, 0)),
                      "pool": halve})
 
 
 def mixed_c(c, mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin ones
-    return Branches({"branch1x1": Conv(c, 192, 1),
-                     "branch7x7": chain(Conv(c, mid, 1), Conv(mid, mid, (1, 7)), Conv(mid, 192, (7, 1))),
-                     "branch7x7dbl": chain(Conv(c, mid, 1), Conv(mid, mid, (7, 1)), Conv(mid, mid, (1, 7)),
-                                           Conv(mid, mid, (7, 1)), Conv(mid, 192, (1, 7))),
-                     "branch_pool": Conv(c, 192, 1, first=mean_pool)})
+    return Branches({"branch1x1": conv(c, 192, 1),
+                     "branch7x7": chain(conv(c, mid, 1), conv(mid, mid, (1, 7)), conv(mid, 192, (7, 1))),
+                     "branch7x7dbl": chain(conv(c, mid, 1), conv(mid, mid, (7, 1)), conv(mid, mid, (1, 7)),
+                                           conv(mid, mid, (7, 1)), conv(mid, 192, (1, 7))),
+                     "branch_pool": conv(c, 192, 1, first=mean_pool)})
 
 
 def mixed_d(c):  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
-    return Branches({"branch3x3": chain(Conv(c, 192, 1), Conv(192, 320, 3, 2, 0)),
-                     "branch7x7x3": chain(Conv(c, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
-                                          Conv(192, 192, 3, 2, 0)),
+    return Branches({"branch3x3": chain(conv(c, 192, 1), conv(192, 320, 3, 2, 0)),
+                     "branch7x7x3": chain(conv(c, 192, 1), conv(192, 192, (1, 7)), conv(192, 192, (7, 1)),
+                                          conv(192, 192, 3, 2, 0)),
                      "pool": halve})
 
 
 def mixed_e(c, pool):  # (N, c, 8, 8) -> (N, 2048, 8, 8)
-    thin = lambda: Branches({"a": Conv(384, 384, (1, 3)), "b": Conv(384, 384, (3, 1))})
-    return Branches({"branch1x1": Conv(c, 320, 1),
-                     "branch3x3": chain(Conv(c, 384, 1), thin()),
-                     "branch3x3dbl": chain(Conv(c, 448, 1), Conv(448, 384, 3), thin()),
-                     "branch_pool": Conv(c, 192, 1, first=pool)})
+    thin = lambda: Branches({"a": conv(384, 384, (1, 3)), "b": conv(384, 384, (3, 1))})
+    return Branches({"branch1x1": conv(c, 320, 1),
+                     "branch3x3": chain(conv(c, 384, 1), thin()),
+                     "branch3x3dbl": chain(conv(c, 448, 1), conv(448, 384, 3), thin()),
+                     "branch_pool": conv(c, 192, 1, first=pool)})
 
 
 def resize_tf1(x, side=299):
@@ -222,14 +219,14 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        stem = {"Conv2d_1a_3x3": Conv(3, 32, 3, 2, 0), "Conv2d_2a_3x3": Conv(32, 32, 3, 1, 0),
-                "Conv2d_2b_3x3": Conv(32, 64, 3), "pool_1": halve,  # (N, 64, 73, 73)
-                "Conv2d_3b_1x1": Conv(64, 80, 1), "Conv2d_4a_3x3": Conv(80, 192, 3, 1, 0), "pool_2": halve}
+        self.stem = sequence(Conv2d_1a_3x3=conv(3, 32, 3, 2, 0), Conv2d_2a_3x3=conv(32, 32, 3, 1, 0),
+                             Conv2d_2b_3x3=conv(32, 64, 3), pool_1=halve,  # (N, 64, 73, 73)
+                             Conv2d_3b_1x1=conv(64, 80, 1), Conv2d_4a_3x3=conv(80, 192, 3, 1, 0), pool_2=halve)
         # the last block pools by maximum: a slip of the original network, but the weights were trained with it
-        mixed = {"5b": mixed_a(192, 32), "5c": mixed_a(256, 64), "5d": mixed_a(288, 64), "6a": mixed_b(288),
-                 "6b": mixed_c(768, 128), "6c": mixed_c(768, 160), "6d": mixed_c(768, 160), "6e": mixed_c(768, 192),
-                 "7a": mixed_d(768), "7b": mixed_e(1280, mean_pool), "7c": mixed_e(2048, max_pool)}
-        self.stem, self.mixed = nn.Sequential(OrderedDict(stem)), nn.Sequential(OrderedDict(mixed))
+        self.mixed = sequence(Mixed_5b=mixed_a(192, 32), Mixed_5c=mixed_a(256, 64), Mixed_5d=mixed_a(288, 64),
+                              Mixed_6a=mixed_b(288), Mixed_6b=mixed_c(768, 128), Mixed_6c=mixed_c(768, 160),
+                              Mixed_6d=mixed_c(768, 160), Mixed_6e=mixed_c(768, 192), Mixed_7a=mixed_d(768),
+                              Mixed_7b=mixed_e(1280, mean_pool), Mixed_7c=mixed_e(2048, max_pool))
         self.fc = nn.Linear(2048, 1008)
 
     @torch.no_grad()
@@ -248,7 +245,7 @@ class Inception(nn.Module):
 
 def load_inception(path):
     """The Inception of torch-fidelity's or pytorch-fid's weight file."""
-    names = [(r"^stem\.", ""), (r"^mixed\.", "Mixed_"), (r"\._", "_"), (r"\.([ab])\.", r"\1.")]
+    names = [(r"^(stem|mixed)\.", ""), (r"\._", "_"), (r"\.([ab])\.", r"\1.")]
     return load_network(lambda _: Inception(), path, "inception", names).to(memory_format=torch.channels_last)
 
 
