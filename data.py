@@ -229,8 +229,7 @@ def adm_crop(image, size):
 
 
 def read_image(path, size=None, upright=False):
-    """-> uint8 (3, size, size), or (3, H, W) without a crop. As it is stored; upright: turned as a camera's note (EXIF)
-    says and viewers show it."""
+    """-> uint8 (3, size, size), or whole, (3, H, W); upright: turned as a camera's note (EXIF) says and viewers do."""
     with reading(path, "image", ": mend it or remove it"), Image.open(path) as image:
         image = to_rgb(ImageOps.exif_transpose(image) if upright else image)
         return np.array(adm_crop(image, size) if size else image).transpose(2, 0, 1)
@@ -289,8 +288,7 @@ def start_cache(out, meta):
 
 
 def build_cache(args):
-    """--data PATH --vae FILE: fill the rows that lack, each rank its share of them. A picture that cannot be decoded is
-    named and left out."""
+    """Fill the rows that lack, each rank its share of them. A picture that cannot be decoded is named and left out."""
     folder = split_folder(args.data, args.split)
     size = args.img_size or native_size(args.data, args.split)
     if size < PIXEL_LIMIT:
@@ -451,13 +449,11 @@ def open_images(name, split, img_size):
     images = np.empty((len(files), 3, img_size, img_size), np.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
         decoded = pool.map(lambda file: read_image(file, img_size), files)
-        for i, image in enumerate(tqdm(decoded, f"decoding {name}", len(files), leave=False,
-                                       disable=rank_and_world()[0] > 0 or None)):
+        bar = tqdm(decoded, f"decoding {name}", len(files), leave=False,
+                   disable=int(os.environ.get("RANK") or 0) > 0 or None)
+        for i, image in enumerate(bar):
             images[i] = image
     return Data(name, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
-
-
-CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def open_cifar10(split, img_size=None, root="data"):
@@ -472,7 +468,8 @@ def open_cifar10(split, img_size=None, root="data"):
         raise UserError(f"{folder}: missing or not whole ({error}): run python data.py --get cifar10 (the Python "
                         "version, cifar-10-batches-py, is a pickle, which can run code)") from None
     images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3073) -> (N, 3, 32, 32)
-    return Data("cifar10", CIFAR10, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
+    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    return Data("cifar10", classes, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
 
 
 @functools.lru_cache(maxsize=2)  # a step can touch two epochs
@@ -497,15 +494,12 @@ def train_indices(n, batch, step, seed, rank=0, world=1):
     return indices, flips[rank * share:(rank + 1) * share]
 
 
-IMAGENET_NAMES = Path(__file__).parent / "assets" / "imagenet_class_names.json"  # 1,000, in label order
-
-
 def read_class_names(path=None, of_data=None):
     """Words for classes, in label order: those in the file `path` if given, else those `of_data`, else ImageNet's (also
     where the data's are ImageNet's folders, n01440764 and so on, which no text encoder knows)."""
     if path is None and of_data and not re.fullmatch(r"n\d{8}", of_data[0]):
         return of_data
-    path = path or IMAGENET_NAMES
+    path = path or Path(__file__).parent / "assets/imagenet_class_names.json"
     with reading(path, "list of class names", ": wanted is a name a line, or a JSON list of names"):
         text = Path(path).read_text("utf-8-sig")  # some editors of Windows begin a file by a mark
         names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
@@ -625,11 +619,9 @@ def load_vae(path):
 # Public files
 
 # Each can be fetched by hand from its url and put into its place; the same command then checks it.
-# name: (url, place, bytes (about), checksum as published). A checksum shorter than its hash is a prefix: torch hub puts
-# one into file names. "sha256:" alone: none is published.
+# name: (url, place, bytes (about), checksum). Of inception torch hub publishes the beginning; "sha256:" alone: nothing.
 DROPBOX = "https://www.dropbox.com/scl/fi"
 HUB = "https://huggingface.co"
-OPENAI = "https://openaipublic.azureedge.net/clip/models"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
 CLIP_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 PUBLIC = {
@@ -646,15 +638,13 @@ PUBLIC = {
                   "pretrained_models/fid/weights-inception-2015-12-05-6726825d.pth", None, "sha256:6726825d"),
     "adm_reference": (f"{ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
                       "pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz", None, "sha256:"),
-    "clip": (f"{OPENAI}/{CLIP_SHA256}/ViT-L-14.pt",
+    "clip": (f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-L-14.pt",
              "pretrained_models/clip/ViT-L-14.pt", None, f"sha256:{CLIP_SHA256}"),
     "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
             "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
             "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
     "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
                   "pretrained_models/pickscore/model.safetensors", None, "sha256:"),
-    "pickscore_config": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/config.json",
-                         "pretrained_models/pickscore/config.json", None, "sha256:"),
     "imagereward": (f"{HUB}/THUDM/ImageReward/resolve/main/ImageReward.pt",
                     "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
     "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
@@ -734,8 +724,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(args, one="", two="", share=""):
-    """Refuse numbers that cannot be meant: negative ones and NaN; of flags named in `one` 0, in `two` 0 and 1; in
-    `share` 1 and more."""
+    """Refuse negative numbers and NaN; of flags named in `one` 0 too, in `two` 0 and 1, in `share` 1 and more."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             low = 2 if name in two.split() else int(name in one.split())
@@ -772,11 +761,6 @@ def run_main(main):
     sys.exit(code)
 
 
-def rank_and_world():
-    """torchrun's numbers of this process and of all; (0, 1) without it, or where they are set to nothing."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-
-
 LOCKS = {}  # {folder of this process: its lock, open}
 
 
@@ -787,8 +771,13 @@ def lock_folder(folder):
     if os.path.abspath(folder) in LOCKS:
         return
     file = open(Path(folder) / ".lock", "a")
-    try:
-        take_lock(file)
+    try:  # the system's lock of an open file, which ends with the process
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ModuleNotFoundError:  # Windows
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
         raise UserError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
     except (OSError, ImportError):  # some network disks have no locks
@@ -798,24 +787,14 @@ def lock_folder(folder):
         left.unlink(missing_ok=True)
 
 
-def take_lock(file):
-    """The system's lock of an open file, which ends with the process; one of the two errors where another has it."""
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:  # Windows
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-
 DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
 
 
 def setup(device="auto", dtype="auto"):
     """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
     of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
-    rank, world = rank_and_world()
-    local = int(os.environ.get("LOCAL_RANK") or 0)
+    number = lambda name, otherwise: int(os.environ.get(name) or otherwise)  # some machines set them to nothing
+    rank, world, local = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -824,8 +803,7 @@ def setup(device="auto", dtype="auto"):
         # every step masks another number of tokens, and blocks of fixed size leave gaps between them (not measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         torch.cuda.set_device(local)
-        # float32 products (head, VAE, reward networks) by TF32: the head, a quarter of the arithmetic, would else take
-        # most of a step. Inception opts out
+        # float32 products by TF32: the head, a quarter of the arithmetic, would take most of a step. Inception opts out
         torch.set_float32_matmul_precision("high")
     elif device == "cpu":
         torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
@@ -854,8 +832,7 @@ def join_processes(backend, rank, world):
     # several nodes the counts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes the store anew (README)
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
-    # rank 0 may judge alone for minutes (fid.py: precision of 50,000 images) and nccl gives up after 10; a dead rank is
-    # torchrun's to notice
+    # rank 0 may judge alone for minutes and nccl gives up after 10; a dead rank is torchrun's to notice
     dist.init_process_group(backend, rank=rank, world_size=world, store=dist.PrefixStore(f"life {life}", store),
                             timeout=timedelta(hours=2))
 

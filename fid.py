@@ -155,9 +155,11 @@ class Branches(nn.ModuleDict):
         return torch.cat([branch(x) for branch in self.values()], 1)
 
 
-def chain(*modules):
-    """One after the other; the file puts _1, _2, ... behind the name of the branch."""
-    return sequence(**{f"_{i}": module for i, module in enumerate(modules, 1)})
+def chain(c, *shapes, last=()):
+    """Convolutions of (channels, kernel, ...) one after the other on c channels, then the modules `last`. The public
+    file puts _1, _2, ... behind the name of the branch."""
+    convs = [conv(c_in, *shape) for c_in, shape in zip((c, *(shape[0] for shape in shapes)), shapes)]
+    return sequence(**{f"_{i}": module for i, module in enumerate([*convs, *last], 1)})
 
 
 # a border pixel is the mean of what there is, not of zeros: TensorFlow's way
@@ -167,37 +169,35 @@ max_pool, halve = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 def mixed_a(c, pool):  # (N, c, 35, 35) -> (N, 224 + pool, 35, 35)
     return Branches({"branch1x1": conv(c, 64, 1),
-                     "branch5x5": chain(conv(c, 48, 1), conv(48, 64, 5)),
-                     "branch3x3dbl": chain(conv(c, 64, 1), conv(64, 96, 3), conv(96, 96, 3)),
+                     "branch5x5": chain(c, (48, 1), (64, 5)),
+                     "branch3x3dbl": chain(c, (64, 1), (96, 3), (96, 3)),
                      "branch_pool": conv(c, pool, 1, first=mean_pool)})
 
 
 def mixed_b(c):  # (N, 288, 35, 35) -> (N, 768, 17, 17)
     return Branches({"branch3x3": conv(c, 384, 3, 2, 0),
-                     "branch3x3dbl": chain(conv(c, 64, 1), conv(64, 96, 3), conv(96, 96, 3, 2, 0)),
+                     "branch3x3dbl": chain(c, (64, 1), (96, 3), (96, 3, 2, 0)),
                      "pool": halve})
 
 
 def mixed_c(c, mid):  # (N, 768, 17, 17) -> the same; a 7x7 convolution as two thin ones
     return Branches({"branch1x1": conv(c, 192, 1),
-                     "branch7x7": chain(conv(c, mid, 1), conv(mid, mid, (1, 7)), conv(mid, 192, (7, 1))),
-                     "branch7x7dbl": chain(conv(c, mid, 1), conv(mid, mid, (7, 1)), conv(mid, mid, (1, 7)),
-                                           conv(mid, mid, (7, 1)), conv(mid, 192, (1, 7))),
+                     "branch7x7": chain(c, (mid, 1), (mid, (1, 7)), (192, (7, 1))),
+                     "branch7x7dbl": chain(c, (mid, 1), (mid, (7, 1)), (mid, (1, 7)), (mid, (7, 1)), (192, (1, 7))),
                      "branch_pool": conv(c, 192, 1, first=mean_pool)})
 
 
 def mixed_d(c):  # (N, 768, 17, 17) -> (N, 1280, 8, 8)
-    return Branches({"branch3x3": chain(conv(c, 192, 1), conv(192, 320, 3, 2, 0)),
-                     "branch7x7x3": chain(conv(c, 192, 1), conv(192, 192, (1, 7)), conv(192, 192, (7, 1)),
-                                          conv(192, 192, 3, 2, 0)),
+    return Branches({"branch3x3": chain(c, (192, 1), (320, 3, 2, 0)),
+                     "branch7x7x3": chain(c, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)),
                      "pool": halve})
 
 
 def mixed_e(c, pool):  # (N, c, 8, 8) -> (N, 2048, 8, 8)
-    thin = lambda: Branches({"a": conv(384, 384, (1, 3)), "b": conv(384, 384, (3, 1))})
+    thin = lambda: [Branches({"a": conv(384, 384, (1, 3)), "b": conv(384, 384, (3, 1))})]
     return Branches({"branch1x1": conv(c, 320, 1),
-                     "branch3x3": chain(conv(c, 384, 1), thin()),
-                     "branch3x3dbl": chain(conv(c, 448, 1), conv(448, 384, 3), thin()),
+                     "branch3x3": chain(c, (384, 1), last=thin()),
+                     "branch3x3dbl": chain(c, (448, 1), (384, 3), last=thin()),
                      "branch_pool": conv(c, 192, 1, first=pool)})
 
 
@@ -272,7 +272,6 @@ class Classifier(nn.Module):
     def __init__(self, num_classes, img_size, width=24):
         super().__init__()
         self.num_classes, self.img_size = num_classes, img_size
-        self.accuracy = self.reference = None  # found when it is trained
         layers, channels = [], 3
         for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
@@ -343,8 +342,8 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     if not data.pixels:
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
     path = Path(folder) / f"classifier_{seed}.pt"
-    made_from = {"data": Path(data.name).name, "img_size": int(data.img_size), "classes": [*map(str, data.class_names)],
-                 "seed": int(seed), "sha256": data.sha256}
+    made_from = {"data": Path(data.name).name, "img_size": data.img_size, "classes": data.class_names, "seed": seed,
+                 "sha256": data.sha256}
     if not path.exists():
         os.makedirs(folder, exist_ok=True)  # complains now, not after the training
         net = train_classifier(data, seed, device).cpu()
@@ -392,8 +391,7 @@ def evenly(data, n=10000):
 
 @torch.no_grad()
 def classify(classifier, images):
-    """uint8 images (N, 3, H, W) -> features (N, F), logits (N, classes), float32 on the CPU. UserError where one is not
-    finite: NaN would pass for class 0."""
+    """uint8 (N, 3, H, W) -> features (N, F), logits (N, classes) on the CPU; all finite: NaN passes for class 0."""
     features, logits = zip(*map(classifier, images.split(500)))
     return as_features(torch.cat(features)), as_features(torch.cat(logits))
 
@@ -726,12 +724,11 @@ class WordPiece:
 
     def __call__(self, texts, length=35):
         ids = torch.full((len(texts), length), self.pad)
-        mask = torch.zeros_like(ids)
-        for i, text in enumerate(texts):
+        for row, text in zip(ids, texts):
             found = [piece for word in self.words(text) for piece in self.pieces(word)]
             found = [self.start, *found[:length - 2], self.end]
-            ids[i, :len(found)], mask[i, :len(found)] = torch.tensor(found), 1
-        return ids, mask
+            row[:len(found)] = torch.tensor(found)
+        return ids, (ids != self.pad).long()
 
 
 TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
@@ -869,7 +866,7 @@ def agree_on_classes(sources, real, wanted):
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
     mu, sigma = (np.asarray(arrays.get(name, 0), np.float64) for name in ("mu", "sigma"))
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not np.isfinite(mu.sum() + sigma.sum()):
         raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; wanted are mu (2048,), here {mu.shape}, and "
                         f"sigma (2048, 2048), here {sigma.shape}, without NaN and infinity")
     return mu, sigma
@@ -925,14 +922,11 @@ def collect(pictures, ask, batch, rank, world):
     A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
     """
     mine, parts = np.array_split(np.arange(pictures.count), world)[rank], []
-    with tqdm(total=len(mine), desc=pictures.name[:40], unit="image", unit_scale=world,
-              disable=rank > 0 or None) as bar:
-        for start in range(0, len(mine), batch):
-            numbers = mine[start:start + batch]
-            labels = None if pictures.asked is None else torch.from_numpy(pictures.asked[numbers])
-            said = ask(pictures.read(numbers), labels)
-            parts.append({what: as_features(values).numpy() for what, values in said.items()})
-            bar.update(len(numbers))
+    for start in tqdm(range(0, len(mine), batch), pictures.name[:40], unit="batch", disable=rank > 0 or None):
+        numbers = mine[start:start + batch]
+        labels = None if pictures.asked is None else torch.from_numpy(pictures.asked[numbers])
+        said = ask(pictures.read(numbers), labels)
+        parts.append({what: as_features(values).numpy() for what, values in said.items()})
     if world > 1:
         shares = [None] * world if rank == 0 else None
         dist.gather_object(parts, shares)

@@ -361,8 +361,7 @@ def ways_to_draw(args, model):
 
 
 def find_classes(words, names):
-    """Words of the command line -> class numbers. A name goes first: folders called 0..11 are sorted as text, so that
-    the class called 2 is number 4."""
+    """Words -> class numbers. A name goes first: folders 0..11 are sorted as text, so that called 2 is number 4."""
     classes = []
     for word in words:
         meant = [i for i, name in enumerate(names) if name == word] or [i for i in range(len(names)) if str(i) == word]
@@ -375,8 +374,7 @@ def find_classes(words, names):
 
 
 def check_output(path, *suffixes):
-    """Refuse a file that could not be written, before hours are spent on what belongs into it. What a killed call has
-    left of it goes."""
+    """Refuse a file that could not be written, before hours are spent on it. What a killed call has left of it goes."""
     path = Path(path)
     if path.suffix.lower() not in suffixes or path.is_dir():
         raise UserError(f"cannot write {path}: wanted is a file whose name ends in {' or '.join(suffixes)}")

@@ -2537,7 +2537,6 @@ def test_commands_start_where_posix_modules_docstrings_and_letters_are_missing()
 
 def test_setup_refuses_what_is_not_there():
     with mock.patch.dict(os.environ, RANK="", WORLD_SIZE=""):
-        assert data.rank_and_world() == (0, 1)
         for device, gpus, mps, words in [("cuda", 0, False, "0 GPU(s)"), ("cuda:1", 2, False, "CUDA_VISIBLE_DEVICES"),
                                          ("mps", 0, False, "where PyTorch has it"), ("gpu", 1, True, "--device gpu")]:
             with (mock.patch("torch.cuda.device_count", lambda: gpus),
