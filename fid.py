@@ -262,18 +262,18 @@ def load_inception(path):
 
 
 class Classifier(nn.Module):
-    """uint8 or float-in-[0,1] images (N, 3, side, side) -> features (N, 4 * width), logits (N, classes).
+    """uint8 or float-in-[0,1] images (N, 3, side, side) -> features (N, 96), logits (N, classes).
 
     Small enough to be trained on one CPU core in minutes. Features are the 96 averaged channels before the last layer,
     so 2,048 images determine their covariance. They are scaled to a mean variance of 1 on the training images, or the
     size of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96.
     """
 
-    def __init__(self, num_classes, img_size, width=24):
+    def __init__(self, num_classes, img_size):
         super().__init__()
         self.num_classes, self.img_size = num_classes, img_size
         layers, channels = [], 3
-        for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1)):
+        for out, stride in ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
         # channels last: 1.5x faster on a CPU for so few channels
@@ -287,7 +287,7 @@ class Classifier(nn.Module):
         if images.dtype == torch.uint8:
             images = images.float() / 255
         x = images.to(self.last.weight.device, torch.float32) * 2 - 1
-        features = self.body(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # (N, 4 * width)
+        features = self.body(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))  # (N, 96)
         return features * self.scale, self.last(features)
 
 
@@ -655,8 +655,8 @@ class ImageReward(nn.Module):
         layer.multihead_attn = nn.MultiheadAttention(768, 12, kdim=1024, vdim=1024)  # to the image
         self.bert = nn.TransformerDecoder(layer, 12)
         # linear after linear: the activations are commented out in the public code, and the weights are trained so
-        self.mlp = nn.Sequential(nn.Linear(768, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(),
-                                 nn.Linear(128, 64), nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))
+        self.mlp = sequence(_0=nn.Linear(768, 1024), _2=nn.Linear(1024, 128), _4=nn.Linear(128, 64),
+                            _6=nn.Linear(64, 16), _7=nn.Linear(16, 1))
 
     def read_text(self, input_ids, attention_mask, image):
         """(N, T) ids, (N, T) 1 = a word, image tokens (N, 197, 1024) -> the last state at [CLS], (N, 768)."""
@@ -687,7 +687,7 @@ BLIP_NAMES = [  # ours, in ImageReward.pt
     (r"encoder\.layer(.*)\.norm1", r"encoder.layer\1.attention.output.LayerNorm"),
     (r"encoder\.layer(.*)\.norm2", r"encoder.layer\1.crossattention.output.LayerNorm"),
     (r"encoder\.layer(.*)\.norm3", r"encoder.layer\1.output.LayerNorm"),
-    (r"\.linear1", ".intermediate.dense"), (r"\.linear2", ".output.dense"), (r"^mlp", "mlp.layers")]
+    (r"\.linear1", ".intermediate.dense"), (r"\.linear2", ".output.dense"), (r"^mlp\._", "mlp.layers.")]
 
 
 def load_imagereward(path):
@@ -934,19 +934,19 @@ def collect(pictures, ask, batch, rank, world):
     return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]} if rank == 0 else None
 
 
-FIGURES = {  # name: (decimals, what it says)
-    "fid": (4, "to {reference}; images resized to 299 by TF1 bilinear without half-pixel centres, float32"),
-    "is": (4, "10 splits after a shuffle, as torch-fidelity's; logits without bias"),
-    "kid": (6, "to {features}; mean of 100 subsets of 1,000 (of all, if fewer), unbiased, (x.y/2048 + 1)^3"),
-    "precision": (4, "share of the generated inside the manifold of {features}, k = 3"),
-    "recall": (4, "share of the same inside the manifold of the generated, k = 3"),
-    "fd": (4, "by {classifier} to 10,000 training images at most; not FID"),
-    "fd_thumb": (4, "Frechet distance of 4 x 4 thumbnails to the same images"),
-    "modes": (2, "how many of the cells, 8 of shapes and else 64, the pictures fill, as exp(entropy) counts them"),
-    "accuracy": (4, "by {classifier}, whose own on test images is {own}"),
-    "clip": (4, "exp(logit_scale) * cosine with the prompt {prompt}; OpenAI's ViT-L/14, pixels by bicubic"),
-    "pickscore": (4, "exp(logit_scale) * cosine with the prompt {prompt}; pixels by bicubic"),
-    "imagereward": (4, "normalised as published, prompt {prompt}"),
+FIGURES = {  # what a row's figures say
+    "fid": "to {reference}; images resized to 299 by TF1 bilinear without half-pixel centres, float32",
+    "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
+    "kid": "to {features}; mean of 100 subsets of 1,000 (of all, if fewer), unbiased, (x.y/2048 + 1)^3",
+    "precision": "share of the generated inside the manifold of {features}, k = 3",
+    "recall": "share of the same inside the manifold of the generated, k = 3",
+    "fd": "by {classifier} to 10,000 training images at most; not FID",
+    "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
+    "modes": "how many of the cells, 8 of shapes and else 64, the pictures fill, as exp(entropy) counts them",
+    "accuracy": "by {classifier}, whose own on test images is {own}",
+    "clip": "exp(logit_scale) * cosine with the prompt {prompt}; OpenAI's ViT-L/14, pixels by bicubic",
+    "pickscore": "exp(logit_scale) * cosine with the prompt {prompt}; pixels by bicubic",
+    "imagereward": "normalised as published, prompt {prompt}",
 }
 
 
@@ -975,8 +975,8 @@ def make_row(pictures, said, reference, classifier, args):
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
             "the images, and KID scatters: compare with equal n only")
-    return {**row, "conventions": [f"{name}: {text.format(**facts)}" for name, (_, text) in FIGURES.items()
-                                   if name in row]}
+    row["conventions"] = [f"{name}: {text.format(**facts)}" for name, text in FIGURES.items() if name in row]
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1023,7 +1023,7 @@ def print_table(rows):
     columns = [name for name in FIGURES if any(name in row for row in rows)]
     say("".join(f"{name:>12}" for name in ("n", *columns)) + "  of")
     for row in rows:
-        cells = [f"{row[name]:.{FIGURES[name][0]}f}" if name in row else "-" for name in columns]
+        cells = [f"{row[name]:.5g}" if name in row else "-" for name in columns]
         say("".join(f"{cell:>12}" for cell in (row["n"], *cells)) + f"  {row['name']}")
 
 
