@@ -145,7 +145,7 @@ def walk(folder, above=()):
             yield from walk(entry.path, above)
 
 
-def find_images(folder):
+def find_images(folder, need_classes=False):
     """-> (class names, files, labels int64 (N,)): the one reader of image folders, for training and for judging.
 
     The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). Pictures in no
@@ -171,16 +171,10 @@ def find_images(folder):
              and name[0] != "."]
     if empty and "" not in found:
         raise UserError(f"{folder}/{empty[0]}: no images in it, and each folder there is a class: remove it")
+    if need_classes and "" in found:
+        raise UserError(f"{folder}: its images lie in no class folder; {LAYOUT}")
     labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     return list(found), [file for files in found.values() for file in files], labels
-
-
-def list_images(folder):
-    """find_images for training: there must be classes."""
-    class_names, files, labels = find_images(folder)
-    if class_names == [""]:
-        raise UserError(f"{folder}: its images lie in no class folder; {LAYOUT}")
-    return class_names, files, labels
 
 
 def native_size(path, split, pixels=False):
@@ -294,7 +288,8 @@ def build_cache(args):
         raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
     if not args.vae or size % 16:
         raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
-    out, pictures = Path(args.out or default_cache(args.data, size)) / args.split, list_images(folder)
+    out = Path(args.out or default_cache(args.data, size)) / args.split
+    pictures = find_images(folder, need_classes=True)
     files = pictures[1]
     device, rank, world = setup(args.device)
     vae = load_vae(args.vae).to(device)
@@ -358,7 +353,7 @@ def open_latents(name, split, img_size):
     if not meta:
         raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {build}; or use them "
                         "as pixels (distill.py --pixels; fid.py --classifier FILE)")
-    if made_of(source, list_images(source))["digest"] != meta.get("digest"):
+    if made_of(source, find_images(source, need_classes=True))["digest"] != meta.get("digest"):
         raise UserError(f"{name}: its pictures are no longer those of {folder}: delete that, then {build}; or use it "
                         f"as it is, by --data {folder.parent}")
     return open_cache(folder, name, img_size)
@@ -442,7 +437,7 @@ def open_data(name, split="train", img_size=None, pixels=False):
 def open_images(name, split, img_size):
     """The pictures of a folder, in memory -> Data. Every process decodes all of them at each start and holds
     N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a minute and 154 MB."""
-    class_names, files, labels = list_images(split_folder(name, split))
+    class_names, files, labels = find_images(split_folder(name, split), need_classes=True)
     images = np.empty((len(files), 3, img_size, img_size), np.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
         decoded = pool.map(lambda file: read_image(file, img_size), files)

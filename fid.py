@@ -282,7 +282,7 @@ class Classifier(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, images):
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, self.img_size, self.img_size):
+        if images.shape[1:] != (3, self.img_size, self.img_size):
             raise UserError(f"this classifier reads images of {self.img_size} px, not {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = images.float() / 255
@@ -391,7 +391,7 @@ def evenly(data, n=10000):
 
 @torch.no_grad()
 def classify(classifier, images):
-    """uint8 (N, 3, H, W) -> features (N, F), logits (N, classes) on the CPU; all finite: NaN passes for class 0."""
+    """uint8 (N, 3, H, W) -> features (N, F), logits (N, classes) on the CPU. No NaN: it would pass for class 0."""
     features, logits = zip(*map(classifier, images.split(500)))
     return as_features(torch.cat(features)), as_features(torch.cat(logits))
 
@@ -416,7 +416,7 @@ def statistics_of(classifier, data):
     reference["mu"], reference["sigma"] = mean_and_covariance(classify(classifier, images)[0])
     reference["thumb_mu"], reference["thumb_sigma"] = mean_and_covariance(thumbs)
     if data.name == "shapes":
-        return {**reference, "shares": torch.full((len(SHAPE_MODES),), 1 / len(SHAPE_MODES), dtype=torch.float64)}
+        return {**reference, "shares": torch.ones(len(SHAPE_MODES)).double() / len(SHAPE_MODES)}
     reference["directions"] = torch.linalg.eigh(reference["thumb_sigma"])[1][:, -6:].contiguous()
     counts = torch.bincount(signs(reference, thumbs), minlength=64).double() + 0.5  # none is 0: its logarithm is taken
     return {**reference, "shares": counts / counts.sum()}
@@ -788,7 +788,7 @@ def npz_pictures(path, arrays):
     Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process.
     """
     images = arrays.get("arr_0", np.empty(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if images.dtype != np.uint8 or images.shape[3:] != (3,):
         raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are "
                         f"{', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())}")
     labels = arrays.get("labels", arrays.get("arr_1"))

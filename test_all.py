@@ -2070,7 +2070,7 @@ def test_image_folder_is_held_in_memory(tmp):
     bugs = data.open_data(folder)
     assert (len(bugs), bugs.img_size, bugs.class_names, bugs.pixels) == (240, 8, ["ant", "bee"], True)
     assert bugs.labels.tolist() == [0] * 120 + [1] * 120
-    files = data.list_images(folder / "train")[1]
+    files = data.find_images(folder / "train")[1]
     assert all((bugs.images([i])[0].numpy() == data.read_image(files[i], 8)).all() for i in range(240))
     real = torch.from_numpy(np.asarray(Image.open(files[200]))).permute(2, 0, 1)
     x, labels = bugs.batch([200, 200], np.array([False, True]))
@@ -2244,7 +2244,7 @@ def build_bugs(folder, out, stop=99):
 def test_a_cache_that_is_killed_while_it_is_made_goes_on(tmp):
     folder = make_folder(tmp / "bugs", size=(64, 64), each=4)
     (folder / "train/bee/2.png").write_bytes(b"not a picture")
-    files = [file for i, file in enumerate(data.list_images(folder / "train")[1]) if i != 6]
+    files = [file for i, file in enumerate(data.find_images(folder / "train")[1]) if i != 6]
     x = torch.from_numpy(np.stack([data.read_image(file, 64) for file in files])).float() / 127.5 - 1
     # done.npy, moments.npy, cache.json made; both opened; 3 times encoded twice, flushed; done.npy flushed
     for stop, again in enumerate([8] * 8 + [5] * 3 + [2] * 3 + [0, None]):
@@ -2343,7 +2343,7 @@ def test_latent_cache_by_command(tmp):
                "--batch", "2", "--device", "cpu"]
     on_ranks(2, script(*command))
     built = np.load(tmp / "lat/train/moments.npy")
-    vae, files = data.load_vae(vae_file()), data.list_images(folder / "train")[1]
+    vae, files = data.load_vae(vae_file()), data.find_images(folder / "train")[1]
     for row, file in zip(built, files, strict=True):
         image = torch.from_numpy(data.read_image(file, 64)).float()[None] / 127.5 - 1
         want = vae.moments(torch.cat([image, image.flip(-1)])).numpy()
