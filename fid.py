@@ -613,11 +613,6 @@ class Tokenizer:
         self.ids = {word: i for i, word in enumerate(words)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
 
-    @staticmethod
-    def split(text):
-        """Words by the public pattern: 's 't 're 've 'm 'll 'd, letters, single digits, the rest."""
-        return re.findall(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", html.unescape(text).lower())
-
     def pieces(self, word):
         """One word -> its byte-pair pieces: the earliest merge of the table first, until none applies."""
         parts = [self.byte[b] for b in word.encode(errors="replace")]  # a class's name may hold bytes of no encoding
@@ -633,7 +628,9 @@ class Tokenizer:
         out = torch.zeros(len(texts), length, dtype=torch.long)
         start, end = self.ids["<|startoftext|>"], self.ids["<|endoftext|>"]
         for row, text in zip(out, texts):
-            ids = [self.ids[piece] for word in self.split(text) for piece in self.pieces(word)]
+            # the public pattern: 's 't 're 've 'm 'll 'd, letters, single digits, the rest
+            words = re.findall(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", html.unescape(text).lower())
+            ids = [self.ids[piece] for word in words for piece in self.pieces(word)]
             ids = [start, *ids[:length - 2], end]  # too long a text is cut, its end marked all the same
             row[:len(ids)] = torch.tensor(ids)
         return out
@@ -705,12 +702,6 @@ class WordPiece:
             self.ids = {word: i for i, word in enumerate(words)}
             self.pad, self.unknown, self.start, self.end = (self.ids[f"[{word}]"] for word in "PAD UNK CLS SEP".split())
 
-    @staticmethod
-    def words(text):
-        """Lower case without accents, split at spaces and around every sign."""
-        text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
-        return re.findall(r"[^\W_]+|[^\w\s]|_", text)
-
     def pieces(self, word):
         """The longest known beginning, then the longest known ##continuation, ...; one gap and all is [UNK]."""
         found, mark = [], ""
@@ -725,7 +716,9 @@ class WordPiece:
     def __call__(self, texts, length=35):
         ids = torch.full((len(texts), length), self.pad)
         for row, text in zip(ids, texts):
-            found = [piece for word in self.words(text) for piece in self.pieces(word)]
+            # lower case without accents, split at spaces and around every sign
+            text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+            found = [piece for word in re.findall(r"[^\W_]+|[^\w\s]|_", text) for piece in self.pieces(word)]
             found = [self.start, *found[:length - 2], self.end]
             row[:len(found)] = torch.tensor(found)
         return ids, (ids != self.pad).long()
@@ -774,12 +767,12 @@ class Pictures:
     count = property(lambda self: len(self.labels))
 
 
-def read_npz(path, *names):
-    """{name: array} of all that an .npz holds, or of those of `names` that it has."""
+def read_npz(path):
+    """{name: array} of all that an .npz holds."""
     if not str(need_file(path)).endswith(".npz"):
         raise UserError(f"{path} is no .npz of images, or of mu and sigma")
     with reading(path, ".npz file"), np.load(path) as file:  # numpy's default refuses pickled objects
-        return {name: file[name] for name in names or file.files if name in file.files}
+        return dict(file)
 
 
 def npz_pictures(path, arrays):
@@ -795,7 +788,7 @@ def npz_pictures(path, arrays):
     names = arrays["class_names"].tolist() if "class_names" in arrays else None
     if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any():
         labels, names = np.zeros(len(images), np.int64), [""]
-    again = functools.cache(lambda: read_npz(path, "arr_0")["arr_0"])
+    again = functools.cache(lambda: read_npz(path)["arr_0"])
     return Pictures(str(path), images.shape[1], labels, names,
                     lambda numbers: torch.from_numpy(again()[numbers].transpose(0, 3, 1, 2).copy()))  # NHWC -> NCHW
 
