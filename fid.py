@@ -923,8 +923,10 @@ def collect(pictures, ask, batch, rank, world):
     if world > 1:
         shares = [None] * world if rank == 0 else None
         dist.gather_object(parts, shares)
-        parts = sum(shares, []) if rank == 0 else None
-    return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]} if rank == 0 else None
+        if rank > 0:
+            return None
+        parts = sum(shares, [])
+    return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
 
 
 FIGURES = {  # what a row's figures say
