@@ -139,7 +139,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inception: the FID network of 2015-12-05, as torch-fidelity and pytorch-fid ported it.
+# Inception: the FID network of 2015-12-05, as torch-fidelity and pytorch-fid ported it. Names are nearly the file's.
 
 
 def conv(c_in, c_out, kernel, stride=1, padding="same", first=nn.Identity()):
