@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import sys
+import traceback
 import urllib.request
 import warnings
 from collections import OrderedDict
@@ -415,6 +416,8 @@ def open_data(name, split="train", img_size=None, pixels=False):
     size with `pixels`, are decoded into memory; for others data.py must have computed the latents.
     """
     name = str(name)
+    if name in ("shapes", "cifar10") and Path(name, "train").is_dir():
+        say(f"--data {name} is data that this program knows; the folder of that name here is --data ./{name}")
     if name == "shapes":
         first, count = (0, 50_000) if split == "train" else (2**32, 10_000)
         read = lambda indices: draw_shapes(first + indices, img_size or 16)
@@ -736,7 +739,8 @@ def run_main(main):
     except UserError as error:
         code = f"error: {error}"
     except OSError as error:  # a disk's mostly has its file: full, no permission, not there; a service's has not
-        where = error.filename or type(error).__name__
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = error.filename or f"{type(error).__name__} in line {place.lineno} of {os.path.basename(place.filename)}"
         code = f"error: {where}: {error.strerror or error}; what was written before is kept"
     except KeyboardInterrupt:  # before a run listens (distill.py), or where none does
         code = 130

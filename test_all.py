@@ -2195,6 +2195,20 @@ def test_folders_are_read_as_people_keep_them(tmp):
     assert said.getvalue() == "", "rank 0 speaks for all"
 
 
+def test_a_folder_called_as_built_in_data_is_named(tmp):
+    with contextlib.chdir(tmp):
+        for name, words in (("shapes", ["disc", "ring"]), ("cifar10", ["ant", "bee"])):
+            make_folder(tmp / name)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                if name == "shapes":
+                    assert data.open_data(name).class_names[:2] == words
+                else:
+                    refused(lambda: data.open_data(name), "--get cifar10")
+            assert said.getvalue().count("\n") == 1 and f"--data ./{name}" in said.getvalue()
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                assert data.open_data(f"./{name}").class_names == ["ant", "bee"] and not said.getvalue()
+
+
 def test_images_of_64_px_are_pixels_when_told_so(tmp):
     folder = make_folder(tmp / "bugs", size=(70, 64))
     refused(lambda: data.open_data(folder), "256 px")
@@ -2475,9 +2489,9 @@ def test_every_end_of_a_command_is_one_line():
             (UserError("two\n lines"), 2, "error: two lines\n"),
             (UserError("esc\x1b[31mred \u202e\x07 \udce9 \u00e9"), 2, "esc\\x1b[31mred \\u202e\\x07 \\udce9 \u00e9\n"),
             (OSError(errno.ENOSPC, "No space left", "a.pt"), 2, "error: a.pt: No space left"),
-            (OSError(errno.ENOSPC, "No space left"), 2, "error: OSError: No space left"),
-            (ConnectionError("the service did not answer"), 2, "error: ConnectionError: the service did not answer"),
-            (TimeoutError(), 2, "error: TimeoutError: "),
+            (OSError(errno.ENOSPC, "No space left"), 2, "error: OSError in line ", "of test_all.py: No space left"),
+            (ConnectionError("the service did not answer"), 2, "error: ConnectionError in line ", "did not answer"),
+            (TimeoutError(), 2, "error: TimeoutError in line "),
             (KeyboardInterrupt(), 130), (SystemExit(3), 3), (SystemExit(), 0)]:
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
