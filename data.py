@@ -724,6 +724,7 @@ def check_numbers(args, one="", two="", share=""):
         for number in value if isinstance(value, list) else [value]:
             low = 2 if name in two.split() else int(name in one.split())
             high = 1 if name in share.split() else 2**31 if isinstance(number, int) else math.inf
+            high = 1001 if name.endswith("head_steps") else high  # a chain has 1,000 time steps
             if isinstance(number, (int, float)) and not low <= number < high:  # false for NaN too
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
 
@@ -738,10 +739,12 @@ def run_main(main):
         main()
     except UserError as error:
         code = f"error: {error}"
-    except OSError as error:  # a disk's mostly has its file: full, no permission, not there; a service's has not
+    # a disk's error mostly has its file: full, no permission, not there; a service's, and memory that ends, has not
+    except (OSError, MemoryError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = error.filename or f"{type(error).__name__} in line {place.lineno} of {os.path.basename(place.filename)}"
-        code = f"error: {where}: {error.strerror or error}; what was written before is kept"
+        where = f"{type(error).__name__} in line {place.lineno} of {os.path.basename(place.filename)}"
+        where = getattr(error, "filename", None) or where
+        code = f"error: {where}: {getattr(error, 'strerror', None) or error}; what was written before is kept"
     except KeyboardInterrupt:  # before a run listens (distill.py), or where none does
         code = 130
     except SystemExit as end:  # --help, a stopped run

@@ -652,8 +652,8 @@ def check_config(config, path):
         value = getattr(config, field.name)
         is_share = field.type is float  # dropout, label_drop, mask_ratio_min
         low = 0 if is_share or field.name == "passes" else 1
-        high, kinds = (1, (int, float)) if is_share else (999 if field.name == "t_init" else 1 << 16, (int,))
-        if type(value) not in kinds or not low <= value <= high:
+        high = 1 if is_share else 999 if field.name.endswith(("t_init", "depth")) else 1 << 16
+        if type(value) not in ((int, float) if is_share else (int,)) or not low <= value <= high:
             raise UserError(f"{path}: no network has {field.name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
         if getattr(config, whole) % getattr(config, part):
@@ -685,9 +685,14 @@ def load_mar(path, ema=True, **config_overrides):
             raise UserError(f"{path}: class_names are no text for each of its {config.num_classes} classes")
     in_file = (lambda name: name.replace("head_net.", "diffloss.net.")) if public else str
     model = fill_model(lambda: MAR(config), state, path, in_file)
-    model.source, model.stage, model.class_names = str(path), file.get("stage", "teacher"), names
+    model.source, model.stage, model.class_names = str(path), file.get("stage") or "teacher", names
     model.made = file["args"] if isinstance(file.get("args"), dict) and "config" in file else {}
-    if "config" in file and "stage" not in file:
+    for name, kind, low, high in (("ar_steps", int, 1, 1 << 16), ("teacher_head_steps", int, 1, 1000),
+                                  ("guidance", (int, float), 0, math.inf)):
+        value = model.made.get(name, low)
+        if not isinstance(value, kind) or not low <= value <= high:
+            raise UserError(f"{path}: no run has {name} {value!r}")
+    if "config" in file and not file.get("stage"):
         say(f"note: {path} names no stage, so it is taken for a teacher")
     return model
 

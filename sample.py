@@ -290,7 +290,7 @@ def export(model, path):
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
     ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
     save_checkpoint({**ours, "model": state, "model_ema": state}, path)
-    print(f"{path}: {model.config}")
+    say(f"{path}: {model.config}")
     if model.config.passes:
         print("LTH14/mar cannot draw it: its transformer sees no noise")
     elif is_student(model):
