@@ -41,11 +41,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
-                  read_class_names, run_main, setup, train_indices)
+                  read_class_names, run_main, say_once, setup, train_indices)
 from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
-                   load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, say, schedule_tables,
-                   take, token_orders, uniform, write_json)
+                   load_mar, mask_counts, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint, say,
+                   schedule_tables, take, token_orders, uniform, write_json)
 from sample import draw_together, image_seeds, save_grid, steps_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -617,16 +617,16 @@ def recipe(known):
     return found
 
 
-def made_with(file):
-    """The flags of the run that wrote a checkpoint's dict; {} of public files."""
-    return file["args"] if isinstance(file.get("args"), dict) else {}
+def made_with(file, key="args"):
+    """The flags of the run that wrote a checkpoint's dict, or its "config"; {} of public files."""
+    return file[key] if isinstance(file.get(key), dict) else {}
 
 
 def defaults_of(defaults, file, data, size=None, pixels=False):
     """The entry of `defaults` for a checkpoint's dict, by the name of its size (its width, where it says none); without
     a file for a size's name; else for --data."""
     if file:
-        width, size = file.get("config", {}).get("width"), made_with(file).get("size")
+        width, size = made_with(file, "config").get("width"), made_with(file).get("size")
         size = next((name for name in (size, *SIZES) if name in SIZES and SIZES[name].width == width), None)
     by_data = "cifar10" if data and data not in defaults and (pixels or is_small(data)) else data
     return defaults.get(size, defaults.get(by_data, {}))
@@ -650,15 +650,15 @@ def check_fit(args, config, data):
 
 
 def check_names(network, data):
-    """Class i of a network must be class i of the data, where both name theirs. (Names that are the numbers 0, 1, ...
-    are none: distil gives them where a public teacher names nothing.)"""
-    theirs, ours = network.class_names, list(data.class_names)
-    if theirs in (None, [*map(str, range(len(ours)))]):
-        say(f"{network.source} names no classes: its class 0 is taken for {ours[0]}, the last for {ours[-1]}")
+    """Class i of a network must be class i of the data, or of a Classifier, where both name theirs. (Names that are the
+    numbers 0, 1, ... are none: distil gives them where a public teacher names nothing.)"""
+    theirs, ours = network.class_names or [*map(str, range(network.config.num_classes))], list(data.class_names)
+    if theirs == [*map(str, range(len(ours)))]:
+        say_once(f"{network.source} names no classes: its class 0 is taken for {ours[0]}, the last for {ours[-1]}")
     elif theirs != ours:
-        i = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
-        raise UserError(f"class {i} of {network.source} is {theirs[i]}, of --data {data.name} it is {ours[i]}: name "
-                        "its folders alike, or choose another")
+        i, pair = next(x for x in enumerate(itertools.zip_longest(theirs, ours)) if x[1][0] != x[1][1])
+        raise UserError(f"class {i} of {network.source} is {pair[0]}, of {data.name} it is {pair[1]}: name its folders "
+                        "alike, or choose another")
 
 
 def open_teacher(args):
@@ -698,8 +698,12 @@ def main(argv=None):
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, config, data)
-    if data and teacher:
-        check_names(teacher, data)
+    # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
+    # --vae, and not judged: that is fid.py's job
+    beside = None if data or not config.pixels else classifier_beside(args.teacher)
+    real = data or beside and load_classifier(beside)
+    if real and teacher:
+        check_names(teacher, real)
     class_names = data.class_names if data else teacher.class_names or (
         read_class_names() if config.num_classes == 1000 else [*map(str, range(config.num_classes))])
     vae = load_vae(args.vae).to(device) if args.vae else None
@@ -709,9 +713,6 @@ def main(argv=None):
               stands_on=args.teacher)
     run.start()
 
-    # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
-    # --vae, and not judged: that is fid.py's job
-    beside = None if data else classifier_beside(args.teacher)
     if not data and config.pixels:
         source = "start's" if args.passes else "student's own"
         say(f"no data: it learns from the {source} pictures, {'judged by' if beside else 'not judged: no'} "
@@ -725,8 +726,7 @@ def main(argv=None):
                       load_classifier(beside, device))
         return lambda images, labels: judge(classifier, images, labels)
 
-    real = data or (load_classifier(beside) if beside and config.pixels else None)
-    watch = Watch(run, config, real, make_figures, judges=config.pixels and bool(data or beside),
+    watch = Watch(run, config, real, make_figures, judges=config.pixels and bool(real),
                   shows=config.pixels or vae is not None, vae=vae)
 
     if teacher is None:
@@ -1040,8 +1040,8 @@ class Watch:
         self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
         self.rows, self.grid = {}, {}  # of the table: name -> figures; of the grid: name -> images
         if run.resumed and os.path.exists(run.path("results.json")):
-            with open(run.path("results.json")) as f:
-                self.rows = json.load(f)
+            with open(run.path("results.json")) as f, reading(f.name, "table of figures", ": delete it"):
+                self.rows = dict(json.load(f))
 
     def look(self, name, model, step=None, **how):
         """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.

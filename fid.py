@@ -349,7 +349,7 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
         net = train_classifier(data, seed, device).cpu()
         save_checkpoint({"made_from": made_from, "accuracy": net.accuracy, "model": net.state_dict(),
                          "reference": net.reference}, path)
-        print(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}", flush=True)
+        say(f"classifier {seed} of {data.name}: test accuracy {net.accuracy:.4f}, saved as {path}")
     net = load_classifier(path, device)
     other = [name for name in ("classes", "seed", "sha256") if net.made_from.get(name) != made_from[name]]
     if other:
@@ -366,6 +366,7 @@ def load_classifier(path, device="cpu"):
         net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
         net.made_from, net.reference, net.accuracy = made_from, reference, saved["accuracy"]
         net.class_names, net.counts = made_from["classes"], reference.get("classes", torch.ones(net.num_classes))
+    net.name = str(path)
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -1041,6 +1042,10 @@ def main(argv=None):
         sources += checkpoint_pictures(path, args, device, vae, real)
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
+    other = [pictures for pictures in sources if pictures.side != sources[0].side]
+    if other and os.path.isdir(args.ref or ""):  # which is cropped like the samples
+        raise UserError(f"--ref {args.ref} is cropped to {sources[0].side} px, {other[0].name} has {other[0].side} px: "
+                        "give samples of one size in a call")
     reference, images = open_reference(args.ref, sources[0].side) if args.ref else ({}, None)
     for pictures in [*sources, images] if images else sources:
         if pictures.count < 10:

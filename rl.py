@@ -202,11 +202,11 @@ def parse_rewards(words):
 
 
 def guarded(name, f):
-    """f with what rewards of all kinds get wrong put right in one place: it may change its argument, return counts,
+    """f with what rewards of all kinds get wrong put right in one place: it may change its arguments, return counts,
     truth values or doubles, or lose the dimension of a single picture. What it raises is named as its own."""
     def reward(images, labels):
         try:
-            r = torch.as_tensor(f(images.clone(), labels), device=images.device)
+            r = torch.as_tensor(f(images.clone(), labels.clone()), device=images.device)
             return r.float().reshape(len(images))
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -228,7 +228,7 @@ def build_rewards(args, config, data, names, device, rank):
     for name, f in functions.items():
         for some in (images[:1], images):
             some = some.clone().requires_grad_(args.estimator == "pathwise" and name in weights)
-            r = f(some, torch.zeros(len(some), dtype=torch.long, device=device))
+            r = f(some, torch.tensor([0, config.num_classes - 1], device=device)[:len(some)])
             if not torch.isfinite(r).all():
                 raise UserError(f"reward {name} is not finite: {r.tolist()} for pictures of grey levels")
         if args.estimator == "pathwise" and name in weights and not r.requires_grad:
@@ -349,6 +349,9 @@ def make_figures(args, data, functions, weights, device):
                                    labels.to(device), args.chunk).mean().item()
 
         row = {name: mean(f) for name, f in functions.items()}
+        for name in row:
+            if not math.isfinite(row[name]):
+                raise UserError(f"reward {name} is {row[name]} on pictures of the student: mend it, then --resume")
         reward = sum(weight * row[name] for name, weight in weights.items())
         row = {"reward": reward, **row, "diversity": diversity(images, labels)}
         if classifier:
@@ -506,7 +509,10 @@ def main(argv=None):
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device, rank)
-    real = data or classifier_of(args, None, 1, device) or classifier_of(args, None, 0, device)
+    beside = [] if data else [*filter(None, (classifier_of(args, None, seed, device) for seed in (1, 0)))]
+    for classifier in beside:
+        check_names(start, classifier)
+    real = data or (beside or [None])[0]
     watch = Watch(run, config, real, lambda: make_figures(args, data, functions, weights, device), vae=vae)
     if rank == 0 and world > 1:
         dist.barrier()
