@@ -1083,12 +1083,15 @@ def test_checkpoints_that_do_not_fit_are_refused(folder):
     good = {"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(), "args": {}, "step": 1}
     less = {name: value for name, value in good["ema"].items() if name != "mask_token"}
     settings = [("heads", 0), ("heads", 3), ("width", "32"), ("dropout", 2.0), ("encoder_depth", -1), ("t_init", 1000),
-                ("patch_size", True), ("mask_ratio_min", math.nan)]
+                ("patch_size", True), ("mask_ratio_min", math.nan), ("encoder_depth", 65536)]
+    made = [("ar_steps", None), ("ar_steps", "8"), ("ar_steps", 0), ("teacher_head_steps", 1001),
+            ("guidance", math.nan)]
     cases = [({"model": {"decoder.conv_in.weight": torch.zeros(2)}}, ["no MAR checkpoint"]),
              ({**good, "ema": {**less, "extra": torch.zeros(1)}}, ["mask_token missing", "extra unexpected"]),
              ({**good, "config": {**good["config"], "depth": 2}}, ["'depth'"]),
              *(({**good, "config": {**good["config"], name: value}}, [f"{name} {value!r}"])
                for name, value in settings),
+             *(({**good, "args": {name: value}}, [f"{name} {value!r}"]) for name, value in made),
              *(({**good, "class_names": names}, []) for names in (["ant"], 7, [*"abc", None]))]
     for file, words in cases:
         save_checkpoint(file, folder / "file.pt")
@@ -1122,7 +1125,8 @@ def test_a_checkpoint_may_lack_all_but_settings_and_weights(folder):
             assert found.stage == ("teacher" if "stage" in lacks else "student")
             assert found.made == ({} if "args" in lacks else whole["args"])
             assert found.class_names == (None if "class_names" in lacks else SHAPES)
-        assert said.getvalue().count("names no stage") == 8
+        save_checkpoint({**whole, "stage": None}, folder / "slim.pt")
+        assert load_mar(folder / "slim.pt").stage == "teacher" and said.getvalue().count("names no stage") == 9
         save_checkpoint({key: whole[key] for key in ("config", "ema", "stage")}, folder / "slim.pt")
         slim = "--ckpt", folder / "slim.pt"
         said = sample_main(*slim, "--classes", 0, "--per_class", 1, "--device", "cpu", "--out", folder / "x.png")
@@ -1488,7 +1492,8 @@ def test_own_contexts_are_the_students_pictures_and_no_data_are_read(folder):
     teacher = tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=4)
     judge = (HERE / "assets/cifar10/classifier_0.pt").read_bytes()
     (folder / "classifier_0.pt").write_bytes(judge)
-    with mock.patch.object(distill, "open_data", no_data), mock.patch.object(distill, "Watch", Blind):
+    with (mock.patch.object(distill, "open_data", no_data), mock.patch.object(distill, "Watch", Blind),
+          mock.patch.object(distill, "check_names")):
         distill.main(["--teacher", f"{folder}/teacher.pt", "--device", "cpu", "--steps", "17", "--batch", "8",
                       "--out", f"{folder}/run", "--lr", "1e-3", "--warmup", "0", "--ema", "0.5", "--seed", "5"])
     assert (folder / "run" / "classifier_0.pt").read_bytes() == judge  # rl.py looks for it there
@@ -1688,18 +1693,18 @@ def test_classes_are_compared_by_their_names(folder):
             file = read_checkpoint(folder / f"{stage}.pt")
             save_checkpoint({**file, "class_names": names}, folder / f"{stage}_{kind}.pt")
         said = io.StringIO()
-        teach = lambda: blind_distill(folder / kind, "--teacher", folder / f"teacher_{kind}.pt", "--steps", 1,
-                                      "--teacher_steps", 0, said=said)
-        reward = lambda: run_rl(folder, "--ckpt", folder / f"student_{kind}.pt", "--out", folder / f"rl_{kind}",
-                                "--steps", 1, said=said)
-        for go in (teach, reward):
+        teach = lambda: blind_distill(folder / data / kind, "--teacher", folder / f"teacher_{kind}.pt", "--steps", 1,
+                                      "--teacher_steps", 0, "--data", data, said=said)
+        reward = lambda: run_rl(folder, "--ckpt", folder / f"student_{kind}.pt", "--out", folder / data / f"rl_{kind}",
+                                "--steps", 1, "--data", data, said=said)
+        for data, go in itertools.product(("shapes", ""), (teach, reward)):  # "": by the classifiers beside them
             if words != [None]:
                 refused(go, *words)
             else:
                 go()
+            assert (folder / data / (kind if go == teach else f"rl_{kind}")).exists() == (words == [None])
         assert said.getvalue().count("names no classes: its class 0 is taken for disc") == 2 * (
             kind in ("none", "numbers")), said.getvalue()
-        assert (folder / kind).exists() == (folder / f"rl_{kind}").exists() == (words == [None])
 
 
 def test_a_resumed_run_stands_on_the_file_it_began_with(folder):
@@ -2492,6 +2497,7 @@ def test_every_end_of_a_command_is_one_line():
             (OSError(errno.ENOSPC, "No space left"), 2, "error: OSError in line ", "of test_all.py: No space left"),
             (ConnectionError("the service did not answer"), 2, "error: ConnectionError in line ", "did not answer"),
             (TimeoutError(), 2, "error: TimeoutError in line "),
+            (MemoryError("17 TiB"), 2, "error: MemoryError in line ", "17 TiB"),
             (KeyboardInterrupt(), 130), (SystemExit(3), 3), (SystemExit(), 0)]:
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
@@ -3494,6 +3500,8 @@ def test_rl_makes_a_row_again_where_it_was_made_otherwise(folder):
     rows = json.loads(files[0].read_text())
     assert rows["before"]["made_by"]["n"] == rows["after"]["made_by"]["n"] == 16
     assert rows["before"]["fd"] != json.loads(was[0])["before"]["fd"]
+    files[0].write_text("{")
+    refused(lambda: run_rl(folder, "--steps", 2, "--resume"), "results.json", "delete it")
 
 
 def test_best_has_the_most_reward_at_a_bounded_distance():
@@ -3663,17 +3671,23 @@ def test_rewards_of_every_kind_are_numbers(folder):
              "double": lambda a, i: a.double().mean((1, 2, 3)), "half": lambda a, i: a.mean((1, 2, 3)).bfloat16(),
              "squeezed": lambda a, i: a.mean((1, 2, 3)).squeeze(), "numpy": lambda a, i: a.mean((1, 2, 3)).numpy(),
              "listed": lambda a, i: [float(one.max()) for one in a],
-             "in_place": lambda a, i: a.sub_(0.5).mean((1, 2, 3)),
+             "in_place": lambda a, i: a.sub_(0.5).mean((1, 2, 3)) + i.zero_(),
+             "table": lambda a, i: torch.ones(7)[i],  # the trial asks for the last class too
+             "nan": lambda a, i: torch.full((len(a),), math.nan if len(a) > 2 else 0.0),
              "away": away, "pairwise": lambda a, i: torch.cdist(a.flatten(1), a.flatten(1))}
     with mock.patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in kinds.items()}):
         write_student(folder)
-        for name in list(kinds)[:-2]:
+        for name in list(kinds)[:-4]:
             run_rl(folder, "--reward", name, "--watch", "count", "--steps", 1, "--eval_images", 33, "--chunk", 32,
                    "--out", folder / name)
             assert math.isfinite(json.loads((folder / name / "results.json").read_text())["after"]["reward"]), name
-        for name, words in (("away", "reward away failed"), ("pairwise", "one number an image")):
+        for name, words in (("away", "reward away failed"), ("pairwise", "one number an image"),
+                            ("table", "failed on 2 images"), ("nan", "reward nan is nan")):
             refused(lambda: run_rl(folder, "--reward", name), words)
         run_rl(folder, "--reward", "in_place", "--estimator", "pathwise", "--steps", 1, "--out", folder / "path")
+    labels = torch.arange(2)
+    rl.guarded("in_place", kinds["in_place"])(torch.ones(2, 3, 8, 8), labels)
+    assert labels.tolist() == [0, 1]
 
 
 def test_pathwise_refuses_a_reward_without_gradient(folder):
@@ -3716,6 +3730,9 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --teacher student.pt --passes 4 | --passes 4 | 4 AR steps
         --data shapes --passes 1 | leave out --data
         --teacher student.pt --passes 1 --t_init 500 | --t_init
+        --teacher odd.pt | no MAR checkpoint
+        --teacher beside/teacher.pt | beside/classifier_0.pt | truncated
+        --data shapes --teacher_head_steps 1001 | below 1001
         --data shapes --ar_steps 17 | 1..16
         --data shapes --ar_steps 0 | --ar_steps | at least 1
         --data shapes --eval_images 1 | --eval_images 1 | at least 2
@@ -3753,6 +3770,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --ckpt student.pt --head_steps 100 | student
         --ckpt student.pt --guidance 2 | student
         --ckpt teacher.pt --head_steps 0 | at least 1
+        --ckpt teacher.pt --head_steps 1001 | below 1001
         --ckpt teacher.pt --guidance nan | at least 0
         --ckpt student.pt --num 5 --ar_steps 2 4 | --num takes one
         --ckpt student.pt --num 5 --out x.png | .npz
@@ -3783,6 +3801,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         good.npz --ref width.npz | (64,) | 2048
         good.npz --ref nan.npz | nan.npz | NaN
         good.npz --ref one.npz | one.npz: 1 image
+        good.npz small.npz --ref broken | small.npz has 8 px | 16 px
         good.npz --judges clip | no labels
         minus.npz --judges clip | no labels
         marked.npz good.npz --judges clip | good.npz has no labels
@@ -3801,6 +3820,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
     "rl": """
         --ckpt nowhere.pt | distill
         --ckpt teacher.pt | distill
+        --ckpt odd.pt | no MAR checkpoint
         --ckpt student.pt --reward | --reward
         --ckpt student.pt --reward beauty | beauty | clip, pickscore
         --ckpt student.pt --reward red --watch beauty | clip, pickscore
@@ -3833,13 +3853,16 @@ def bad_files(folder):
     tiny_mar(folder, "latent", vae_stride=2, patch_size=1)
     torch.save({"model": {"encoder.conv_in.weight": torch.zeros(1)}}, folder / "kl16.ckpt")
     (folder / "cut.pt").write_bytes((folder / "teacher.pt").read_bytes()[:9999])
+    torch.save({"config": "base", "ema": {}}, folder / "odd.pt")
+    (folder / "beside").mkdir(), shutil.copy(folder / "teacher.pt", folder / "beside")
+    (folder / "beside/classifier_0.pt").touch()
     (folder / "zero.pt").touch(), (folder / "file").touch(), (folder / "empty").mkdir()
     make_folder(folder / "bugs"), make_folder(folder / "thirty", size=(30, 30))
     good, of_class_0 = pictures(20), np.zeros(20, np.int64)
     for name, arrays in {"good": {"arr_0": good}, "one": {"arr_0": good[:1]}, "none": {"images": good},
                          "float": {"arr_0": good / 255}, "grey": {"arr_0": good[..., 0]},
                          "minus": {"arr_0": good, "labels": np.full(20, -1)},
-                         "void": {"arr_0": good[:0], "labels": of_class_0[:0]},
+                         "void": {"arr_0": good[:0], "labels": of_class_0[:0]}, "small": {"arr_0": good[:, ::2, ::2]},
                          "marked": {"arr_0": good, "labels": of_class_0},
                          "large": {"arr_0": good, "labels": of_class_0 + 1000},
                          "drawn": {"arr_0": good, "labels": of_class_0, "class_names": ["cat", "ant"]},
