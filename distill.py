@@ -171,22 +171,14 @@ class OwnPictures(torch.nn.Module):
             if run.world > 1:
                 dist.all_gather(parts, mine.contiguous())
 
-    def pictures(self, model, seed, turn, run):
-        """As real_pictures, but any of the pool. turn counts the calls; at every EVERY-th `model` draws some first."""
-        if turn % self.EVERY == 0:
-            self.draw(model, seed, turn // self.EVERY, run)
-        filled = min(turn // self.EVERY + 1, self.POOL) * self.batch
-        picks = np.random.default_rng([seed, turn, 1]).integers(filled, size=self.batch)
+    def pictures(self, model, seed, step, run):
+        """As real_pictures, but any of the pool. In every EVERY-th step `model` draws some first."""
+        if step % self.EVERY == 0:
+            self.draw(model, seed, step // self.EVERY, run)
+        filled = min(step // self.EVERY + 1, self.POOL) * self.batch
+        picks = np.random.default_rng([seed, step, 1]).integers(filled, size=self.batch)
         picks = run.upload(torch.as_tensor(np.array_split(picks, run.world)[run.rank]))
         return self.tokens[picks], self.labels[picks]
-
-
-def contexts(args, data, pool, ema, step, run):
-    """-> tokens (B, L, C), labels (B,): real pictures, or as often as --own says the student's own."""
-    turn = int(args.own * step)  # how many of the updates before took own pictures
-    if int(args.own * (step + 1)) > turn:
-        return pool.pictures(ema, args.seed + 2, turn, run)
-    return real_pictures(data, ema, args.batch, args.seed + 1, step, run)
 
 
 def training_batch(pictures, config, batch, seed, step, run):
@@ -239,7 +231,7 @@ def distil(args, teacher, data, class_names, run, watch):
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
-    pool = OwnPictures(teacher.config, args.batch if args.own else 0).to(run.device)
+    pool = OwnPictures(teacher.config, 0 if data else args.batch).to(run.device)
     state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer,
                  pool=pool)
     run.restore("student", **state)
@@ -256,7 +248,8 @@ def distil(args, teacher, data, class_names, run, watch):
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
 
         # pictures of which a part is known: a batch is a single AR step of them, never whole pictures
-        pictures = contexts(args, data, pool, ema, step, run)
+        pictures = (real_pictures(data, ema, args.batch, args.seed + 1, step, run) if data else
+                    pool.pictures(ema, args.seed + 2, step, run))
         batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
 
         # gradients of both networks at the same weights
@@ -550,8 +543,6 @@ def parse_args(argv=None):
          "ImageNet); higher: noisier start, larger eps errors")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
-    flag("--own", type=float, default=None, help="share of the updates whose contexts are the student's own pictures "
-         "(left out: 0 with --data, 1 without)")
     # optimisers
     flag("--lr", type=float, default=1e-5, help="student's learning rate")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
@@ -577,9 +568,6 @@ def parse_args(argv=None):
     p.set_defaults(teacher_ema=0.9999, draws=4, t_guided=1000, low_weight=1.0, guidance_schedule="constant")
     args = read_flags(p, argv, recipe, share="ema", one="teacher_batch t_init batch accumulate ar_steps "
                                                         "teacher_head_steps eval_every save_every log_every")
-    args.own = float(not args.data) if args.own is None else args.own
-    if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
-        raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
     args.out = args.out or os.path.join("out", name_of(args), *[f"passes_{args.passes}"] * bool(args.passes))
     args.ar_steps = args.passes or args.ar_steps
     return args
@@ -704,8 +692,8 @@ def main(argv=None):
         read_class_names() if config.num_classes == 1000 else [*map(str, range(config.num_classes))])
     vae = load_vae(args.vae).to(device) if args.vae else None
     divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
-    # same: the pool of own pictures is that of this share and batch
-    run = Run(args, device, rank, world, ["teacher", "student"], divided, same=["own"] + ["batch"] * (args.own > 0),
+    # same: the pool of own pictures is of this batch
+    run = Run(args, device, rank, world, ["teacher", "student"], divided, same=[] if data else ["batch"],
               stands_on=args.teacher)
     run.start()
 

@@ -1518,28 +1518,13 @@ def test_the_student_in_assets_draws_the_classes_and_so_do_its_own_contexts():
                      for who, row in zip(("student", "teacher in one step"), rows))
 
 
-def test_own_says_how_many_updates_have_own_contexts(folder):
-    pictures, steps = distill.OwnPictures.pictures, []
-
-    def count(pool, model, seed, time, run):
-        assert time == len(steps)
-        steps.append(run.step - 1)
-        return pictures(pool, model, seed, time, run)
-
-    with mock.patch.object(distill.OwnPictures, "pictures", count):
-        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        blind_distill(folder / "run", "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 8,
-                      "--own", 0.25)
-        assert steps == [3, 7]
-
-
 def test_without_data_the_teacher_decides_the_defaults_and_the_folder(folder):
     for size in ("shapes", "cifar10_cpu"):
         model = MAR(SIZES[size])
         (folder / size).mkdir()
         path = f"{folder}/{size}/teacher.pt"
-        wanted = {**distill.DEFAULTS[size], "teacher": path, "teacher_steps": 0, "own": 1, "out": f"out/{size}",
-                  "data": None, "ar_steps": 5}
+        wanted = {**distill.DEFAULTS[size], "teacher": path, "teacher_steps": 0, "out": f"out/{size}", "data": None,
+                  "ar_steps": 5}
         # by the name of its size; by its width where it says none, or one of another width
         for said in ({"size": size}, {}, {"size": "large"}, {"size": "a size of my own"}):
             save_checkpoint({"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(),
@@ -1549,10 +1534,9 @@ def test_without_data_the_teacher_decides_the_defaults_and_the_folder(folder):
                 name: value for name, value in wanted.items() if name != "size"}
     for flags in [], ["--teacher", PUBLIC["mar_large"][1]]:
         args = distill.parse_args(flags)
-        assert (args.out, args.own) == ("out/imagenet", 1)
-        assert args.teacher == (flags or [PUBLIC["mar_base"][1]])[-1]
+        assert (args.out, args.teacher) == ("out/imagenet", (flags or [PUBLIC["mar_base"][1]])[-1])
     args = distill.parse_args(["--data", "cifar10", "--size", "cifar10_cpu"])
-    assert (args.batch, args.out, args.own, args.teacher) == (16, "out/cifar10", 0, None)
+    assert (args.batch, args.out, args.teacher) == (16, "out/cifar10", None)
 
 
 def one_of(rank=0, world=1):
@@ -1722,13 +1706,18 @@ def test_a_resumed_run_stands_on_the_file_it_began_with(folder):
 
 def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
     """What does not fit ends in one line. What fits and differs is told, and holds."""
-    blind_distill(folder / "run", "--own", 0.5)
-    refused(lambda: blind_distill(folder / "run", "--resume"), "has --own 0.5", "not 0")
-    refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--resume", "--batch", 16), "has --batch 8, not 16")
+    tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+    own = ("--teacher", folder / "teacher.pt", "--device", "cpu", "--steps", 1, "--out", folder / "own", "--batch")
+    without_data = lambda *flags: distill.main([*map(str, (*own, *flags))])
+    with mock.patch.object(distill, "Watch", Blind), contextlib.redirect_stdout(io.StringIO()):
+        without_data(8)
+        refused(lambda: without_data(16, "--resume"), "has --batch 8, not 16")
+        refused(lambda: without_data(8, "--resume", "--data", "shapes"), "does not fit these flags", "pool")
+    blind_distill(folder / "run")
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
-        refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--lr", "1e-5"), "has --lr 0.0005, not 1e-05")
+        refused(lambda: blind_distill(folder / "run", "--lr", "1e-5"), "has --lr 0.0005, not 1e-05")
     said = io.StringIO()
-    blind_distill(folder / "run", "--own", 0.5, "--resume", "--steps", 8, "--lr", "1e-5", said=said)
+    blind_distill(folder / "run", "--resume", "--steps", 8, "--lr", "1e-5", said=said)
     assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
     assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
     assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
@@ -1862,14 +1851,16 @@ def killed_by_the_system(work, moment):
 
 
 def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
-    """kill -9, resume, kill -9, ..., of distill.py and of rl.py: each run ends in the bits, log and table of one left
+    """kill -9, resume, kill -9, ..., of distill.py, with data and without, and of rl.py: each run ends in the bits, log and table of one left
     alone. KILLS=20 asks for that many random moments each; a test makes do with one, and one inside a write."""
     kills, rng, said = int(os.environ.get("KILLS", 1)), np.random.default_rng(), []
     with (mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind),
           all_tiny()):
         write_student(folder)
-        teach = [*map(str, TINY[1:]), "--log_every", "1", "--own", "0.5"]
-        for name, go in (("distill", lambda *more: distill.main([*teach, *more])),
+        write_student(folder, "teacher")
+        own = ["--teacher", f"{folder}/teacher.pt", "--batch", "8", "--steps", "12", "--save_every", "1"]
+        for name, go in (("distill", lambda *more: distill.main([*map(str, TINY[1:]), "--log_every", "1", *more])),
+                         ("without data", lambda *more: distill.main([*own, "--log_every", "1", *more])),
                          ("rl", lambda *more: rl.main(rl_flags(folder, "--steps", "12", "--save_every", "1", *more)))):
             start = time.process_time()
             go("--out", f"{folder}/{name}")
@@ -3727,7 +3718,6 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data shapes --no_such_flag | --no_such_flag
         --data shapes --t_init 999 | t_init
         --data shapes --batch 10 --accumulate 4 | multiple
-        --data shapes --own 1.5 | --own | 0 to 1
         --data shapes --vae zero.pt | leave it out
         --data shapes --resume | not there
         --data shapes --out file/out | Not a directory | file/out
@@ -3735,7 +3725,6 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data file | file
         --data empty --teacher_steps 1 | no folder 'train'
         --data thirty | 30 px | of 4 px
-        --own 0.5 | --own | give --data
         --teacher_steps 3 | --teacher_steps | give --data""",
     "sample": """
         | --ckpt
@@ -4062,7 +4051,7 @@ def fake_distillation(stage, config, size, *flags, mode=Strict):
                 teacher.made = {"ar_steps": 4}
                 if args.passes:
                     distill.draw_in_fewer_passes(args, teacher, [], run, Blind())
-                distill.distil(args, teacher, Pictures([0] * 99), [], run, Blind())
+                distill.distil(args, teacher, Pictures([0] * 99) if args.data else None, [], run, Blind())
         except Reached:
             return inside
 
@@ -4090,7 +4079,7 @@ def steps_on_fake_gpu():
     small = ("--batch", "4", "--teacher_batch", "4")
     for flags in ([], ["--accumulate", "2", "--recompute"]):
         in_a_fork(lambda: fake_distillation("teacher", replace(pixels, dropout=0.1), "shapes", *small, *flags))
-    for flags in (["--own", "1"], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
+    for flags in (["--data", ""], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
                   ["--loss", "vsd", "--log_every", "2"], ["--passes", "2"]):
         in_a_fork(lambda: fake_distillation("student", pixels, "shapes", *small, *flags))
     for config, flags in ((pixels, ["--estimator", "pathwise", "--accumulate", "2", "--recompute"]),
