@@ -44,8 +44,8 @@ from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, lo
                   read_class_names, run_main, setup, train_indices)
 from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
-                   load_mar, mask_counts, read_checkpoint, replacing, runs_bf16, save_checkpoint, say, schedule_tables,
-                   take, token_orders, uniform, write_json)
+                   load_mar, mask_counts, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint, say,
+                   schedule_tables, take, token_orders, uniform, write_json)
 from sample import draw_together, image_seeds, save_grid, steps_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 # Stage 1: distillation
 
 
-def distil(args, teacher, data, class_names, run, watch):
+def distil(args, teacher, data, run, watch):
     """Distil `teacher` (frozen) to a one-step student; write student.pt; `watch` writes results.json."""
     # copies are in eval mode, as the teacher: the two scores must differ for one reason only, whose samples they score
     student, ema, critic = (copy.deepcopy(teacher) for _ in range(3))
@@ -232,14 +232,12 @@ def distil(args, teacher, data, class_names, run, watch):
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
     pool = OwnPictures(teacher.config, 0 if data else args.batch).to(run.device)
-    state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer,
-                 pool=pool)
-    run.restore("student", **state)
+    run.restore("student", model=student, ema=ema, critic=critic, optimizer=optimizer,
+                critic_optimizer=critic_optimizer, pool=pool)
     prepare(args, student, critic, frozen=[teacher])
     gradients, critic_gradients = Gradients(student), Gradients(critic)
-    sums = torch.zeros(4, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("student", args.steps, args.batch):
+    for step in run.steps(args.steps, args.batch):
         # a look comes before the update: broken off, it is made anew when the run goes on from the same step
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
@@ -276,21 +274,20 @@ def distil(args, teacher, data, class_names, run, watch):
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
             slope = slope * weight_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over masked tokens
             x0.backward(slope)
-            sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
+            run.add(loss=loss_theta.mean() / args.accumulate, critic_loss=loss_q.mean() / args.accumulate)
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         critic_norm, norm = critic_gradients.finish(CLIP), gradients.finish(CLIP)
         critic_optimizer.step()
         optimizer.step()
         update_ema(ema, student, args.ema)
-        sums[2:] += torch.stack([norm, critic_norm])
-        run.check(norm + critic_norm)
+        run.add(grad_norm=norm, critic_norm=critic_norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "loss", "critic_loss", "grad_norm", "critic_norm")
+            run.log()
         if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema, class_names, **state)
+            run.save("student", ema)
     watch.look("student", ema, run.step)
 
 
@@ -341,7 +338,7 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 # Stage 1 once more: fewer passes of the transformer
 
 
-def draw_in_fewer_passes(args, start, class_names, run, watch):
+def draw_in_fewer_passes(args, start, run, watch):
     """Teach a copy of the student `start` to draw the same pictures in --passes AR steps; write student.pt.
 
     Tokens of one AR step are drawn independently: with few steps they contradict each other. But chance enters a
@@ -355,14 +352,12 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
     student.load_state_dict(start.state_dict(), strict=False)  # noise_proj is new, and 0: at first it sees no noise
     ema = copy.deepcopy(student).requires_grad_(False)
     optimizer = make_optimizer(student, args.lr, (0.9, 0.99))
-    state = dict(model=student, ema=ema, optimizer=optimizer)
-    run.restore("student", **state)
+    run.restore("student", model=student, ema=ema, optimizer=optimizer)
     prepare(args, student, frozen=[start])
     gradients = Gradients(student)
     counts = mask_counts(student.config.seq_len, args.passes)[:-1]  # tokens masked before each AR step
-    sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("student", args.steps, args.batch):
+    for step in run.steps(args.steps, args.batch):
         # a look comes before the update: broken off, it is made anew when the run goes on from the same step
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
@@ -381,20 +376,19 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
                 x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
                 loss = loss + (x0 - take(target, masked)).square().mean() / (args.passes * args.accumulate)
             loss.backward()
-            sums[0] += loss.detach()
+            run.add(loss=loss)
 
         # the update: the average of the student's weights is the product
         norm = gradients.finish(CLIP)
         optimizer.step()
         update_ema(ema, student, args.ema)
-        sums[1] += norm
-        run.check(norm)
+        run.add(grad_norm=norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "loss", "grad_norm")
+            run.log()
         if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema, class_names, **state)
+            run.save("student", ema)
     watch.look("student", ema, run.step)
 
 
@@ -412,13 +406,11 @@ def train_teacher(args, config, data, run):
     # the average of the weights is the teacher: the last ones still follow their last batches
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = teacher_optimizers(model, args)
-    state = dict(model=model, ema=ema, **optimizers)
-    run.restore("teacher", **state)
+    run.restore("teacher", model=model, ema=ema, **optimizers)
     prepare(args, model)
     gradients = Gradients(model)
-    sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("teacher", args.teacher_steps, args.teacher_batch):
+    for step in run.steps(args.teacher_steps, args.teacher_batch):
         for optimizer in optimizers.values():
             set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, DECAY)
         # dropout's generator starts anew each step: so a resumed run drops the same
@@ -431,21 +423,20 @@ def train_teacher(args, config, data, run):
         for part in micro_batches(batch, args.accumulate, [gradients]):
             loss = teacher_loss(model, *part, args.draws) / args.accumulate
             loss.backward()
-            sums[0] += loss.detach()
+            run.add(loss=loss)
 
         # the update; the average's decay grows from 0.1, to forget the random start
         norm = gradients.finish(CLIP)
         for optimizer in optimizers.values():
             optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
-        sums[1] += norm
-        run.check(norm)  # a loss that is not finite makes such a norm: the next log line stops the run
+        run.add(grad_norm=norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "loss", "grad_norm")
+            run.log()
         if run.due(args.save_every):
-            run.save("teacher", ema, data.class_names, **state)
+            run.save("teacher", ema)
     return ema
 
 
@@ -693,8 +684,8 @@ def main(argv=None):
     vae = load_vae(args.vae).to(device) if args.vae else None
     divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
     # same: the pool of own pictures is of this batch
-    run = Run(args, device, rank, world, ["teacher", "student"], divided, same=[] if data else ["batch"],
-              stands_on=args.teacher)
+    run = Run(args, device, rank, world, ["teacher", "student"], class_names, divided,
+              same=[] if data else ["batch"], stands_on=args.teacher)
     run.start()
 
     # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
@@ -727,12 +718,12 @@ def main(argv=None):
     if args.passes:
         for K in (steps_of(teacher), args.passes):
             watch.look(f"start_{K}", teacher, ar_steps=K)
-        return draw_in_fewer_passes(args, teacher, class_names, run, watch)
+        return draw_in_fewer_passes(args, teacher, run, watch)
     # what the student is compared with: the chain and one step of the teacher, guided by the same g but at every t
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
                    guidance_schedule="constant")
-    distil(args, teacher, data, class_names, run, watch)
+    distil(args, teacher, data, run, watch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -809,33 +800,23 @@ def set_lr(optimizer, peak, step, total, warmup, decay):
 
 
 SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}  # -> exit code once the checkpoint is written
-NEVER = 1 << 60  # a step that is not reached
 
 
 class Run:
     """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN.
 
-    It never sees a loss function, a batch or an optimiser's step. A loop does
-
-        run.restore(stage, model=..., optimizer=...)             # what resume.pt holds, if the run goes on
-        for step in run.steps(stage, total, images_an_update):
-            ...
-            run.check(norm)                                      # no host sync
-            if run.due(args.log_every): run.log(sums, "loss")    # means since the last line; waits for the device
-            if run.due(args.save_every): run.save(product, ema, class_names, model=..., optimizer=...)
-
-    Written files are whole at any moment, so a run killed in any line resumes bit for bit from its last checkpoint.
-    After a signal everything is due; save() ends the run.
+    It never sees a batch or an optimiser's step. A loop calls `restore` and goes through `steps`; in each it has `add`
+    note figures, and where something is due calls `log` and `save`. Written files are whole at any moment, so a run
+    killed in any line resumes bit for bit from its last checkpoint. After a signal all is due, and `save` ends the run.
     """
 
-    def __init__(self, args, device, rank, world, stages, divided, same=(), stands_on=None):
+    def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=None):
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
         resumed run must have as it began; stands_on: the checkpoint it starts from, which must stay that file."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.stage, self.step, self.total = None, 0, 0
+        self.class_names = class_names
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
         self.heard = self.told = 0  # the signal that this process heard; that all agreed to obey
-        self.bad = torch.tensor(NEVER, device=device)  # the first step whose gradient was not finite
         path = self.path("resume.pt")
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
             # torchrun --max-restarts started us again after a rank died; with other flags it is another run's file
@@ -920,68 +901,64 @@ class Run:
                 os.write(1, f"stopped by {signal.Signals(self.told).name} at step {self.kept}; {goes_on}\n".encode())
             raise SystemExit(SIGNALS[self.told])
 
-    def restore(self, stage, **targets):
-        """Load what resume.pt holds of this stage under the names of `targets` into these networks and optimisers."""
-        resumed, self.stage, self.step = self.resumed, stage, 0
-        if resumed and resumed["stage"] == stage:
-            self.step = resumed["step"]
-            try:
-                for name, target in targets.items():
-                    target.load_state_dict(resumed[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = f"{name}: {str(error).splitlines()[0][:80]}"
-                raise UserError(f"{self.path('resume.pt')} does not fit these flags ({reason}): give those of its "
-                                "start, or another --out") from None
+    def restore(self, stage, **state):
+        """A stage begins: load what resume.pt holds of it under the names of `state` into these networks and
+        optimisers, which `save` saves."""
+        self.stage, self.step, self.state = stage, 0, state
+        if self.resumed and self.resumed["stage"] == stage:
+            with reading(self.path("resume.pt"), "checkpoint for these flags", ": give those of its start, or another "
+                         "--out"):
+                for name, target in state.items():
+                    target.load_state_dict(self.resumed[name])
+            self.step = self.resumed["step"]
         self.kept = self.step
 
     def upload(self, x):
         """x on the device. A copy from memory that is not pinned would wait for the GPU's queue."""
         return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
-    def steps(self, stage, total, images):
+    def steps(self, total, images):
         """The steps that are left, with a bar. images: an update's, of all ranks."""
-        self.stage, self.total, self.images = stage, total, images
-        left = f"{total} updates" if self.step < total else f"all {total} updates done: nothing to do"
-        say(f"{stage}: {images} images an update on {self.world} process(es), {left}")
+        self.total, self.images, self.sums = total, images, {}
         self.clock, self.logged = (time.time(), self.step), self.step
-        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=stage, unit="step",
+        say(f"{self.stage}: updates {self.step} to {total}, {images} images each on {self.world} process(es)")
+        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=self.stage, unit="step",
                         disable=self.rank > 0 or None, mininterval=1)
         for step in self.bar:
             self.step, self.unsaved = step + 1, True  # updates done when the loop's body ends
             yield step
 
-    def check(self, norm):
-        """Remember the first step whose gradient norm (0-d) was not finite. No host sync."""
-        self.bad = torch.minimum(self.bad, torch.where(torch.isfinite(norm), NEVER, self.step - 1))
+    def add(self, **values):
+        """Add to the sums over the updates since the last log line: 0-d tensors by name. No host sync."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def stop_if_bad(self):
         """Before anything is logged or saved of a gradient that was not finite. A host sync."""
-        if self.bad < NEVER:
-            raise UserError(f"the gradient was not finite at step {int(self.bad)}: the last good checkpoint in "
-                            f"{self.args.out} is kept; lower the learning rate (or mend the reward), or go on with "
-                            "--resume and another --seed")
+        if not all(map(math.isfinite, self.sums.values())):  # a sum stays what one of its terms was
+            raise UserError(f"a loss or its gradient was not finite in steps {self.logged} to {self.step - 1}: the last "
+                            f"good checkpoint in {self.args.out} is kept; lower the learning rate (or mend the reward),"
+                            " or go on with --resume and another --seed")
 
     def due(self, *every):
         """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""
         return self.told > 0 or self.step == self.total or any(self.step % n == 0 for n in every)
 
-    def log(self, sums, *names):
-        """A line of log.jsonl: means of sums (len(names),) over the updates since the last line and over the ranks, and
-        images/s; zeroes sums. So here the loop waits for the device, and ranks agree whether to stop."""
+    def log(self):
+        """A line of log.jsonl: means of what was added, over the updates since the last line and over the ranks, and
+        images/s. So here the loop waits for the device, and ranks agree whether to stop."""
         self.agree()
         self.stop_if_bad()
+        sums = torch.stack(list(self.sums.values()))
         if self.world > 1:
             dist.all_reduce(sums)
-        values = dict(zip(names, (sums / (self.world * (self.step - self.logged))).tolist()))
-        sums.zero_()
-        self.logged = self.step
+        values = dict(zip(self.sums, (sums / (self.world * (self.step - self.logged))).tolist()))
+        self.bar.set_postfix({name: values[name] for name in ("loss", "reward", "grad_norm") if name in values})
+        self.sums, self.logged = {}, self.step
         values["images_per_s"] = self.images * (self.step - self.clock[1]) / (time.time() - self.clock[0])
         if self.device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.note(values)
-        if self.rank == 0:
-            self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "reward", "grad_norm")
-                                  if name in values})
 
     def note(self, values):
         """A line of log.jsonl as it is. The clock of images/s restarts: the time before may not have been training."""
@@ -990,25 +967,22 @@ class Run:
                 f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
         self.clock = time.time(), self.step
 
-    def save(self, product, model, class_names, /, **state):
+    def save(self, product, model):
         """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
         self.stop_if_bad()
-        self.write(product, model, class_names)
         if self.rank == 0:
-            state = {name: x.state_dict() for name, x in state.items()}
-            save_checkpoint({"config": asdict(model.config), "stage": self.stage, "step": self.step,
-                             "args": vars(self.args), "sha256": self.sha256,
-                             "log_bytes": os.path.getsize(self.path("log.jsonl")), **state}, self.path("resume.pt"))
+            self.write(product, model)
+            self.write("resume", model, sha256=self.sha256, log_bytes=os.path.getsize(self.path("log.jsonl")),
+                       **{name: x.state_dict() for name, x in self.state.items()})
         self.kept, self.unsaved = self.step, False
         self.leave_if_told()
         self.clock = time.time(), self.step
 
-    def write(self, product, model, class_names):
-        """<product>.pt, what sample.py, fid.py and rl.py read: weights and sizes, no optimiser."""
-        if self.rank == 0:
-            save_checkpoint({"config": asdict(model.config), "stage": self.stage, "ema": model.state_dict(),
-                             "step": self.step, "args": vars(self.args), "class_names": list(class_names)},
-                            self.path(f"{product}.pt"))
+    def write(self, name, network, /, **more):
+        """<name>.pt, what sample.py, fid.py and rl.py read, weights and sizes; and `more`."""
+        save_checkpoint({"config": asdict(network.config), "stage": self.stage, "step": self.step,
+                         "args": vars(self.args), "class_names": list(self.class_names),
+                         **(more or {"ema": network.state_dict()})}, self.path(f"{name}.pt"))
 
 
 class Watch:

@@ -240,7 +240,7 @@ def build_rewards(args, config, data, names, device, rank):
 # The loop
 
 
-def train(args, start, score, run, watch, class_names):
+def train(args, start, score, run, watch):
     """Post-train a copy of the frozen `start`; write student.pt (the last), best.pt and results.json.
 
     An update costs, an image, K passes of the student for the episode, then K of the student and K of the start with
@@ -250,8 +250,7 @@ def train(args, start, score, run, watch, class_names):
     student, ema = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start)
     # no weight decay, which pulls towards 0: the KL pulls towards the start
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    state = dict(model=student, ema=ema, optimizer=optimizer)
-    run.restore("rl", **state)
+    run.restore("rl", model=student, ema=ema, optimizer=optimizer)
     row = watch.look("before", start)  # which all later ones are compared with
     if run.rank == 0 and not {"fd", "fid"} & row.keys():
         print("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt",
@@ -259,12 +258,11 @@ def train(args, start, score, run, watch, class_names):
     prepare(args, student, frozen=[start])
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
-    sums = torch.zeros(4, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("rl", args.steps, args.batch):
+    for step in run.steps(args.steps, args.batch):
         # look at the student, before the update: so a look that was broken off is made when the run goes on
         if step > 0 and step % args.eval_every == 0:
-            evaluate(run, watch, ema, step, class_names)
+            evaluate(run, watch, ema, step)
 
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, decay=0.5)
 
@@ -286,29 +284,29 @@ def train(args, start, score, run, watch, class_names):
             last_part = i == len(parts) - 1
             kl = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
                                 args.ar_steps, gradients.begin if last_part else lambda: None)
-            sums[:3] += torch.stack([r.mean(), r.std(correction=0), kl]) / args.accumulate
+            run.add(reward=r.mean() / args.accumulate, reward_std=r.std(correction=0) / args.accumulate,
+                    kl=kl / args.accumulate)
 
         # the update: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         norm = gradients.finish(clip=1.0)
         optimizer.step()
         update_ema(ema, student, args.ema)
-        sums[3] += norm
-        run.check(norm)  # a reward that is not finite makes such a norm: the next log line stops the run
+        run.add(grad_norm=norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "reward", "reward_std", "kl", "grad_norm")
+            run.log()
         if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema, class_names, **state)
-    evaluate(run, watch, ema, run.step, class_names)
+            run.save("student", ema)
+    evaluate(run, watch, ema, run.step)
 
 
-def evaluate(run, watch, ema, step, class_names):
+def evaluate(run, watch, ema, step):
     """The row "after" of the averaged student; best.pt where it is the best yet."""
     row = watch.look("after", ema, step)
     if is_best(row, watch.rows):
         watch.rows["best"] = row
-        run.write("best", ema, class_names)
+        run.write("best", ema)
         write_json(run.path("results.json"), watch.rows)
         print(f"best.pt is now that of step {step}", flush=True)
 
@@ -491,7 +489,7 @@ def main(argv=None):
     start, names = open_student(args, device)
     config, data, vae = start.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
-    run = Run(args, device, rank, world, ["rl"], divided=["batch"],
+    run = Run(args, device, rank, world, ["rl"], names, divided=["batch"],
               same=["reward", "watch", "prompt", "class_names", "ref"], stands_on=args.ckpt)
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
@@ -519,7 +517,7 @@ def main(argv=None):
         images = ((pictures + 1) / 2).clamp(0, 1)
         return sum(weight * functions[name](images, labels) for name, weight in weights.items())
 
-    train(args, start, score, run, watch, names)
+    train(args, start, score, run, watch)
 
 
 if __name__ == "__main__":

@@ -474,9 +474,9 @@ def test_tokens_of_one_pass_agree(folder):
     args = argparse.Namespace(passes=1, lr=3e-3, steps=100, batch=64, warmup=0, accumulate=1, ema=0.9, seed=0,
                               eval_every=999, log_every=50, save_every=999, recompute=False, resume=False,
                               out=str(folder))
-    run = distill.Run(args, torch.device("cpu"), 0, 1, ["student"], [])
+    run = distill.Run(args, torch.device("cpu"), 0, 1, ["student"], ["a"])
     run.start()
-    distill.draw_in_fewer_passes(args, start, ["a"], run, mock.Mock())
+    distill.draw_in_fewer_passes(args, start, run, mock.Mock())
     few = load_mar(folder / "student.pt")
     labels = torch.zeros(1000, dtype=torch.long)
     correlations = lambda x: np.corrcoef(x.flatten(1).T)[np.triu_indices(4, 1)]  # of 0-1, 0-2, 0-3, 1-2, 1-3, 2-3
@@ -1712,7 +1712,7 @@ def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
     with mock.patch.object(distill, "Watch", Blind), contextlib.redirect_stdout(io.StringIO()):
         without_data(8)
         refused(lambda: without_data(16, "--resume"), "has --batch 8, not 16")
-        refused(lambda: without_data(8, "--resume", "--data", "shapes"), "does not fit these flags", "pool")
+        refused(lambda: without_data(8, "--resume", "--data", "shapes"), "no whole checkpoint for these flags", "pool")
     blind_distill(folder / "run")
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
         refused(lambda: blind_distill(folder / "run", "--lr", "1e-5"), "has --lr 0.0005, not 1e-05")
@@ -1811,7 +1811,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
     mean, rare = (lambda images, labels: images.mean((1, 2, 3))), ("--save_every", 1, "--eval_every", 99)
     write_student(folder)
     with mock.patch.object(distill, "CLIP", 0):
-        refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite at step")
+        refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite in steps")
     assert not (folder / "0/log.jsonl").read_text()
     cases = [(mock.patch.object(distill, "critic_loss", fails(distill.critic_loss, 4)), "student",
               lambda *more: blind_distill(folder / "1", "--log_every", 1, *more)),
@@ -1819,7 +1819,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
               lambda *more: run_rl(folder, *rare, "--reward", "mean", "--out", folder / "2", *more))]
     for i, (broken, stage, go) in enumerate(cases, start=1):
         with broken:
-            refused(go, "not finite at step", "last good checkpoint")
+            refused(go, "not finite in steps", "last good checkpoint")
         file = read_checkpoint(folder / f"{i}/resume.pt")
         assert file["stage"] == stage and 1 <= file["step"] <= 3, file["step"]
         assert all(torch.isfinite(value).all() for value in file["model"].values())
@@ -4050,8 +4050,8 @@ def fake_distillation(stage, config, size, *flags, mode=Strict):
                 teacher = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
                 teacher.made = {"ar_steps": 4}
                 if args.passes:
-                    distill.draw_in_fewer_passes(args, teacher, [], run, Blind())
-                distill.distil(args, teacher, Pictures([0] * 99) if args.data else None, [], run, Blind())
+                    distill.draw_in_fewer_passes(args, teacher, run, Blind())
+                distill.distil(args, teacher, Pictures([0] * 99) if args.data else None, run, Blind())
         except Reached:
             return inside
 
@@ -4066,7 +4066,7 @@ def fake_rl(config, *flags, mode=Strict):
         decode = (lambda x: x) if config.pixels else (lambda x: vae.decode(x / data.LATENT_SCALE))
         run = distill.Run(args, torch.device("cuda", 0), 0, 1, ["rl"], [])
         try:
-            rl.train(args, reference, lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind(), [])
+            rl.train(args, reference, lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind())
         except Reached:
             return inside
 
