@@ -44,8 +44,8 @@ from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, lo
                   read_class_names, run_main, setup, train_indices)
 from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
-                   load_mar, mask_counts, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint, say,
-                   schedule_tables, take, token_orders, uniform, write_json)
+                   load_mar, mask_counts, need_file, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint,
+                   say, schedule_tables, take, token_orders, uniform, write_json)
 from sample import draw_together, image_seeds, save_grid, steps_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,14 +197,15 @@ def training_batch(pictures, config, batch, seed, step, run):
     return tokens, labels, keys, visible, masked
 
 
-def micro_batches(batch, parts, gradients):
-    """A batch in `parts`. `gradients` are zeroed first; at the last part they `begin` to be sent to other ranks."""
+def micro_batches(batch, parts, gradients, backwards=1):
+    """A batch in `parts`. `gradients` are zeroed first; at the last part they `begin` to be sent to other ranks.
+    backwards: how many calls of backward() a part has."""
     for g in gradients:
         g.zero()
     for i, part in enumerate(zip(*(a.chunk(parts) for a in batch))):
         if i == parts - 1:
             for g in gradients:
-                g.begin()
+                g.begin(backwards)
         yield part
 
 
@@ -577,7 +578,7 @@ def read_flags(p, argv, recipe, one, share):
 
 def name_of(args):
     """out/<this>: the data's name, imagenet for a public teacher, else the name of the teacher's folder."""
-    if args.data or args.teacher in [path for _, path, *_ in PUBLIC.values()]:
+    if args.data or args.teacher in PUBLIC_FILES:
         return os.path.basename(os.path.normpath(args.data or "imagenet"))
     return os.path.basename(os.path.dirname(os.path.abspath(args.teacher)))
 
@@ -591,22 +592,18 @@ def recipe(known):
         found.update(teacher=teacher, teacher_steps=0)
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
         found.update(teacher=None)
-    if not known.data and "ar_steps" in made_with(file):
-        found["ar_steps"] = made_with(file)["ar_steps"]
+    made = file.get("args")  # the flags of its run; in public files no dict
+    if not known.data and isinstance(made, dict) and "ar_steps" in made:
+        found["ar_steps"] = made["ar_steps"]
     return found
 
 
-def made_with(file):
-    """The flags of the run that wrote a checkpoint's dict; {} of public files."""
-    return file["args"] if isinstance(file.get("args"), dict) else {}
-
-
 def defaults_of(defaults, file, data, size=None, pixels=False):
-    """The entry of `defaults` for a checkpoint's dict, by the name of its size (its width, where it says none); without
-    a file for a size's name; else for --data."""
+    """The entry of `defaults` for a checkpoint's dict, by the width of its network; without a file for a size's name;
+    else for --data."""
     if file:
-        width, size = file.get("config", {}).get("width"), made_with(file).get("size")
-        size = next((name for name in (size, *SIZES) if name in SIZES and SIZES[name].width == width), None)
+        width = file.get("config", {}).get("width")
+        size = next((name for name, config in SIZES.items() if config.width == width), None)
     by_data = "cifar10" if data and data not in defaults and (pixels or is_small(data)) else data
     return defaults.get(size, defaults.get(by_data, {}))
 
@@ -640,19 +637,14 @@ def check_names(network, data):
                         "its folders alike, or choose another")
 
 
+PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # of data.py --get
+
+
 def open_teacher(args):
     """--teacher -> the frozen network, or None where one is to be trained."""
-    if args.teacher and args.teacher_steps:
-        raise UserError("--teacher and --teacher_steps: give a checkpoint or train one here, not both")
-    if not args.teacher and not args.teacher_steps:
-        raise UserError("no teacher: give --teacher FILE (python data.py --get mar_base fetches the public one), or "
-                        "--teacher_steps N to train one")
     if not args.teacher:
         return None
-    if not os.path.isfile(args.teacher):
-        raise UserError(f"no such file: {args.teacher}; --teacher FILE names a teacher, python data.py --get mar_base "
-                        "fetches the public one")
-    teacher = load_mar(args.teacher)
+    teacher = load_mar(need_file(args.teacher, PUBLIC_FILES.get(args.teacher)))
     if args.passes and (teacher.stage == "teacher" or not args.passes < steps_of(teacher)):
         raise UserError(f"--passes {args.passes}: --teacher must be a student that draws in more, not {args.teacher} "
                         f"(stage {teacher.stage}, {steps_of(teacher)} AR steps)")
@@ -662,12 +654,12 @@ def open_teacher(args):
     return teacher
 
 
-
 def main(argv=None):
     """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
-    if args.teacher_steps and not args.data:
-        raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
+    if bool(args.teacher) == bool(args.teacher_steps):  # without --data there is always a --teacher
+        raise UserError("a teacher is read or trained: give either --teacher FILE (python data.py --get mar_base "
+                        "fetches the public one), or --data and --teacher_steps N")
     if args.passes and (args.data or args.t_init):
         raise UserError("--passes learns from the pictures of a student, --teacher FILE, alone: leave out --data and "
                         "--t_init")
@@ -690,8 +682,8 @@ def main(argv=None):
 
     # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
     # --vae, and not judged: that is fid.py's job
-    beside = None if data else classifier_beside(args.teacher)
-    if not data and config.pixels:
+    beside = classifier_beside(args.teacher) if config.pixels and not data else None
+    if config.pixels and not data:
         source = "start's" if args.passes else "student's own"
         say(f"no data: it learns from the {source} pictures, {'judged by' if beside else 'not judged: no'} "
             f"{beside or 'classifier_0.pt lies beside the teacher'}")
@@ -700,16 +692,14 @@ def main(argv=None):
             f.write(beside.read_bytes())
 
     def make_figures():
-        classifier = (load_or_train_classifier(data, args.out, device=device) if data else
-                      load_classifier(beside, device))
+        classifier = load_classifier(beside, device) if beside else load_or_train_classifier(data, args.out, 0, device)
         return lambda images, labels: judge(classifier, images, labels)
 
-    real = data or (load_classifier(beside) if beside and config.pixels else None)
-    watch = Watch(run, config, real, make_figures, judges=config.pixels and bool(data or beside),
-                  shows=config.pixels or vae is not None, vae=vae)
+    watch = Watch(run, config, load_classifier(beside) if beside else data,
+                  make_figures if config.pixels and (data or beside) else None, config.pixels or vae is not None, vae)
 
     if teacher is None:
-        done = run.resumed and run.resumed["stage"] == "student"
+        done = run.resumed.get("stage") == "student"
         teacher = load_mar(run.path("teacher.pt")) if done else train_teacher(args, config, data, run)
     if args.t_init:
         teacher.config = replace(teacher.config, t_init=args.t_init)
@@ -830,26 +820,24 @@ class Run:
                 raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
                                 f"{world} x {args.accumulate}")
         self.sha256 = file_hash(stands_on) if stands_on else None
-        self.resumed = read_checkpoint(path) if args.resume else None
+        self.resumed = read_checkpoint(path) if args.resume else {}
         if self.resumed:
-            self.check_resumed(path, stages, same)
-            if self.resumed.get("sha256") != self.sha256:
-                raise UserError(f"--resume: the run in {args.out} did not start from this {stands_on} (by its SHA-256):"
-                                " give the file it had, or start another run with another --out")
+            self.check_resumed(stages, same, stands_on)
 
-    def check_resumed(self, path, stages, same):
-        """Refuse another program's checkpoint and flags that cannot change; say which did."""
-        args, was = self.args, self.resumed.get("args", {})
-        if self.resumed.get("stage") not in stages:
-            raise UserError(f"--resume: {path} was written by another program (stage {self.resumed.get('stage')}, not "
-                            f"{' or '.join(stages)}): give --out of a run of this one")
-        changed = [name for name, value in vars(args).items() if name != "resume" and was.get(name, value) != value]
-        for name in set(changed) & set(same):
-            raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
-                            "that, or start another run with another --out")
+    def check_resumed(self, stages, same, stands_on):
+        """Refuse to go on with what cannot be another than at the start; say what else is."""
+        was, stage = self.resumed.get("args", {}), self.resumed.get("stage")
+        changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
+                   if name != "resume" and was.get(name, value) != value}
+        wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"] * (stage not in stages)
+        wrong += [text for name, text in changed.items() if name in same]
+        if self.resumed.get("sha256") != self.sha256:
+            wrong.append(f"this {stands_on} (by its SHA-256 another file than at the start)")
+        if wrong:
+            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give what "
+                            "it had, or start another run with another --out")
         if changed:
-            say("resumed with other flags: " + ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
-                                                         for name in changed))
+            say(f"resumed with other flags: {', '.join(changed.values())}")
 
     def path(self, name):
         return os.path.join(self.args.out, name)
@@ -860,7 +848,7 @@ class Run:
             lock_folder(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
             with open(self.path("log.jsonl"), "ab") as f:
-                f.truncate(min(f.tell(), self.resumed.get("log_bytes", 0) if self.resumed else 0))
+                f.truncate(min(f.tell(), self.resumed.get("log_bytes", 0)))
         if self.world > 1:
             dist.barrier()  # nobody writes into the folder before it is there
         for number in SIGNALS:
@@ -870,42 +858,33 @@ class Run:
     def hear(self, number, frame):
         """A signal. The first lets the update end, or ends a single process whose work is all saved; a second ends the
         process at once."""
-        if self.heard and time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         if not self.heard:
             self.heard, self.heard_at = number, time.time()
-            if self.world == 1:
-                self.told = number
-                if not self.unsaved:
-                    self.leave_if_told()
-            when = "this update" if self.world == 1 else "the next log line"
+            self.told = number if self.world == 1 else 0  # several agree at the next log line
+            if self.told and not self.unsaved:
+                self.leave()
+            when = "this update" if self.told else "the next log line"
             if self.rank == 0:  # not by print, which may be what the signal interrupts
                 os.write(2, f"\nstopping after {when}; once more ends now\n".encode())
+        elif time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
-    def agree(self):
-        """What one rank heard all obey. A host sync."""
-        if self.world > 1:
-            heard = torch.tensor(self.heard, device=self.device)
-            dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-            self.told = int(heard)
-
-    def leave_if_told(self):
+    def leave(self):
         """End after a signal, such as a cluster sends before it takes a machine."""
-        if self.told:
-            if self.world > 1:
-                dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
-            path = self.path("resume.pt")
-            goes_on = f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
-            if self.rank == 0:
-                os.write(1, f"stopped by {signal.Signals(self.told).name} at step {self.kept}; {goes_on}\n".encode())
-            raise SystemExit(SIGNALS[self.told])
+        if self.world > 1:
+            dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
+        path = self.path("resume.pt")
+        goes_on = f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
+        if self.rank == 0:
+            os.write(1, f"stopped by {signal.Signals(self.told).name} at step {self.kept}; {goes_on}\n".encode())
+        raise SystemExit(SIGNALS[self.told])
 
     def restore(self, stage, **state):
         """A stage begins: load what resume.pt holds of it under the names of `state` into these networks and
         optimisers, which `save` saves."""
         self.stage, self.step, self.state = stage, 0, state
-        if self.resumed and self.resumed["stage"] == stage:
+        if self.resumed.get("stage") == stage:
             with reading(self.path("resume.pt"), "checkpoint for these flags", ": give those of its start, or another "
                          "--out"):
                 for name, target in state.items():
@@ -947,11 +926,12 @@ class Run:
     def log(self):
         """A line of log.jsonl: means of what was added, over the updates since the last line and over the ranks, and
         images/s. So here the loop waits for the device, and ranks agree whether to stop."""
-        self.agree()
         self.stop_if_bad()
-        sums = torch.stack(list(self.sums.values()))
+        sums, heard = torch.stack(list(self.sums.values())), torch.tensor(self.heard, device=self.device)
         if self.world > 1:
             dist.all_reduce(sums)
+            dist.all_reduce(heard, op=dist.ReduceOp.MAX)  # what one rank heard all obey
+        self.told = int(heard)
         values = dict(zip(self.sums, (sums / (self.world * (self.step - self.logged))).tolist()))
         self.bar.set_postfix({name: values[name] for name in ("loss", "reward", "grad_norm") if name in values})
         self.sums, self.logged = {}, self.step
@@ -975,7 +955,8 @@ class Run:
             self.write("resume", model, sha256=self.sha256, log_bytes=os.path.getsize(self.path("log.jsonl")),
                        **{name: x.state_dict() for name, x in self.state.items()})
         self.kept, self.unsaved = self.step, False
-        self.leave_if_told()
+        if self.told:
+            self.leave()
         self.clock = time.time(), self.step
 
     def write(self, name, network, /, **more):
@@ -988,15 +969,15 @@ class Run:
 class Watch:
     """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
 
-    run: a Run; judges, shows: whether there is a table, a grid. real: Data or Classifier whose mixture of classes the
-    table has; None: alike often. make_figures: called once, on rank 0, if `judges`; what it returns takes images uint8
-    (N, 3, H, W) and their labels (N,) and gives {name: number}.
-    Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
+    real: Data or Classifier whose mixture of classes the table has; None: alike often. make_figures: called once, on
+    rank 0; what it returns takes images uint8 (N, 3, H, W) and their labels (N,) and gives {name: number}; None: no
+    table. shows: whether there is a grid, whose rows share classes, orders and noise, so that a picture can be compared
+    with the one above.
     """
 
-    def __init__(self, run, config, real, make_figures, judges=True, shows=True, vae=None):
-        self.run, self.judges, self.shows, self.vae = run, judges, shows, vae
-        self.figures = make_figures() if judges and run.rank == 0 else None
+    def __init__(self, run, config, real, make_figures, shows=True, vae=None):
+        self.run, self.judges, self.shows, self.vae = run, make_figures is not None, shows, vae
+        self.figures = make_figures() if self.judges and run.rank == 0 else None
         fits = real and len(real.counts) == config.num_classes
         self.labels = labels_like(real.counts if fits else torch.ones(config.num_classes), run.args.eval_images)
         self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
@@ -1030,8 +1011,6 @@ class Watch:
         if self.judges and step is not None:  # the log's "reward" is of pictures trained on, this of the EMA's
             self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value for key, value in
                                             row.items() if key not in ("seconds_per_image", "made_by")}})
-        self.run.agree()
-        self.run.leave_if_told()
         self.run.unsaved = step is not None  # in a loop: what follows is not saved yet
         return row
 
@@ -1091,9 +1070,9 @@ class Gradients:
     def zero(self):
         torch._foreach_zero_(self.flats)
 
-    def begin(self):
-        """From now on count arrivals: the next backward is the last of this step."""
-        self.waiting, self.works = list(self.sizes), []
+    def begin(self, backwards=1):
+        """From now on count arrivals: the next so many calls of backward() are the last of this step."""
+        self.waiting, self.works = [backwards * size for size in self.sizes], []
 
     def _arrived(self, b):
         if self.waiting is not None:  # None: an earlier micro-step

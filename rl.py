@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import DTYPES, LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
-from distill import Gradients, Run, Watch, check_names, defaults_of, episodes, prepare, read_flags, set_lr, update_ema
+from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, micro_batches, prepare, read_flags,
+                     set_lr, update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan, take,
@@ -103,7 +104,7 @@ def score_in_chunks(score, x, labels, chunk):
 # The chain of AR steps, backwards, and its KL to the start
 
 
-def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps, before_last=lambda: None):
+def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
     """Backpropagate <slope, x> + kl * KL_path, summed over the pictures, into the student's .grad; -> the mean KL_path,
     nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the seeds.
 
@@ -112,18 +113,14 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps, befo
     the step's own KL: what the caller gave, and what they do as context of later steps, to x_k and to ref_k. For ref_k
     is no constant: the start, itself frozen, reads tokens that move with the student. This is exact backpropagation
     through both chains, in the memory of one step whatever K is, at the cost of a forward and a backward of each.
-    before_last is called before the last backward: gradients.begin, by which ranks exchange gradients beside it.
     """
     L, C = student.config.seq_len, student.config.token_dim
     tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
-    plan = list(reveal_plan(student.orders(keys), ar_steps))
-    for k, (visible, predict) in reversed(list(enumerate(plan))):
+    for visible, predict in reversed(list(reveal_plan(student.orders(keys), ar_steps))):
         context, (n, seen) = tokens.detach().requires_grad_(), student.start_noise(keys, predict)
         x_k = student.one_step(n, student.transformer(context, visible, labels, predict, seen))  # (B, P, C)
         ref_k = start.one_step(n, start.transformer(context, visible, labels, predict, seen))
         kl_k = (x_k - ref_k).square().sum() / (2 * s**2 * L * C)
-        if k == 0:
-            before_last()
         ((take(slope, predict) * x_k).sum() + kl * kl_k).backward()
         slope = slope + context.grad  # zero but at the visible tokens, which earlier steps wrote
         nats = nats + kl_k.detach()
@@ -270,9 +267,7 @@ def train(args, start, score, run, watch):
         batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
 
         # the gradient; `accumulate` parts of the batch, one after the other, where memory is short
-        gradients.zero()
-        parts = list(zip(*(a.chunk(args.accumulate) for a in batch)))
-        for i, (labels, seeds) in enumerate(parts):
+        for labels, seeds in micro_batches(batch, args.accumulate, [gradients], backwards=args.ar_steps):
             # 1. an episode: K AR steps of the student, no graph
             keys = image_keys(seeds, run.device)
             x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w)
@@ -281,9 +276,8 @@ def train(args, start, score, run, watch):
             # 3. L = mean(-<v, x> + kl * KL_path) over the images of all parts, back through the chain, last AR step
             #    first, into .grad. Returned, for the log, is KL_path without its weight
             share = 1 / (len(x) * args.accumulate)
-            last_part = i == len(parts) - 1
             kl = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
-                                args.ar_steps, gradients.begin if last_part else lambda: None)
+                                args.ar_steps)
             run.add(reward=r.mean() / args.accumulate, reward_std=r.std(correction=0) / args.accumulate,
                     kl=kl / args.accumulate)
 

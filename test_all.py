@@ -1700,7 +1700,7 @@ def test_a_resumed_run_stands_on_the_file_it_began_with(folder):
         file["ema"]["mask_token"] = file["ema"]["mask_token"] + 1
         for kind, other in (("weights", file), ("step", {**file, "step": 7})):
             save_checkpoint(other, folder / f"{stage}.pt")
-            refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "did not start from this", f"{stage}.pt")
+            refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "cannot go on with", f"{stage}.pt (by its SHA-256")
     assert read_checkpoint(folder / "d/resume.pt")["step"] == read_checkpoint(folder / "r/resume.pt")["step"] == 2
 
 
@@ -1711,18 +1711,18 @@ def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
     without_data = lambda *flags: distill.main([*map(str, (*own, *flags))])
     with mock.patch.object(distill, "Watch", Blind), contextlib.redirect_stdout(io.StringIO()):
         without_data(8)
-        refused(lambda: without_data(16, "--resume"), "has --batch 8, not 16")
-        refused(lambda: without_data(8, "--resume", "--data", "shapes"), "no whole checkpoint for these flags", "pool")
+        refused(lambda: without_data(16, "--resume"), "--batch 16 (was 8)")
+        refused(lambda: without_data(8, "--resume", "--data", "shapes"), "no whole checkpoint for these flags", "OwnPictures")
     blind_distill(folder / "run")
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
-        refused(lambda: blind_distill(folder / "run", "--lr", "1e-5"), "has --lr 0.0005, not 1e-05")
+        refused(lambda: blind_distill(folder / "run", "--lr", "1e-5"), "--lr 1e-05 (was 0.0005)")
     said = io.StringIO()
     blind_distill(folder / "run", "--resume", "--steps", 8, "--lr", "1e-5", said=said)
     assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
     assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
     assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
     write_student(folder)
-    refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (stage student")
+    refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (its stage is student")
 
 
 def test_a_second_signal_ends_at_once(folder):
@@ -1908,7 +1908,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(who
                 f.write(bytes(4096))
         args, row = distill.parse_args(["--data", "shapes", "--out", f"{folder}/other"]), {"loss": "0" * 8192}
         run_that_logs = distill.Run(args, torch.device("cpu"), 0, 1, ["teacher"], [])
-        run_that_logs.stage, args.out = "teacher", f"{folder}/run"
+        run_that_logs.stage, run_that_logs.step, args.out = "teacher", 0, f"{folder}/run"
         grid = [("x", torch.randint(0, 255, (9, 3, 64, 64)).byte())]
         write = {"results.json": lambda: write_json(folder / "run" / "results.json", row),
                  "student.pt": lambda: save_checkpoint({"x": torch.zeros(9999)}, folder / "run" / "student.pt"),
@@ -3443,7 +3443,7 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
         assert lines[-1]["eval_reward"] == after["reward"] and "reward" not in lines[-1]
         run_rl(folder, "--ckpt", out / "best.pt", "--steps", 1)
         refused(lambda: run_rl(folder), "already holds a run")
-        refused(lambda: run_rl(folder, "--resume", "--reward", "jpeg"), "has --reward")
+        refused(lambda: run_rl(folder, "--resume", "--reward", "jpeg"), "cannot go on with --reward")
         strict = folder / "strict"
         strict.mkdir()
         (strict / "best.pt").write_text("left over")
@@ -3700,9 +3700,9 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data shapes --teacher cut.pt | truncated
         --data shapes --teacher zero.pt | truncated
         --data shapes --teacher teacher.pt | side 8 | 16
-        --data shapes --teacher teacher.pt --teacher_steps 5 | not both
+        --data shapes --teacher teacher.pt --teacher_steps 5 | either
         --data shapes --teacher sixteen.pt | stage student | teacher.pt
-        --data shapes --teacher_steps 0 | no teacher
+        --data shapes --teacher_steps 0 | either
         --teacher teacher.pt --passes 1 | --passes 1 | stage teacher
         --teacher student.pt --passes 4 | --passes 4 | 4 AR steps
         --data shapes --passes 1 | leave out --data
@@ -3725,7 +3725,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data file | file
         --data empty --teacher_steps 1 | no folder 'train'
         --data thirty | 30 px | of 4 px
-        --teacher_steps 3 | --teacher_steps | give --data""",
+        --teacher_steps 3 | --data and --teacher_steps""",
     "sample": """
         | --ckpt
         --ckpt nowhere.pt | no such file
