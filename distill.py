@@ -515,7 +515,6 @@ def parse_args(argv=None):
          "the teacher is distilled without data")
     flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
     flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
-    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
     flag("--teacher", default=None, help="teacher checkpoint, which has its size (left out without --data: the public "
@@ -535,44 +534,49 @@ def parse_args(argv=None):
          "ImageNet); higher: noisier start, larger eps errors")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
-    # optimisers
-    flag("--lr", type=float, default=1e-5, help="student's learning rate")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
-    flag("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
-    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
-    # memory
-    flag("--accumulate", type=int, default=1, help="micro-batches per update: more if memory runs out")
-    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
-    # watching
+    # what is shown
     flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
     flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
-    flag("--eval_every", type=int, default=5000, help="updates between grids and figures")
-    flag("--eval_images", type=int, default=2048, help="images a Frechet distance")
-    flag("--save_every", type=int, default=1000, help="updates between checkpoints")
-    flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
-    # system
-    flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
-    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
     # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
     # cheap where the head is small; where in t the student's target is guided, and how much low t counts.
     # guidance_schedule tells sample.py how to draw with the teacher
     p.set_defaults(teacher_ema=0.9999, draws=4, t_guided=1000, low_weight=1.0, guidance_schedule="constant")
-    args = read_flags(p, argv, recipe, share="ema", one="teacher_batch t_init batch accumulate ar_steps "
-                                                        "teacher_head_steps eval_every save_every log_every")
+    args = read_flags(p, argv, recipe, "teacher_batch t_init teacher_head_steps")
     args.out = args.out or os.path.join("out", name_of(args), *[f"passes_{args.passes}"] * bool(args.passes))
     args.ar_steps = args.passes or args.ar_steps
     return args
 
 
-def read_flags(p, argv, recipe, one, share):
-    """The flags, read twice: first for what decides the defaults, then with those that `recipe` makes of it (so --help
-    shows them). one, share: as for check_numbers."""
+def read_flags(p, argv, recipe, positive, **defaults):
+    """The flags, with those that all training has and their `defaults`. They are read twice: first for what decides the
+    defaults, then with those that `recipe` makes of it (so --help shows them). positive: names of flags that 0 is
+    refused for, beside the shared ones."""
+    flag = p.add_argument
+    # optimiser
+    flag("--lr", type=float, default=1e-5, help="student's learning rate")
+    flag("--warmup", type=int, default=100, help="updates of linear warm-up")
+    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
+    # memory
+    flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory runs out")
+    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
+    # watching
+    flag("--eval_every", type=int, default=5000, help="updates between grids and figures")
+    flag("--eval_images", type=int, default=2048, help="images a row of figures")
+    flag("--save_every", type=int, default=1000, help="updates between checkpoints")
+    flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
+    # system
+    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
+    flag("--seed", type=int, default=0, help="of everything random")
+    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
+    p.set_defaults(**defaults)
     argv = sys.argv[1:] if argv is None else argv
     known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
-    check_numbers(args, one=one, two="eval_images", share=share)  # two: a covariance needs as many
+    check_numbers(args, one=positive + " batch accumulate ar_steps eval_every save_every log_every",
+                  two="eval_images", share="ema")  # two: a covariance needs as many
     return args
 
 
@@ -834,8 +838,8 @@ class Run:
         if self.resumed.get("sha256") != self.sha256:
             wrong.append(f"this {stands_on} (by its SHA-256 another file than at the start)")
         if wrong:
-            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give what "
-                            "it had, or start another run with another --out")
+            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give "
+                            "what it had, or start another run with another --out")
         if changed:
             say(f"resumed with other flags: {', '.join(changed.values())}")
 
@@ -915,9 +919,9 @@ class Run:
     def stop_if_bad(self):
         """Before anything is logged or saved of a gradient that was not finite. A host sync."""
         if not all(map(math.isfinite, self.sums.values())):  # a sum stays what one of its terms was
-            raise UserError(f"a loss or its gradient was not finite in steps {self.logged} to {self.step - 1}: the last "
-                            f"good checkpoint in {self.args.out} is kept; lower the learning rate (or mend the reward),"
-                            " or go on with --resume and another --seed")
+            raise UserError(f"a loss or its gradient was not finite in steps {self.logged} to {self.step - 1}: the "
+                            f"last good checkpoint in {self.args.out} is kept; lower the learning rate (or mend the "
+                            "reward), or go on with --resume and another --seed")
 
     def due(self, *every):
         """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""

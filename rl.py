@@ -36,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import DTYPES, LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
+from data import LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
 from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, micro_batches, prepare, read_flags,
                      set_lr, update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
@@ -389,7 +389,6 @@ def parse_args(argv=None):
          "classifiers are those beside --ckpt")
     flag("--ckpt", default=None, help="the student (default out/<name of the data, or imagenet>/student.pt)")
     flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
-    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     flag("--ref", default=None, help="students of latents: .npz with mu, sigma of Inception features, to watch FID by")
@@ -415,25 +414,8 @@ def parse_args(argv=None):
     flag("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
     flag("--steps", type=int, default=2000, help="updates")
     flag("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
-    # optimiser
-    flag("--lr", type=float, default=1e-5, help="learning rate")
-    flag("--warmup", type=int, default=20, help="updates of linear warm-up")
-    flag("--ema", type=float, default=0.99, help="averaging of the student's weights a step")
-    # memory and speed
-    flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
-    flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it likewise")
-    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
-    # watching
-    flag("--eval_every", type=int, default=200, help="updates between grids and figures")
-    flag("--eval_images", type=int, default=2048, help="images a row of figures")
-    flag("--save_every", type=int, default=100, help="updates between checkpoints")
-    flag("--log_every", type=int, default=5, help="updates between log lines (a host sync each)")
-    # system
-    flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
-    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
-    args = read_flags(p, argv, recipe, share="ema",
-                      one="ar_steps batch accumulate chunk eval_every save_every log_every")
+    flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it if memory runs out")
+    args = read_flags(p, argv, recipe, "chunk", warmup=20, ema=0.99, eval_every=200, save_every=100, log_every=5)
     if args.calls < 2:
         raise UserError(f"--calls {args.calls}: a direction is found by comparing rewards, two at least")
     if args.noise_std == 0:
