@@ -799,26 +799,24 @@ SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}  # -> exit code once the check
 class Run:
     """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN.
 
-    It never sees a batch or an optimiser's step. A loop calls `restore` and goes through `steps`; in each it has `add`
-    note figures, and where something is due calls `log` and `save`. Written files are whole at any moment, so a run
+    It never sees a batch or an optimiser's step. A loop calls `restore`, goes through `steps`, and in each `add`s what
+    the log is to have and calls `log` and `save` where they are `due`. Written files are whole at any moment, so a run
     killed in any line resumes bit for bit from its last checkpoint. After a signal all is due, and `save` ends the run.
     """
 
     def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=None):
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
         resumed run must have as it began; stands_on: the checkpoint it starts from, which must stay that file."""
-        self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.class_names = class_names
+        self.args, self.device, self.rank, self.world, self.class_names = args, device, rank, world, class_names
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
         self.heard = self.told = 0  # the signal that this process heard; that all agreed to obey
         path = self.path("resume.pt")
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
             # torchrun --max-restarts started us again after a rank died; with other flags it is another run's file
             same, args.resume = same if args.resume else vars(args), True
-        if args.resume and not os.path.exists(path):
-            raise UserError(f"--resume: {path} is not there; leave --resume away to start")
-        if not args.resume and os.path.exists(path):
-            raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+        if args.resume != os.path.exists(path):
+            raise UserError(f"--resume: {path} is not there; leave --resume away to start" if args.resume else
+                            f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
         for name in divided:
             if vars(args)[name] % (world * args.accumulate):
                 raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
@@ -889,8 +887,7 @@ class Run:
         optimisers, which `save` saves."""
         self.stage, self.step, self.state = stage, 0, state
         if self.resumed.get("stage") == stage:
-            with reading(self.path("resume.pt"), "checkpoint for these flags", ": give those of its start, or another "
-                         "--out"):
+            with reading(self.path("resume.pt"), "checkpoint for these flags", ": give those of its start"):
                 for name, target in state.items():
                     target.load_state_dict(self.resumed[name])
             self.step = self.resumed["step"]
@@ -916,27 +913,24 @@ class Run:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def stop_if_bad(self):
-        """Before anything is logged or saved of a gradient that was not finite. A host sync."""
-        if not all(map(math.isfinite, self.sums.values())):  # a sum stays what one of its terms was
-            raise UserError(f"a loss or its gradient was not finite in steps {self.logged} to {self.step - 1}: the "
-                            f"last good checkpoint in {self.args.out} is kept; lower the learning rate (or mend the "
-                            "reward), or go on with --resume and another --seed")
-
     def due(self, *every):
         """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""
         return self.told > 0 or self.step == self.total or any(self.step % n == 0 for n in every)
 
     def log(self):
         """A line of log.jsonl: means of what was added, over the updates since the last line and over the ranks, and
-        images/s. So here the loop waits for the device, and ranks agree whether to stop."""
-        self.stop_if_bad()
-        sums, heard = torch.stack(list(self.sums.values())), torch.tensor(self.heard, device=self.device)
+        images/s. So here the loop waits for the device, ranks agree whether to stop, and what is not finite is seen."""
+        sums = torch.stack(list(self.sums.values()))
         if self.world > 1:
-            dist.all_reduce(sums)
+            heard = torch.tensor(self.heard, device=self.device)
             dist.all_reduce(heard, op=dist.ReduceOp.MAX)  # what one rank heard all obey
-        self.told = int(heard)
+            self.told = int(heard)
+            dist.all_reduce(sums)
         values = dict(zip(self.sums, (sums / (self.world * (self.step - self.logged))).tolist()))
+        if not all(map(math.isfinite, values.values())):  # a sum stays what one of its terms was
+            raise UserError(f"not finite in steps {self.logged} to {self.step - 1}: {values}; the last good checkpoint "
+                            f"in {self.args.out} is kept: lower the learning rate (or mend the reward), or go on with "
+                            "--resume and another --seed")
         self.bar.set_postfix({name: values[name] for name in ("loss", "reward", "grad_norm") if name in values})
         self.sums, self.logged = {}, self.step
         values["images_per_s"] = self.images * (self.step - self.clock[1]) / (time.time() - self.clock[0])
@@ -953,7 +947,8 @@ class Run:
 
     def save(self, product, model):
         """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
-        self.stop_if_bad()
+        if self.sums:  # so nothing is saved of a gradient that was not finite, and no figure is lost when a run goes on
+            self.log()
         if self.rank == 0:
             self.write(product, model)
             self.write("resume", model, sha256=self.sha256, log_bytes=os.path.getsize(self.path("log.jsonl")),
