@@ -511,14 +511,12 @@ def parse_args(argv=None):
     p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
     flag = p.add_argument
     # files and data
-    flag("--data", default=None, help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache; left out: "
-         "the teacher is distilled without data")
+    flag("--data", default=None, help="shapes, cifar10, folder with train/<class>/*, data.py cache; left out: no data")
     flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
     flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
-    flag("--teacher", default=None, help="teacher checkpoint, which has its size (left out without --data: the public "
-         "MAR-B)")
+    flag("--teacher", default=None, help="teacher's file, which has its size (left out without --data: public MAR-B)")
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
@@ -614,11 +612,9 @@ def defaults_of(defaults, file, data, size=None, pixels=False):
 
 def check_fit(args, config, data):
     """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
-    kind = lambda x: "pixels" if x.pixels else "latents"
-    for what, theirs, ours in [("pictures of side", config.img_size, data.img_size), ("", kind(config), kind(data)),
-                               ("classes", config.num_classes, data.num_classes)] if data else []:
-        if theirs != ours:
-            raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another teacher")
+    told = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
+    if data and told(config) != told(data):
+        raise UserError(f"the teacher draws {told(config)}, --data {args.data} has {told(data)}: choose another of both")
     if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
         raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of "
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")

@@ -706,7 +706,10 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
     with reading(path, f"{get} file", f"; python data.py --get {get} fetches it"), torch.device("meta"):
         model = build(state)
         for name, wanted in model.state_dict().items():
-            theirs = in_file[name] = rename(name, names)
+            theirs = name
+            for pattern, replacement in names:
+                theirs = re.sub(pattern, replacement, theirs)
+            in_file[name] = theirs
             first, middle, last = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", theirs).groups()
             parts = [first + part + last for part in middle.split(",")]
             if set(parts) <= set(state):
@@ -717,28 +720,19 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
     return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name))
 
 
-def rename(name, table):
-    """The name after the substitutions of `table`, [(pattern, replacement)], in order."""
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def fill_model(build, state, path, in_file=str):
     """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
-    another shape, by the names that in_file(name in our code) gives."""
+    another shape or kind, by the names that in_file(name in our code) gives."""
     with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
         model = build()
     # batch counters mean nothing in eval mode, and files of before 2018 lack them
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
     state = {name: value for name, value in state.items()
              if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
-    wrong = [f"{in_file(name)} is {state[name].dtype}" for name in wanted  # quantised, say, with its scale elsewhere
-             if name in state and not state[name].is_floating_point()]
-    wrong += [f"{in_file(name)} missing" for name in wanted if name not in state]
-    wrong += [f"{in_file(name)} unexpected" for name in state if name not in wanted]
-    wrong += [f"{in_file(name)} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
-              if name in state and tuple(state[name].shape) != shape]
+    found = {name: tuple(value.shape) if value.is_floating_point() else value.dtype  # quantised, its scale elsewhere
+             for name, value in state.items()}
+    wrong = [f"{in_file(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+             for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if wrong:
         some = "; ".join(wrong[:4])
         raise UserError(f"{path} is no {type(model).__name__} file that fits: {some}{' ...' * (len(wrong) > 4)} "
