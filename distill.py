@@ -614,7 +614,8 @@ def check_fit(args, config, data):
     """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
     told = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
     if data and told(config) != told(data):
-        raise UserError(f"the teacher draws {told(config)}, --data {args.data} has {told(data)}: choose another of both")
+        raise UserError(f"the teacher draws {told(config)}, --data {args.data} has {told(data)}: choose another "
+                        "teacher")
     if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
         raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of "
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
