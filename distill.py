@@ -255,7 +255,7 @@ def distil(args, teacher, data, run, watch):
         parts = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
         for tokens, labels, keys, visible, masked in parts:
             # 1. what is known -> a condition for each masked token: with backward the cost of 2 + 3 + 3 passes
-            c_p, c_null = teacher_conditions(teacher, tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
+            c_p, c_null = teacher.conditions(tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
             c_q = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
@@ -300,16 +300,6 @@ def prepare(args, *trained, frozen=()):
     for model in frozen:
         if runs_bf16(next(model.parameters()).device):
             bf16_weights(model)
-
-
-@torch.no_grad()
-def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
-    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; None for a scale of 1."""
-    if guidance == 1:
-        return teacher.transformer(tokens, visible, labels, masked), None
-    tokens, visible, masked = (torch.cat([a, a]) for a in (tokens, visible, masked))
-    labels = torch.cat([labels, torch.full_like(labels, -1)])
-    return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
 # Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A

@@ -350,11 +350,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width, dropout)
 
     def forward(self, x, ask=None):  # (B, T, D) -> (B, T, D), or (B, Q, D) for ask (B, Q)
-        y = self.norm1(x)
-        if ask is None:
-            x = x + self.attn(y)
-        else:
-            x = take(x, ask) + self.attn(y, ask)
+        asked = x if ask is None else take(x, ask)
+        x = asked + self.attn(self.norm1(x), ask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -457,6 +454,15 @@ class MAR(nn.Module):
             x = x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
         return x.float()
 
+    def conditions(self, tokens, visible, labels, predict, guidance, seen=None):
+        """`transformer` for guidance: c and the null class's c, (B, P, D) each, by one pass of 2B pictures; for a scale
+        of 1 the latter is None."""
+        if guidance == 1:
+            return self.transformer(tokens, visible, labels, predict, seen), None
+        tokens, visible, predict = (torch.cat([a, a]) for a in (tokens, visible, predict))
+        labels = torch.cat([labels, torch.full_like(labels, -1)])
+        return self.transformer(tokens, visible, labels, predict).chunk(2)
+
     def condition(self, tokens, mask, labels):
         """For outsiders, who know masks and not indices: tokens (B, L, C), mask (B, L) with 1 = masked and the same
         count in every row, labels (B,) long or None for the null class -> c (B, L, D). Waits for the device."""
@@ -552,12 +558,7 @@ class MAR(nn.Module):
             revealed = min(visible.shape[1] + predict.shape[1], L - 1) / L
             g = 1 + (guidance - 1) * revealed if guidance_schedule == "linear" else guidance
             n, seen = self.start_noise(keys, predict)  # (B, P, C)
-            if guidance == 1:
-                c, c_null = self.transformer(tokens, visible, labels, predict, seen), None  # (B, P, D)
-            else:  # both halves in one pass of 2B pictures
-                pair = [torch.cat([a, a]) for a in (tokens, visible, predict)]
-                c = self.transformer(pair[0], pair[1], torch.cat([labels, torch.full_like(labels, -1)]), pair[2])
-                c, c_null = c.chunk(2)  # (B, P, D) each
+            c, c_null = self.conditions(tokens, visible, labels, predict, guidance, seen)  # (B, P, D) each
             if head_steps == 1:
                 x0 = self.one_step(temperature * n, c, c_null, g)
             else:
