@@ -193,7 +193,8 @@ def training_batch(pictures, config, batch, seed, step, run):
     keys = run.upload(image_keys(image_seeds(seed, step * batch + run.rank * len(labels), len(labels))))
     orders = token_orders(keys, config.seq_len)
     m = masked_count(config, seed, step)
-    masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
+    masked = orders[:, :m].sort(dim=1).values
+    visible = orders[:, m:].sort(dim=1).values
     return tokens, labels, keys, visible, masked
 
 
@@ -247,8 +248,10 @@ def distil(args, teacher, data, run, watch):
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
 
         # pictures of which a part is known: a batch is a single AR step of them, never whole pictures
-        pictures = (real_pictures(data, ema, args.batch, args.seed + 1, step, run) if data else
-                    pool.pictures(ema, args.seed + 2, step, run))
+        if data:
+            pictures = real_pictures(data, ema, args.batch, args.seed + 1, step, run)
+        else:
+            pictures = pool.pictures(ema, args.seed + 2, step, run)
         batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
 
         # gradients of both networks at the same weights
@@ -414,7 +417,7 @@ def train_teacher(args, config, data, run):
         for part in micro_batches(batch, args.accumulate, [gradients]):
             loss = teacher_loss(model, *part, args.draws) / args.accumulate
             loss.backward()
-            run.add(loss=loss)
+            run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite
 
         # the update; the average's decay grows from 0.1, to forget the random start
         norm = gradients.finish(CLIP)
@@ -686,8 +689,9 @@ def main(argv=None):
         classifier = load_classifier(beside, device) if beside else load_or_train_classifier(data, args.out, 0, device)
         return lambda images, labels: judge(classifier, images, labels)
 
-    watch = Watch(run, config, load_classifier(beside) if beside else data,
-                  make_figures if config.pixels and (data or beside) else None, config.pixels or vae is not None, vae)
+    judged = config.pixels and (data or beside)
+    watch = Watch(run, config, load_classifier(beside) if beside else data, make_figures if judged else None,
+                  shows=config.pixels or args.vae, vae=vae)
 
     if teacher is None:
         done = run.resumed.get("stage") == "student"
@@ -718,7 +722,7 @@ def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
     decayed = [p for name, p in named if p.ndim > 1 and not name.startswith("head_net.")]
     others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def teacher_optimizers(model, args):
@@ -759,7 +763,8 @@ def orthogonal(x):
     """Matrices x (n, rows, columns) with their singular values moved to about 1: Newton-Schulz steps, X <- a X + b (X
     X^T) X + c (X X^T)^2 X, whose polynomial takes .0015 .. 1 to .7 .. 1.2 in five (Jordan's a, b, c). In bf16 where
     transformers are: it need not be exact."""
-    tall, out = x.shape[1] > x.shape[2], x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    out = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     out = (out.mT if tall else out).to(torch.bfloat16 if runs_bf16(x.device) else x.dtype)
     for _ in range(5):
         gram = out @ out.mT
@@ -794,7 +799,8 @@ class Run:
     def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=None):
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
         resumed run must have as it began; stands_on: the checkpoint it starts from, which must stay that file."""
-        self.args, self.device, self.rank, self.world, self.class_names = args, device, rank, world, class_names
+        self.args, self.class_names = args, class_names
+        self.device, self.rank, self.world = device, rank, world
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
         self.heard = self.told = 0  # the signal that this process heard; that all agreed to obey
         path = self.path("resume.pt")
@@ -818,9 +824,10 @@ class Run:
         was, stage = self.resumed.get("args", {}), self.resumed.get("stage")
         changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
                    if name != "resume" and was.get(name, value) != value}
-        wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"] * (stage not in stages)
-        wrong += [text for name, text in changed.items() if name in same]
-        if self.resumed.get("sha256") != self.sha256:
+        wrong = [text for name, text in changed.items() if name in same]
+        if stage not in stages:
+            wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]
+        elif self.resumed.get("sha256") != self.sha256:
             wrong.append(f"this {stands_on} (by its SHA-256 another file than at the start)")
         if wrong:
             raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give "
@@ -887,7 +894,8 @@ class Run:
     def steps(self, total, images):
         """The steps that are left, with a bar. images: an update's, of all ranks."""
         self.total, self.images, self.sums = total, images, {}
-        self.clock, self.logged = (time.time(), self.step), self.step
+        self.clock, self.since = time.time(), self.step  # of images/s
+        self.logged = self.step
         say(f"{self.stage}: updates {self.step} to {total}, {images} images each on {self.world} process(es)")
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=self.stage, unit="step",
                         disable=self.rank > 0 or None, mininterval=1)
@@ -902,7 +910,7 @@ class Run:
 
     def due(self, *every):
         """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""
-        return self.told > 0 or self.step == self.total or any(self.step % n == 0 for n in every)
+        return self.told or self.step == self.total or any(self.step % n == 0 for n in every)
 
     def log(self):
         """A line of log.jsonl: means of what was added, over the updates since the last line and over the ranks, and
@@ -918,9 +926,9 @@ class Run:
             raise UserError(f"not finite in steps {self.logged} to {self.step - 1}: {values}; the last good checkpoint "
                             f"in {self.args.out} is kept: lower the learning rate (or mend the reward), or go on with "
                             "--resume and another --seed")
-        self.bar.set_postfix({name: values[name] for name in ("loss", "reward", "grad_norm") if name in values})
+        self.bar.set_postfix(list(values.items())[:1])  # the loss or the reward
         self.sums, self.logged = {}, self.step
-        values["images_per_s"] = self.images * (self.step - self.clock[1]) / (time.time() - self.clock[0])
+        values["images_per_s"] = self.images * (self.step - self.since) / (time.time() - self.clock)
         if self.device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.note(values)
@@ -930,7 +938,7 @@ class Run:
         if self.rank == 0:
             with open(self.path("log.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
-        self.clock = time.time(), self.step
+        self.clock, self.since = time.time(), self.step
 
     def save(self, product, model):
         """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
@@ -943,7 +951,7 @@ class Run:
         self.kept, self.unsaved = self.step, False
         if self.told:
             self.leave()
-        self.clock = time.time(), self.step
+        self.clock, self.since = time.time(), self.step
 
     def write(self, name, network, /, **more):
         """<name>.pt, what sample.py, fid.py and rl.py read, weights and sizes; and `more`."""
@@ -962,7 +970,8 @@ class Watch:
     """
 
     def __init__(self, run, config, real, make_figures, shows=True, vae=None):
-        self.run, self.judges, self.shows, self.vae = run, make_figures is not None, shows, vae
+        self.run, self.shows, self.vae = run, shows, vae
+        self.judges = make_figures is not None
         self.figures = make_figures() if self.judges and run.rank == 0 else None
         fits = real and len(real.counts) == config.num_classes
         self.labels = labels_like(real.counts if fits else torch.ones(config.num_classes), run.args.eval_images)
@@ -1009,12 +1018,12 @@ class Watch:
         if self.rows:
             write_json(self.run.path("results.json"), self.rows)
             # of all rows: after a resume fewer figures may be had, or more
-            columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+            columns = dict.fromkeys(itertools.chain(*self.rows.values()))
             columns = [name for name in columns if name not in ("made_by", "census")]
-            tqdm.write(" " * 12 + "".join(f"{name[-11:]:>12}" for name in columns))
+            line = lambda name, cells: tqdm.write(f"{name:12}" + "".join(f"{cell[-11:]:>12}" for cell in cells))
+            line("", columns)
             for name, row in self.rows.items():
-                tqdm.write(f"{name:12}" + "".join(f"{row[column]:12.4g}" if column in row else f"{'-':>12}"
-                                                  for column in columns))
+                line(name, [f"{row[column]:.4g}" if column in row else "-" for column in columns])
 
 
 class Gradients:

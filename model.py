@@ -649,12 +649,11 @@ def config_of_public(state, args, heads, path):
 
 def check_config(config, path):
     """UserError naming the first setting that no network can have."""
+    limits = {"dropout": (0, 1), "label_drop": (0, 1), "mask_ratio_min": (0, 1), "passes": (0, 999), "t_init": (1, 999)}
     for field in fields(config):
         value = getattr(config, field.name)
-        is_share = field.type is float  # dropout, label_drop, mask_ratio_min
-        low = 0 if is_share or field.name == "passes" else 1
-        high, kinds = (1, (int, float)) if is_share else (999 if field.name == "t_init" else 1 << 16, (int,))
-        if type(value) not in kinds or not low <= value <= high:
+        low, high = limits.get(field.name, (1, 1 << 16))
+        if type(value) not in (int, field.type) or not low <= value <= high:
             raise UserError(f"{path}: no network has {field.name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
         if getattr(config, whole) % getattr(config, part):
@@ -727,11 +726,11 @@ def fill_model(build, state, path, in_file=str):
     with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
         model = build()
     # batch counters mean nothing in eval mode, and files of before 2018 lack them
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
+    kind = lambda value: tuple(value.shape) if value.is_floating_point() else value.dtype  # quantised: scale elsewhere
+    wanted = {name: kind(value) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
     state = {name: value for name, value in state.items()
              if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
-    found = {name: tuple(value.shape) if value.is_floating_point() else value.dtype  # quantised, its scale elsewhere
-             for name, value in state.items()}
+    found = {name: kind(value) for name, value in state.items()}
     wrong = [f"{in_file(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
              for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if wrong:
