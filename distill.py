@@ -571,6 +571,9 @@ def read_flags(p, argv, recipe, positive, **defaults):
     return args
 
 
+PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: what data.py --get calls it
+
+
 def name_of(args):
     """out/<this>: the data's name, imagenet for a public teacher, else the name of the teacher's folder."""
     if args.data or args.teacher in PUBLIC_FILES:
@@ -629,9 +632,6 @@ def check_names(network, data):
         i = next(i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1])
         raise UserError(f"class {i} of {network.source} is {theirs[i]}, of --data {data.name} it is {ours[i]}: name "
                         "its folders alike, or choose another")
-
-
-PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # of data.py --get
 
 
 def open_teacher(args):

@@ -585,7 +585,7 @@ class MAR(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: the public ones and ours
 # Ours: {"config", "stage", "step", "args", "ema", "class_names"}, what drawing needs; resume.pt has "model", optimisers
-# and whatever else its stage goes on from beside the first five.
+# and whatever else its stage goes on from beside these.
 
 
 @contextlib.contextmanager
