@@ -365,7 +365,8 @@ def draw_in_fewer_passes(args, start, run, watch):
             target = start.patchify(start.generate(labels, K, seeds=seeds, orders=orders))  # (B, L, C)
             # 2. in each of the student's AR steps all that is masked at once, from the noise that the start had
             for m in counts:
-                visible, masked = orders[:, m:].sort(dim=1).values, orders[:, :m].sort(dim=1).values
+                masked = orders[:, :m].sort(dim=1).values
+                visible = orders[:, m:].sort(dim=1).values
                 n, seen = student.start_noise(keys, masked)  # (B, P, C), (B, L, C)
                 x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
                 loss = loss + (x0 - take(target, masked)).square().mean() / (args.passes * args.accumulate)
@@ -473,7 +474,8 @@ def discretised_log_likelihood(x, mean, log_scale):
     upper = cdf((x - mean + 1 / 255) * torch.exp(-log_scale))
     lower = cdf((x - mean - 1 / 255) * torch.exp(-log_scale))
     inner = torch.log((upper - lower).clamp(min=1e-12))
-    left, right = torch.log(upper.clamp(min=1e-12)), torch.log((1 - lower).clamp(min=1e-12))
+    left = torch.log(upper.clamp(min=1e-12))
+    right = torch.log((1 - lower).clamp(min=1e-12))
     return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
 
 
@@ -681,7 +683,7 @@ def main(argv=None):
         source = "start's" if args.passes else "student's own"
         say(f"no data: it learns from the {source} pictures, {'judged by' if beside else 'not judged: no'} "
             f"{beside or 'classifier_0.pt lies beside the teacher'}")
-    if beside and rank == 0 and not os.path.exists(run.path("classifier_0.pt")):
+    if beside and rank == 0:
         with replacing(run.path("classifier_0.pt"), "wb") as f:  # so that rl.py and fid.py find it beside the student
             f.write(beside.read_bytes())
 

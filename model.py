@@ -649,10 +649,11 @@ def config_of_public(state, args, heads, path):
 
 def check_config(config, path):
     """UserError naming the first setting that no network can have."""
-    limits = {"dropout": (0, 1), "label_drop": (0, 1), "mask_ratio_min": (0, 1), "passes": (0, 999), "t_init": (1, 999)}
     for field in fields(config):
         value = getattr(config, field.name)
-        low, high = limits.get(field.name, (1, 1 << 16))
+        is_share = field.type is float  # dropout, label_drop, mask_ratio_min
+        low = 0 if is_share or field.name == "passes" else 1
+        high = 1 if is_share else 999 if field.name == "t_init" else 1 << 16
         if type(value) not in (int, field.type) or not low <= value <= high:
             raise UserError(f"{path}: no network has {field.name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
@@ -714,7 +715,9 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
             parts = [first + part + last for part in middle.split(",")]
             if set(parts) <= set(state):
                 found = [state.pop(part) for part in parts]
-                value = torch.cat(found) if found[1:] else found[0].T if theirs in turned else found[0]
+                value = torch.cat(found) if found[1:] else found[0]
+                if theirs in turned:
+                    value = value.T
                 same = value.squeeze().shape == wanted.squeeze().shape  # dimensions of 1 are no difference
                 ours[name] = value.reshape(wanted.shape) if same else value
     return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name))
