@@ -735,7 +735,8 @@ def fill_model(build, state, path, in_file=str):
              if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
     found = {name: kind(value) for name, value in state.items()}
     wrong = [f"{in_file(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
-             for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+             for name in sorted({**wanted, **found}, key=found.__contains__)  # what is missing comes first
+             if found.get(name) != wanted.get(name)]
     if wrong:
         some = "; ".join(wrong[:4])
         raise UserError(f"{path} is no {type(model).__name__} file that fits: {some}{' ...' * (len(wrong) > 4)} "
