@@ -1813,7 +1813,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
     with mock.patch.object(distill, "CLIP", 0):
         refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite in steps")
     steps = [json.loads(line)["step"] for line in (folder / "0/log.jsonl").open()]
-    assert steps == [read_checkpoint(folder / "0/resume.pt")["step"]], steps  # the step before is logged, as it is saved
+    assert steps == [read_checkpoint(folder / "0/resume.pt")["step"]], steps  # what is saved is logged
     cases = [(mock.patch.object(distill, "critic_loss", fails(distill.critic_loss, 4)), "student",
               lambda *more: blind_distill(folder / "1", "--log_every", 1, *more)),
              (mock.patch.dict(rl.REWARDS, mean=lambda *_: fails(mean, 9)), "rl",  # two for a trial, two for a look
