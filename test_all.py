@@ -3562,7 +3562,7 @@ def test_rl_every_reward_runs_with_both_estimators(folder):
 
 def test_rl_is_judged_by_a_classifier_that_is_not_rewarded(folder):
     seen, by = [], {}
-    look = lambda args, start, score, run, watch, names: seen.append(watch.figures(pictures, torch.arange(4)))
+    look = lambda args, start, score, run, watch: seen.append(watch.figures(pictures, torch.arange(4)))
     pictures = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
     with mock.patch.object(rl, "train", look):
         write_student(folder)
@@ -3640,7 +3640,7 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
         run_rl(folder, *blind, said=said)
         assert not (folder / "blind/best.pt").exists()  # no --ref, no distance: nothing says what is best
         assert "there will be no best.pt" in said.getvalue()
-        for more, word in ((["--ref", "a.npz", "--resume"], "has --ref None"),  # the row of the start has no fid
+        for more, word in ((["--ref", "a.npz", "--resume"], "with --ref a.npz (was None)"),  # the row of the start has no fid
                            (["--reward", "classifier", "--out", folder / "other"], "clip"),
                            (["--vae", folder / "no.ckpt", "--out", folder / "other"], "--get kl16")):
             refused(lambda: run_rl(folder, *blind, *more), word)
