@@ -3640,7 +3640,7 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
         run_rl(folder, *blind, said=said)
         assert not (folder / "blind/best.pt").exists()  # no --ref, no distance: nothing says what is best
         assert "there will be no best.pt" in said.getvalue()
-        for more, word in ((["--ref", "a.npz", "--resume"], "with --ref a.npz (was None)"),  # the row of the start has no fid
+        for more, word in ((["--ref", "a.npz", "--resume"], "--ref a.npz (was None)"),  # the start has no fid
                            (["--reward", "classifier", "--out", folder / "other"], "clip"),
                            (["--vae", folder / "no.ckpt", "--out", folder / "other"], "--get kl16")):
             refused(lambda: run_rl(folder, *blind, *more), word)
