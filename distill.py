@@ -44,8 +44,8 @@ from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, lo
                   read_class_names, run_main, say_once, setup, train_indices)
 from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
-                   load_mar, mask_counts, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint, say,
-                   schedule_tables, take, token_orders, uniform, write_json)
+                   load_mar, mask_counts, need_file, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint,
+                   say, schedule_tables, take, token_orders, uniform, write_json)
 from sample import draw_together, image_seeds, save_grid, steps_of
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,22 +171,14 @@ class OwnPictures(torch.nn.Module):
             if run.world > 1:
                 dist.all_gather(parts, mine.contiguous())
 
-    def pictures(self, model, seed, turn, run):
-        """As real_pictures, but any of the pool. turn counts the calls; at every EVERY-th `model` draws some first."""
-        if turn % self.EVERY == 0:
-            self.draw(model, seed, turn // self.EVERY, run)
-        filled = min(turn // self.EVERY + 1, self.POOL) * self.batch
-        picks = np.random.default_rng([seed, turn, 1]).integers(filled, size=self.batch)
+    def pictures(self, model, seed, step, run):
+        """As real_pictures, but any of the pool. In every EVERY-th step `model` draws some first."""
+        if step % self.EVERY == 0:
+            self.draw(model, seed, step // self.EVERY, run)
+        filled = min(step // self.EVERY + 1, self.POOL) * self.batch
+        picks = np.random.default_rng([seed, step, 1]).integers(filled, size=self.batch)
         picks = run.upload(torch.as_tensor(np.array_split(picks, run.world)[run.rank]))
         return self.tokens[picks], self.labels[picks]
-
-
-def contexts(args, data, pool, ema, step, run):
-    """-> tokens (B, L, C), labels (B,): real pictures, or as often as --own says the student's own."""
-    turn = int(args.own * step)  # how many of the updates before took own pictures
-    if int(args.own * (step + 1)) > turn:
-        return pool.pictures(ema, args.seed + 2, turn, run)
-    return real_pictures(data, ema, args.batch, args.seed + 1, step, run)
 
 
 def training_batch(pictures, config, batch, seed, step, run):
@@ -201,18 +193,20 @@ def training_batch(pictures, config, batch, seed, step, run):
     keys = run.upload(image_keys(image_seeds(seed, step * batch + run.rank * len(labels), len(labels))))
     orders = token_orders(keys, config.seq_len)
     m = masked_count(config, seed, step)
-    masked, visible = orders[:, :m].sort(dim=1).values, orders[:, m:].sort(dim=1).values
+    masked = orders[:, :m].sort(dim=1).values
+    visible = orders[:, m:].sort(dim=1).values
     return tokens, labels, keys, visible, masked
 
 
-def micro_batches(batch, parts, gradients):
-    """A batch in `parts`. `gradients` are zeroed first; at the last part they `begin` to be sent to other ranks."""
+def micro_batches(batch, parts, gradients, backwards=1):
+    """A batch in `parts`. `gradients` are zeroed first; at the last part they `begin` to be sent to other ranks.
+    backwards: how many calls of backward() a part has."""
     for g in gradients:
         g.zero()
     for i, part in enumerate(zip(*(a.chunk(parts) for a in batch))):
         if i == parts - 1:
             for g in gradients:
-                g.begin()
+                g.begin(backwards)
         yield part
 
 
@@ -232,22 +226,20 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 # Stage 1: distillation
 
 
-def distil(args, teacher, data, class_names, run, watch):
+def distil(args, teacher, data, run, watch):
     """Distil `teacher` (frozen) to a one-step student; write student.pt; `watch` writes results.json."""
     # copies are in eval mode, as the teacher: the two scores must differ for one reason only, whose samples they score
     student, ema, critic = (copy.deepcopy(teacher) for _ in range(3))
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
-    pool = OwnPictures(teacher.config, args.batch if args.own else 0).to(run.device)
-    state = dict(model=student, ema=ema, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer,
-                 pool=pool)
-    run.restore("student", **state)
+    pool = OwnPictures(teacher.config, 0 if data else args.batch).to(run.device)
+    run.restore("student", model=student, ema=ema, critic=critic, optimizer=optimizer,
+                critic_optimizer=critic_optimizer, pool=pool)
     prepare(args, student, critic, frozen=[teacher])
     gradients, critic_gradients = Gradients(student), Gradients(critic)
-    sums = torch.zeros(4, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("student", args.steps, args.batch):
+    for step in run.steps(args.steps, args.batch):
         # a look comes before the update: broken off, it is made anew when the run goes on from the same step
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
@@ -256,14 +248,17 @@ def distil(args, teacher, data, class_names, run, watch):
         set_lr(critic_optimizer, args.critic_lr, step, args.steps, args.warmup, decay=0.0)
 
         # pictures of which a part is known: a batch is a single AR step of them, never whole pictures
-        pictures = contexts(args, data, pool, ema, step, run)
+        if data:
+            pictures = real_pictures(data, ema, args.batch, args.seed + 1, step, run)
+        else:
+            pictures = pool.pictures(ema, args.seed + 2, step, run)
         batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
 
         # gradients of both networks at the same weights
         parts = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
         for tokens, labels, keys, visible, masked in parts:
             # 1. what is known -> a condition for each masked token: with backward the cost of 2 + 3 + 3 passes
-            c_p, c_null = teacher_conditions(teacher, tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
+            c_p, c_null = teacher.conditions(tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
             c_q = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
             # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
             #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
@@ -283,21 +278,20 @@ def distil(args, teacher, data, class_names, run, watch):
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
             slope = slope * weight_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over masked tokens
             x0.backward(slope)
-            sums[:2] += torch.stack([loss_theta.mean(), loss_q.detach().mean()]) / args.accumulate
+            run.add(loss=loss_theta.mean() / args.accumulate, critic_loss=loss_q.mean() / args.accumulate)
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         critic_norm, norm = critic_gradients.finish(CLIP), gradients.finish(CLIP)
         critic_optimizer.step()
         optimizer.step()
         update_ema(ema, student, args.ema)
-        sums[2:] += torch.stack([norm, critic_norm])
-        run.check(norm + critic_norm)
+        run.add(grad_norm=norm, critic_norm=critic_norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "loss", "critic_loss", "grad_norm", "critic_norm")
+            run.log()
         if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema, class_names, **state)
+            run.save("student", ema)
     watch.look("student", ema, run.step)
 
 
@@ -309,16 +303,6 @@ def prepare(args, *trained, frozen=()):
     for model in frozen:
         if runs_bf16(next(model.parameters()).device):
             bf16_weights(model)
-
-
-@torch.no_grad()
-def teacher_conditions(teacher, tokens, visible, labels, masked, guidance):
-    """c_p and, with guidance, the null class's c: (B, P, D) each, one pass of both halves; None for a scale of 1."""
-    if guidance == 1:
-        return teacher.transformer(tokens, visible, labels, masked), None
-    tokens, visible, masked = (torch.cat([a, a]) for a in (tokens, visible, masked))
-    labels = torch.cat([labels, torch.full_like(labels, -1)])
-    return teacher.transformer(tokens, visible, labels, masked).chunk(2)
 
 
 # Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
@@ -348,7 +332,7 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 # Stage 1 once more: fewer passes of the transformer
 
 
-def draw_in_fewer_passes(args, start, class_names, run, watch):
+def draw_in_fewer_passes(args, start, run, watch):
     """Teach a copy of the student `start` to draw the same pictures in --passes AR steps; write student.pt.
 
     Tokens of one AR step are drawn independently: with few steps they contradict each other. But chance enters a
@@ -362,14 +346,12 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
     student.load_state_dict(start.state_dict(), strict=False)  # noise_proj is new, and 0: at first it sees no noise
     ema = copy.deepcopy(student).requires_grad_(False)
     optimizer = make_optimizer(student, args.lr, (0.9, 0.99))
-    state = dict(model=student, ema=ema, optimizer=optimizer)
-    run.restore("student", **state)
+    run.restore("student", model=student, ema=ema, optimizer=optimizer)
     prepare(args, student, frozen=[start])
     gradients = Gradients(student)
     counts = mask_counts(student.config.seq_len, args.passes)[:-1]  # tokens masked before each AR step
-    sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("student", args.steps, args.batch):
+    for step in run.steps(args.steps, args.batch):
         # a look comes before the update: broken off, it is made anew when the run goes on from the same step
         if step > 0 and step % args.eval_every == 0:
             watch.look("student", ema, step)
@@ -383,25 +365,25 @@ def draw_in_fewer_passes(args, start, class_names, run, watch):
             target = start.patchify(start.generate(labels, K, seeds=seeds, orders=orders))  # (B, L, C)
             # 2. in each of the student's AR steps all that is masked at once, from the noise that the start had
             for m in counts:
-                visible, masked = orders[:, m:].sort(dim=1).values, orders[:, :m].sort(dim=1).values
+                masked = orders[:, :m].sort(dim=1).values
+                visible = orders[:, m:].sort(dim=1).values
                 n, seen = student.start_noise(keys, masked)  # (B, P, C), (B, L, C)
                 x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
                 loss = loss + (x0 - take(target, masked)).square().mean() / (args.passes * args.accumulate)
             loss.backward()
-            sums[0] += loss.detach()
+            run.add(loss=loss)
 
         # the update: the average of the student's weights is the product
         norm = gradients.finish(CLIP)
         optimizer.step()
         update_ema(ema, student, args.ema)
-        sums[1] += norm
-        run.check(norm)
+        run.add(grad_norm=norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "loss", "grad_norm")
+            run.log()
         if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema, class_names, **state)
+            run.save("student", ema)
     watch.look("student", ema, run.step)
 
 
@@ -419,13 +401,11 @@ def train_teacher(args, config, data, run):
     # the average of the weights is the teacher: the last ones still follow their last batches
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = teacher_optimizers(model, args)
-    state = dict(model=model, ema=ema, **optimizers)
-    run.restore("teacher", **state)
+    run.restore("teacher", model=model, ema=ema, **optimizers)
     prepare(args, model)
     gradients = Gradients(model)
-    sums = torch.zeros(2, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("teacher", args.teacher_steps, args.teacher_batch):
+    for step in run.steps(args.teacher_steps, args.teacher_batch):
         for optimizer in optimizers.values():
             set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, DECAY)
         # dropout's generator starts anew each step: so a resumed run drops the same
@@ -438,21 +418,20 @@ def train_teacher(args, config, data, run):
         for part in micro_batches(batch, args.accumulate, [gradients]):
             loss = teacher_loss(model, *part, args.draws) / args.accumulate
             loss.backward()
-            sums[0] += loss.detach()
+            run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite
 
         # the update; the average's decay grows from 0.1, to forget the random start
         norm = gradients.finish(CLIP)
         for optimizer in optimizers.values():
             optimizer.step()
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
-        sums[1] += norm
-        run.check(norm)  # a loss that is not finite makes such a norm: the next log line stops the run
+        run.add(grad_norm=norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "loss", "grad_norm")
+            run.log()
         if run.due(args.save_every):
-            run.save("teacher", ema, data.class_names, **state)
+            run.save("teacher", ema)
     return ema
 
 
@@ -495,7 +474,8 @@ def discretised_log_likelihood(x, mean, log_scale):
     upper = cdf((x - mean + 1 / 255) * torch.exp(-log_scale))
     lower = cdf((x - mean - 1 / 255) * torch.exp(-log_scale))
     inner = torch.log((upper - lower).clamp(min=1e-12))
-    left, right = torch.log(upper.clamp(min=1e-12)), torch.log((1 - lower).clamp(min=1e-12))
+    left = torch.log(upper.clamp(min=1e-12))
+    right = torch.log((1 - lower).clamp(min=1e-12))
     return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
 
 
@@ -526,15 +506,12 @@ def parse_args(argv=None):
     p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
     flag = p.add_argument
     # files and data
-    flag("--data", default=None, help="shapes, cifar10, a folder with train/<class>/*, or a data.py cache; left out: "
-         "the teacher is distilled without data")
+    flag("--data", default=None, help="shapes, cifar10, folder with train/<class>/*, data.py cache; left out: no data")
     flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
     flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
-    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
-    flag("--teacher", default=None, help="teacher checkpoint, which has its size (left out without --data: the public "
-         "MAR-B)")
+    flag("--teacher", default=None, help="teacher's file, which has its size (left out without --data: public MAR-B)")
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
@@ -550,55 +527,58 @@ def parse_args(argv=None):
          "ImageNet); higher: noisier start, larger eps errors")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
-    flag("--own", type=float, default=None, help="share of the updates whose contexts are the student's own pictures "
-         "(left out: 0 with --data, 1 without)")
-    # optimisers
-    flag("--lr", type=float, default=1e-5, help="student's learning rate")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
-    flag("--warmup", type=int, default=100, help="updates of linear warm-up, both stages")
-    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
-    # memory
-    flag("--accumulate", type=int, default=1, help="micro-batches per update: more if memory runs out")
-    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
-    # watching
+    # what is shown
     flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
     flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
-    flag("--eval_every", type=int, default=5000, help="updates between grids and figures")
-    flag("--eval_images", type=int, default=2048, help="images a Frechet distance")
-    flag("--save_every", type=int, default=1000, help="updates between checkpoints")
-    flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
-    # system
-    flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
-    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
     # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
     # cheap where the head is small; where in t the student's target is guided, and how much low t counts.
     # guidance_schedule tells sample.py how to draw with the teacher
     p.set_defaults(teacher_ema=0.9999, draws=4, t_guided=1000, low_weight=1.0, guidance_schedule="constant")
-    args = read_flags(p, argv, recipe, share="ema", one="teacher_batch t_init batch accumulate ar_steps "
-                                                        "teacher_head_steps eval_every save_every log_every")
-    args.own = float(not args.data) if args.own is None else args.own
-    if not 0 <= args.own <= 1 or args.own < 1 and not args.data:
-        raise UserError(f"--own {args.own} is a share, 0 to 1; below 1 real pictures are needed: give --data")
+    args = read_flags(p, argv, recipe, "teacher_batch t_init teacher_head_steps")
     args.out = args.out or os.path.join("out", name_of(args), *[f"passes_{args.passes}"] * bool(args.passes))
     args.ar_steps = args.passes or args.ar_steps
     return args
 
 
-def read_flags(p, argv, recipe, one, share):
-    """The flags, read twice: first for what decides the defaults, then with those that `recipe` makes of it (so --help
-    shows them). one, share: as for check_numbers."""
+def read_flags(p, argv, recipe, positive, **defaults):
+    """The flags, with those that all training has and their `defaults`. They are read twice: first for what decides the
+    defaults, then with those that `recipe` makes of it (so --help shows them). positive: names of flags that 0 is
+    refused for, beside the shared ones."""
+    flag = p.add_argument
+    # optimiser
+    flag("--lr", type=float, default=1e-5, help="student's learning rate")
+    flag("--warmup", type=int, default=100, help="updates of linear warm-up")
+    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
+    # memory
+    flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory runs out")
+    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
+    # watching
+    flag("--eval_every", type=int, default=5000, help="updates between grids and figures")
+    flag("--eval_images", type=int, default=2048, help="images a row of figures")
+    flag("--save_every", type=int, default=1000, help="updates between checkpoints")
+    flag("--log_every", type=int, default=20, help="updates between log lines (a host sync each)")
+    # system
+    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
+    flag("--seed", type=int, default=0, help="of everything random")
+    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
+    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
+    p.set_defaults(**defaults)
     argv = sys.argv[1:] if argv is None else argv
     known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
-    check_numbers(args, one=one, two="eval_images", share=share)  # two: a covariance needs as many
+    check_numbers(args, one=positive + " batch accumulate ar_steps eval_every save_every log_every",
+                  two="eval_images", share="ema")  # two: a covariance needs as many
     return args
+
+
+PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: what data.py --get calls it
 
 
 def name_of(args):
     """out/<this>: the data's name, imagenet for a public teacher, else the name of the teacher's folder."""
-    if args.data or args.teacher in [path for _, path, *_ in PUBLIC.values()]:
+    if args.data or args.teacher in PUBLIC_FILES:
         return os.path.basename(os.path.normpath(args.data or "imagenet"))
     return os.path.basename(os.path.dirname(os.path.abspath(args.teacher)))
 
@@ -612,33 +592,29 @@ def recipe(known):
         found.update(teacher=teacher, teacher_steps=0)
     elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
         found.update(teacher=None)
-    if not known.data and "ar_steps" in made_with(file):
-        found["ar_steps"] = made_with(file)["ar_steps"]
+    made = file.get("args")  # the flags of its run; in public files no dict
+    if not known.data and isinstance(made, dict) and "ar_steps" in made:
+        found["ar_steps"] = made["ar_steps"]
     return found
 
 
-def made_with(file, key="args"):
-    """The flags of the run that wrote a checkpoint's dict, or its "config"; {} of public files."""
-    return file[key] if isinstance(file.get(key), dict) else {}
-
-
 def defaults_of(defaults, file, data, size=None, pixels=False):
-    """The entry of `defaults` for a checkpoint's dict, by the name of its size (its width, where it says none); without
-    a file for a size's name; else for --data."""
+    """The entry of `defaults` for a checkpoint's dict, by the width of its network; without a file for a size's name;
+    else for --data."""
     if file:
-        width, size = made_with(file, "config").get("width"), made_with(file).get("size")
-        size = next((name for name in (size, *SIZES) if name in SIZES and SIZES[name].width == width), None)
+        config = file.get("config")
+        width = config.get("width") if isinstance(config, dict) else None
+        size = next((name for name, config in SIZES.items() if config.width == width), None)
     by_data = "cifar10" if data and data not in defaults and (pixels or is_small(data)) else data
     return defaults.get(size, defaults.get(by_data, {}))
 
 
 def check_fit(args, config, data):
     """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
-    kind = lambda x: "pixels" if x.pixels else "latents"
-    for what, theirs, ours in [("pictures of side", config.img_size, data.img_size), ("", kind(config), kind(data)),
-                               ("classes", config.num_classes, data.num_classes)] if data else []:
-        if theirs != ours:
-            raise UserError(f"the teacher draws {what} {theirs}, --data {args.data} has {ours}: choose another teacher")
+    told = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
+    if data and told(config) != told(data):
+        raise UserError(f"the teacher draws {told(config)}, --data {args.data} has {told(data)}: choose another "
+                        "teacher")
     if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
         raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of "
                         f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
@@ -663,17 +639,9 @@ def check_names(network, data):
 
 def open_teacher(args):
     """--teacher -> the frozen network, or None where one is to be trained."""
-    if args.teacher and args.teacher_steps:
-        raise UserError("--teacher and --teacher_steps: give a checkpoint or train one here, not both")
-    if not args.teacher and not args.teacher_steps:
-        raise UserError("no teacher: give --teacher FILE (python data.py --get mar_base fetches the public one), or "
-                        "--teacher_steps N to train one")
     if not args.teacher:
         return None
-    if not os.path.isfile(args.teacher):
-        raise UserError(f"no such file: {args.teacher}; --teacher FILE names a teacher, python data.py --get mar_base "
-                        "fetches the public one")
-    teacher = load_mar(args.teacher)
+    teacher = load_mar(need_file(args.teacher, PUBLIC_FILES.get(args.teacher)))
     if args.passes and (teacher.stage == "teacher" or not args.passes < steps_of(teacher)):
         raise UserError(f"--passes {args.passes}: --teacher must be a student that draws in more, not {args.teacher} "
                         f"(stage {teacher.stage}, {steps_of(teacher)} AR steps)")
@@ -683,12 +651,12 @@ def open_teacher(args):
     return teacher
 
 
-
 def main(argv=None):
     """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
-    if args.teacher_steps and not args.data:
-        raise UserError("--teacher_steps: a teacher is trained on pictures, give --data")
+    if bool(args.teacher) == bool(args.teacher_steps):  # without --data there is always a --teacher
+        raise UserError("a teacher is read or trained: give either --teacher FILE (python data.py --get mar_base "
+                        "fetches the public one), or --data and --teacher_steps N")
     if args.passes and (args.data or args.t_init):
         raise UserError("--passes learns from the pictures of a student, --teacher FILE, alone: leave out --data and "
                         "--t_init")
@@ -708,29 +676,28 @@ def main(argv=None):
         read_class_names() if config.num_classes == 1000 else [*map(str, range(config.num_classes))])
     vae = load_vae(args.vae).to(device) if args.vae else None
     divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
-    # same: the pool of own pictures is that of this share and batch
-    run = Run(args, device, rank, world, ["teacher", "student"], divided, same=["own"] + ["batch"] * (args.own > 0),
-              stands_on=args.teacher)
+    # same: the pool of own pictures is of this batch
+    run = Run(args, device, rank, world, ["teacher", "student"], class_names, divided,
+              same=[] if data else ["batch"], stands_on=args.teacher)
     run.start()
 
     if not data and config.pixels:
         source = "start's" if args.passes else "student's own"
         say(f"no data: it learns from the {source} pictures, {'judged by' if beside else 'not judged: no'} "
             f"{beside or 'classifier_0.pt lies beside the teacher'}")
-    if beside and rank == 0 and not os.path.exists(run.path("classifier_0.pt")):
+    if beside and rank == 0:
         with replacing(run.path("classifier_0.pt"), "wb") as f:  # so that rl.py and fid.py find it beside the student
             f.write(beside.read_bytes())
 
     def make_figures():
-        classifier = (load_or_train_classifier(data, args.out, device=device) if data else
-                      load_classifier(beside, device))
+        classifier = load_classifier(beside, device) if beside else load_or_train_classifier(data, args.out, 0, device)
         return lambda images, labels: judge(classifier, images, labels)
 
-    watch = Watch(run, config, real, make_figures, judges=config.pixels and bool(real),
-                  shows=config.pixels or vae is not None, vae=vae)
+    watch = Watch(run, config, real, make_figures if config.pixels and real else None,
+                  shows=config.pixels or args.vae, vae=vae)
 
     if teacher is None:
-        done = run.resumed and run.resumed["stage"] == "student"
+        done = run.resumed.get("stage") == "student"
         teacher = load_mar(run.path("teacher.pt")) if done else train_teacher(args, config, data, run)
     if args.t_init:
         teacher.config = replace(teacher.config, t_init=args.t_init)
@@ -739,12 +706,12 @@ def main(argv=None):
     if args.passes:
         for K in (steps_of(teacher), args.passes):
             watch.look(f"start_{K}", teacher, ar_steps=K)
-        return draw_in_fewer_passes(args, teacher, class_names, run, watch)
+        return draw_in_fewer_passes(args, teacher, run, watch)
     # what the student is compared with: the chain and one step of the teacher, guided by the same g but at every t
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
                    guidance_schedule="constant")
-    distil(args, teacher, data, class_names, run, watch)
+    distil(args, teacher, data, run, watch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -758,7 +725,7 @@ def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
     decayed = [p for name, p in named if p.ndim > 1 and not name.startswith("head_net.")]
     others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def teacher_optimizers(model, args):
@@ -799,7 +766,8 @@ def orthogonal(x):
     """Matrices x (n, rows, columns) with their singular values moved to about 1: Newton-Schulz steps, X <- a X + b (X
     X^T) X + c (X X^T)^2 X, whose polynomial takes .0015 .. 1 to .7 .. 1.2 in five (Jordan's a, b, c). In bf16 where
     transformers are: it need not be exact."""
-    tall, out = x.shape[1] > x.shape[2], x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    out = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     out = (out.mT if tall else out).to(torch.bfloat16 if runs_bf16(x.device) else x.dtype)
     for _ in range(5):
         gram = out @ out.mT
@@ -821,66 +789,54 @@ def set_lr(optimizer, peak, step, total, warmup, decay):
 
 
 SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}  # -> exit code once the checkpoint is written
-NEVER = 1 << 60  # a step that is not reached
 
 
 class Run:
     """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN.
 
-    It never sees a loss function, a batch or an optimiser's step. A loop does
-
-        run.restore(stage, model=..., optimizer=...)             # what resume.pt holds, if the run goes on
-        for step in run.steps(stage, total, images_an_update):
-            ...
-            run.check(norm)                                      # no host sync
-            if run.due(args.log_every): run.log(sums, "loss")    # means since the last line; waits for the device
-            if run.due(args.save_every): run.save(product, ema, class_names, model=..., optimizer=...)
-
-    Written files are whole at any moment, so a run killed in any line resumes bit for bit from its last checkpoint.
-    After a signal everything is due; save() ends the run.
+    It never sees a batch or an optimiser's step. A loop calls `restore`, goes through `steps`, and in each `add`s what
+    the log is to have and calls `log` and `save` where they are `due`. Written files are whole at any moment, so a run
+    killed in any line resumes bit for bit from its last checkpoint. After a signal all is due, and `save` ends the run.
     """
 
-    def __init__(self, args, device, rank, world, stages, divided, same=(), stands_on=None):
+    def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=None):
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
         resumed run must have as it began; stands_on: the checkpoint it starts from, which must stay that file."""
-        self.args, self.device, self.rank, self.world = args, device, rank, world
-        self.stage, self.step, self.total = None, 0, 0
+        self.args, self.class_names = args, class_names
+        self.device, self.rank, self.world = device, rank, world
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
         self.heard = self.told = 0  # the signal that this process heard; that all agreed to obey
-        self.bad = torch.tensor(NEVER, device=device)  # the first step whose gradient was not finite
         path = self.path("resume.pt")
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
             # torchrun --max-restarts started us again after a rank died; with other flags it is another run's file
             same, args.resume = same if args.resume else vars(args), True
-        if args.resume and not os.path.exists(path):
-            raise UserError(f"--resume: {path} is not there; leave --resume away to start")
-        if not args.resume and os.path.exists(path):
-            raise UserError(f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
+        if args.resume != os.path.exists(path):
+            raise UserError(f"--resume: {path} is not there; leave --resume away to start" if args.resume else
+                            f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
         for name in divided:
             if vars(args)[name] % (world * args.accumulate):
                 raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
                                 f"{world} x {args.accumulate}")
         self.sha256 = file_hash(stands_on) if stands_on else None
-        self.resumed = read_checkpoint(path) if args.resume else None
+        self.resumed = read_checkpoint(path) if args.resume else {}
         if self.resumed:
-            self.check_resumed(path, stages, same)
-            if self.resumed.get("sha256") != self.sha256:
-                raise UserError(f"--resume: the run in {args.out} did not start from this {stands_on} (by its SHA-256):"
-                                " give the file it had, or start another run with another --out")
+            self.check_resumed(stages, same, stands_on)
 
-    def check_resumed(self, path, stages, same):
-        """Refuse another program's checkpoint and flags that cannot change; say which did."""
-        args, was = self.args, self.resumed.get("args", {})
-        if self.resumed.get("stage") not in stages:
-            raise UserError(f"--resume: {path} was written by another program (stage {self.resumed.get('stage')}, not "
-                            f"{' or '.join(stages)}): give --out of a run of this one")
-        changed = [name for name, value in vars(args).items() if name != "resume" and was.get(name, value) != value]
-        for name in set(changed) & set(same):
-            raise UserError(f"--resume: the run in {args.out} has --{name} {was[name]}, not {vars(args)[name]}: give "
-                            "that, or start another run with another --out")
+    def check_resumed(self, stages, same, stands_on):
+        """Refuse to go on with what cannot be another than at the start; say what else is."""
+        was, stage = self.resumed.get("args", {}), self.resumed.get("stage")
+        changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
+                   if name != "resume" and was.get(name, value) != value}
+        wrong = [text for name, text in changed.items() if name in same]
+        if stage not in stages:
+            wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]
+        elif self.resumed.get("sha256") != self.sha256:
+            wrong.append(f"this {stands_on} (by its SHA-256 another file than at the start)")
+        if wrong:
+            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give "
+                            "what it had, or start another run with another --out")
         if changed:
-            say("resumed with other flags: " + ", ".join(f"--{name} {vars(args)[name]} (was {was[name]})"
-                                                         for name in changed))
+            say(f"resumed with other flags: {', '.join(changed.values())}")
 
     def path(self, name):
         return os.path.join(self.args.out, name)
@@ -891,7 +847,7 @@ class Run:
             lock_folder(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
             with open(self.path("log.jsonl"), "ab") as f:
-                f.truncate(min(f.tell(), self.resumed.get("log_bytes", 0) if self.resumed else 0))
+                f.truncate(min(f.tell(), self.resumed.get("log_bytes", 0)))
         if self.world > 1:
             dist.barrier()  # nobody writes into the folder before it is there
         for number in SIGNALS:
@@ -901,140 +857,125 @@ class Run:
     def hear(self, number, frame):
         """A signal. The first lets the update end, or ends a single process whose work is all saved; a second ends the
         process at once."""
-        if self.heard and time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         if not self.heard:
             self.heard, self.heard_at = number, time.time()
-            if self.world == 1:
-                self.told = number
-                if not self.unsaved:
-                    self.leave_if_told()
-            when = "this update" if self.world == 1 else "the next log line"
+            self.told = number if self.world == 1 else 0  # several agree at the next log line
+            if self.told and not self.unsaved:
+                self.leave()
+            when = "this update" if self.told else "the next log line"
             if self.rank == 0:  # not by print, which may be what the signal interrupts
                 os.write(2, f"\nstopping after {when}; once more ends now\n".encode())
+        elif time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
-    def agree(self):
-        """What one rank heard all obey. A host sync."""
-        if self.world > 1:
-            heard = torch.tensor(self.heard, device=self.device)
-            dist.all_reduce(heard, op=dist.ReduceOp.MAX)
-            self.told = int(heard)
-
-    def leave_if_told(self):
+    def leave(self):
         """End after a signal, such as a cluster sends before it takes a machine."""
-        if self.told:
-            if self.world > 1:
-                dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
-            path = self.path("resume.pt")
-            goes_on = f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
-            if self.rank == 0:
-                os.write(1, f"stopped by {signal.Signals(self.told).name} at step {self.kept}; {goes_on}\n".encode())
-            raise SystemExit(SIGNALS[self.told])
+        if self.world > 1:
+            dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
+        path = self.path("resume.pt")
+        goes_on = f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
+        if self.rank == 0:
+            os.write(1, f"stopped by {signal.Signals(self.told).name} at step {self.kept}; {goes_on}\n".encode())
+        raise SystemExit(SIGNALS[self.told])
 
-    def restore(self, stage, **targets):
-        """Load what resume.pt holds of this stage under the names of `targets` into these networks and optimisers."""
-        resumed, self.stage, self.step = self.resumed, stage, 0
-        if resumed and resumed["stage"] == stage:
-            self.step = resumed["step"]
-            try:
-                for name, target in targets.items():
-                    target.load_state_dict(resumed[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = f"{name}: {str(error).splitlines()[0][:80]}"
-                raise UserError(f"{self.path('resume.pt')} does not fit these flags ({reason}): give those of its "
-                                "start, or another --out") from None
+    def restore(self, stage, **state):
+        """A stage begins: load what resume.pt holds of it under the names of `state` into these networks and
+        optimisers, which `save` saves."""
+        self.stage, self.step, self.state = stage, 0, state
+        if self.resumed.get("stage") == stage:
+            with reading(self.path("resume.pt"), "checkpoint for these flags", ": give those of its start"):
+                for name, target in state.items():
+                    target.load_state_dict(self.resumed[name])
+            self.step = self.resumed["step"]
         self.kept = self.step
 
     def upload(self, x):
         """x on the device. A copy from memory that is not pinned would wait for the GPU's queue."""
         return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
-    def steps(self, stage, total, images):
+    def steps(self, total, images):
         """The steps that are left, with a bar. images: an update's, of all ranks."""
-        self.stage, self.total, self.images = stage, total, images
-        left = f"{total} updates" if self.step < total else f"all {total} updates done: nothing to do"
-        say(f"{stage}: {images} images an update on {self.world} process(es), {left}")
-        self.clock, self.logged = (time.time(), self.step), self.step
-        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=stage, unit="step",
+        self.total, self.images, self.sums = total, images, {}
+        self.clock, self.since = time.time(), self.step  # of images/s
+        self.logged = self.step
+        say(f"{self.stage}: updates {self.step} to {total}, {images} images each on {self.world} process(es)")
+        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=self.stage, unit="step",
                         disable=self.rank > 0 or None, mininterval=1)
         for step in self.bar:
             self.step, self.unsaved = step + 1, True  # updates done when the loop's body ends
             yield step
 
-    def check(self, norm):
-        """Remember the first step whose gradient norm (0-d) was not finite. No host sync."""
-        self.bad = torch.minimum(self.bad, torch.where(torch.isfinite(norm), NEVER, self.step - 1))
-
-    def stop_if_bad(self):
-        """Before anything is logged or saved of a gradient that was not finite. A host sync."""
-        if self.bad < NEVER:
-            raise UserError(f"the gradient was not finite at step {int(self.bad)}: the last good checkpoint in "
-                            f"{self.args.out} is kept; lower the learning rate (or mend the reward), or go on with "
-                            "--resume and another --seed")
+    def add(self, **values):
+        """Add to the sums over the updates since the last log line: 0-d tensors by name. No host sync."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def due(self, *every):
         """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""
-        return self.told > 0 or self.step == self.total or any(self.step % n == 0 for n in every)
+        return self.told or self.step == self.total or any(self.step % n == 0 for n in every)
 
-    def log(self, sums, *names):
-        """A line of log.jsonl: means of sums (len(names),) over the updates since the last line and over the ranks, and
-        images/s; zeroes sums. So here the loop waits for the device, and ranks agree whether to stop."""
-        self.agree()
-        self.stop_if_bad()
+    def log(self):
+        """A line of log.jsonl: means of what was added, over the updates since the last line and over the ranks, and
+        images/s. So here the loop waits for the device, ranks agree whether to stop, and what is not finite is seen."""
+        sums = torch.stack(list(self.sums.values()))
         if self.world > 1:
+            heard = torch.tensor(self.heard, device=self.device)
+            dist.all_reduce(heard, op=dist.ReduceOp.MAX)  # what one rank heard all obey
+            self.told = int(heard)
             dist.all_reduce(sums)
-        values = dict(zip(names, (sums / (self.world * (self.step - self.logged))).tolist()))
-        sums.zero_()
-        self.logged = self.step
-        values["images_per_s"] = self.images * (self.step - self.clock[1]) / (time.time() - self.clock[0])
+        values = dict(zip(self.sums, (sums / (self.world * (self.step - self.logged))).tolist()))
+        if not all(map(math.isfinite, values.values())):  # a sum stays what one of its terms was
+            raise UserError(f"not finite in steps {self.logged} to {self.step - 1}: {values}; the last good checkpoint "
+                            f"in {self.args.out} is kept: lower the learning rate (or mend the reward), or go on with "
+                            "--resume and another --seed")
+        self.bar.set_postfix(list(values.items())[:1])  # the loss or the reward
+        self.sums, self.logged = {}, self.step
+        values["images_per_s"] = self.images * (self.step - self.since) / (time.time() - self.clock)
         if self.device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.note(values)
-        if self.rank == 0:
-            self.bar.set_postfix({name: f"{values[name]:.3g}" for name in ("loss", "reward", "grad_norm")
-                                  if name in values})
 
     def note(self, values):
         """A line of log.jsonl as it is. The clock of images/s restarts: the time before may not have been training."""
         if self.rank == 0:
             with open(self.path("log.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
-        self.clock = time.time(), self.step
+        self.clock, self.since = time.time(), self.step
 
-    def save(self, product, model, class_names, /, **state):
+    def save(self, product, model):
         """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
-        self.stop_if_bad()
-        self.write(product, model, class_names)
+        if self.sums:  # so nothing is saved of a gradient that was not finite, and no figure is lost when a run goes on
+            self.log()
         if self.rank == 0:
-            state = {name: x.state_dict() for name, x in state.items()}
-            save_checkpoint({"config": asdict(model.config), "stage": self.stage, "step": self.step,
-                             "args": vars(self.args), "sha256": self.sha256,
-                             "log_bytes": os.path.getsize(self.path("log.jsonl")), **state}, self.path("resume.pt"))
+            self.write(product, model)
+            self.write("resume", model, sha256=self.sha256, log_bytes=os.path.getsize(self.path("log.jsonl")),
+                       **{name: x.state_dict() for name, x in self.state.items()})
         self.kept, self.unsaved = self.step, False
-        self.leave_if_told()
-        self.clock = time.time(), self.step
+        if self.told:
+            self.leave()
+        self.clock, self.since = time.time(), self.step
 
-    def write(self, product, model, class_names):
-        """<product>.pt, what sample.py, fid.py and rl.py read: weights and sizes, no optimiser."""
-        if self.rank == 0:
-            save_checkpoint({"config": asdict(model.config), "stage": self.stage, "ema": model.state_dict(),
-                             "step": self.step, "args": vars(self.args), "class_names": list(class_names)},
-                            self.path(f"{product}.pt"))
+    def write(self, name, network, /, **more):
+        """<name>.pt, what sample.py, fid.py and rl.py read, weights and sizes; and `more`."""
+        save_checkpoint({"config": asdict(network.config), "stage": self.stage, "step": self.step,
+                         "args": vars(self.args), "class_names": list(self.class_names),
+                         **(more or {"ema": network.state_dict()})}, self.path(f"{name}.pt"))
 
 
 class Watch:
     """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
 
-    run: a Run; judges, shows: whether there is a table, a grid. real: Data or Classifier whose mixture of classes the
-    table has; None: alike often. make_figures: called once, on rank 0, if `judges`; what it returns takes images uint8
-    (N, 3, H, W) and their labels (N,) and gives {name: number}.
-    Rows of the grid share classes, orders and noise, so that a picture can be compared with the one above.
+    real: Data or Classifier whose mixture of classes the table has; None: alike often. make_figures: called once, on
+    rank 0; what it returns takes images uint8 (N, 3, H, W) and their labels (N,) and gives {name: number}; None: no
+    table. shows: whether there is a grid, whose rows share classes, orders and noise, so that a picture can be compared
+    with the one above.
     """
 
-    def __init__(self, run, config, real, make_figures, judges=True, shows=True, vae=None):
-        self.run, self.judges, self.shows, self.vae = run, judges, shows, vae
-        self.figures = make_figures() if judges and run.rank == 0 else None
+    def __init__(self, run, config, real, make_figures, shows=True, vae=None):
+        self.run, self.shows, self.vae = run, shows, vae
+        self.judges = make_figures is not None
+        self.figures = make_figures() if self.judges and run.rank == 0 else None
         fits = real and len(real.counts) == config.num_classes
         self.labels = labels_like(real.counts if fits else torch.ones(config.num_classes), run.args.eval_images)
         self.shown = torch.arange(min(2 * config.num_classes, 20)) % config.num_classes  # of the grid
@@ -1068,8 +1009,6 @@ class Watch:
         if self.judges and step is not None:  # the log's "reward" is of pictures trained on, this of the EMA's
             self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value for key, value in
                                             row.items() if key not in ("seconds_per_image", "made_by")}})
-        self.run.agree()
-        self.run.leave_if_told()
         self.run.unsaved = step is not None  # in a loop: what follows is not saved yet
         return row
 
@@ -1082,12 +1021,12 @@ class Watch:
         if self.rows:
             write_json(self.run.path("results.json"), self.rows)
             # of all rows: after a resume fewer figures may be had, or more
-            columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+            columns = dict.fromkeys(itertools.chain(*self.rows.values()))
             columns = [name for name in columns if name not in ("made_by", "census")]
-            tqdm.write(" " * 12 + "".join(f"{name[-11:]:>12}" for name in columns))
+            line = lambda name, cells: tqdm.write(f"{name:12}" + "".join(f"{cell[-11:]:>12}" for cell in cells))
+            line("", columns)
             for name, row in self.rows.items():
-                tqdm.write(f"{name:12}" + "".join(f"{row[column]:12.4g}" if column in row else f"{'-':>12}"
-                                                  for column in columns))
+                line(name, [f"{row[column]:.4g}" if column in row else "-" for column in columns])
 
 
 class Gradients:
@@ -1129,9 +1068,9 @@ class Gradients:
     def zero(self):
         torch._foreach_zero_(self.flats)
 
-    def begin(self):
-        """From now on count arrivals: the next backward is the last of this step."""
-        self.waiting, self.works = list(self.sizes), []
+    def begin(self, backwards=1):
+        """From now on count arrivals: the next so many calls of backward() are the last of this step."""
+        self.waiting, self.works = [backwards * size for size in self.sizes], []
 
     def _arrived(self, b):
         if self.waiting is not None:  # None: an earlier micro-step

@@ -350,11 +350,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width, dropout)
 
     def forward(self, x, ask=None):  # (B, T, D) -> (B, T, D), or (B, Q, D) for ask (B, Q)
-        y = self.norm1(x)
-        if ask is None:
-            x = x + self.attn(y)
-        else:
-            x = take(x, ask) + self.attn(y, ask)
+        asked = x if ask is None else take(x, ask)
+        x = asked + self.attn(self.norm1(x), ask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -457,6 +454,15 @@ class MAR(nn.Module):
             x = x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
         return x.float()
 
+    def conditions(self, tokens, visible, labels, predict, guidance, seen=None):
+        """`transformer` for guidance: c and the null class's c, (B, P, D) each, by one pass of 2B pictures; for a scale
+        of 1 the latter is None."""
+        if guidance == 1:
+            return self.transformer(tokens, visible, labels, predict, seen), None
+        tokens, visible, predict = (torch.cat([a, a]) for a in (tokens, visible, predict))
+        labels = torch.cat([labels, torch.full_like(labels, -1)])
+        return self.transformer(tokens, visible, labels, predict).chunk(2)
+
     def condition(self, tokens, mask, labels):
         """For outsiders, who know masks and not indices: tokens (B, L, C), mask (B, L) with 1 = masked and the same
         count in every row, labels (B,) long or None for the null class -> c (B, L, D). Waits for the device."""
@@ -552,12 +558,7 @@ class MAR(nn.Module):
             revealed = min(visible.shape[1] + predict.shape[1], L - 1) / L
             g = 1 + (guidance - 1) * revealed if guidance_schedule == "linear" else guidance
             n, seen = self.start_noise(keys, predict)  # (B, P, C)
-            if guidance == 1:
-                c, c_null = self.transformer(tokens, visible, labels, predict, seen), None  # (B, P, D)
-            else:  # both halves in one pass of 2B pictures
-                pair = [torch.cat([a, a]) for a in (tokens, visible, predict)]
-                c = self.transformer(pair[0], pair[1], torch.cat([labels, torch.full_like(labels, -1)]), pair[2])
-                c, c_null = c.chunk(2)  # (B, P, D) each
+            c, c_null = self.conditions(tokens, visible, labels, predict, guidance, seen)  # (B, P, D) each
             if head_steps == 1:
                 x0 = self.one_step(temperature * n, c, c_null, g)
             else:
@@ -584,7 +585,7 @@ class MAR(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: the public ones and ours
 # Ours: {"config", "stage", "step", "args", "ema", "class_names"}, what drawing needs; resume.pt has "model", optimisers
-# and whatever else its stage goes on from beside the first five.
+# and whatever else its stage goes on from beside these.
 
 
 @contextlib.contextmanager
@@ -653,7 +654,7 @@ def check_config(config, path):
         is_share = field.type is float  # dropout, label_drop, mask_ratio_min
         low = 0 if is_share or field.name == "passes" else 1
         high = 1 if is_share else 999 if field.name.endswith(("t_init", "depth")) else 1 << 16
-        if type(value) not in ((int, float) if is_share else (int,)) or not low <= value <= high:
+        if type(value) not in (int, field.type) or not low <= value <= high:
             raise UserError(f"{path}: no network has {field.name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
         if getattr(config, whole) % getattr(config, part):
@@ -711,39 +712,36 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
     with reading(path, f"{get} file", f"; python data.py --get {get} fetches it"), torch.device("meta"):
         model = build(state)
         for name, wanted in model.state_dict().items():
-            theirs = in_file[name] = rename(name, names)
+            theirs = name
+            for pattern, replacement in names:
+                theirs = re.sub(pattern, replacement, theirs)
+            in_file[name] = theirs
             first, middle, last = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", theirs).groups()
             parts = [first + part + last for part in middle.split(",")]
             if set(parts) <= set(state):
                 found = [state.pop(part) for part in parts]
-                value = torch.cat(found) if found[1:] else found[0].T if theirs in turned else found[0]
+                value = torch.cat(found) if found[1:] else found[0]
+                if theirs in turned:
+                    value = value.T
                 same = value.squeeze().shape == wanted.squeeze().shape  # dimensions of 1 are no difference
                 ours[name] = value.reshape(wanted.shape) if same else value
     return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name))
 
 
-def rename(name, table):
-    """The name after the substitutions of `table`, [(pattern, replacement)], in order."""
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def fill_model(build, state, path, in_file=str):
     """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
-    another shape, by the names that in_file(name in our code) gives."""
+    another shape or kind, by the names that in_file(name in our code) gives."""
     with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
         model = build()
     # batch counters mean nothing in eval mode, and files of before 2018 lack them
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
+    kind = lambda value: tuple(value.shape) if value.is_floating_point() else value.dtype  # quantised: scale elsewhere
+    wanted = {name: kind(value) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
     state = {name: value for name, value in state.items()
              if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
-    wrong = [f"{in_file(name)} is {state[name].dtype}" for name in wanted  # quantised, say, with its scale elsewhere
-             if name in state and not state[name].is_floating_point()]
-    wrong += [f"{in_file(name)} missing" for name in wanted if name not in state]
-    wrong += [f"{in_file(name)} unexpected" for name in state if name not in wanted]
-    wrong += [f"{in_file(name)} is {tuple(state[name].shape)}, not {shape}" for name, shape in wanted.items()
-              if name in state and tuple(state[name].shape) != shape]
+    found = {name: kind(value) for name, value in state.items()}
+    wrong = [f"{in_file(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+             for name in sorted({**wanted, **found}, key=found.__contains__)  # what is missing comes first
+             if found.get(name) != wanted.get(name)]
     if wrong:
         some = "; ".join(wrong[:4])
         raise UserError(f"{path} is no {type(model).__name__} file that fits: {some}{' ...' * (len(wrong) > 4)} "

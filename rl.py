@@ -36,8 +36,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from data import DTYPES, LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
-from distill import Gradients, Run, Watch, check_names, defaults_of, episodes, prepare, read_flags, set_lr, update_ema
+from data import LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
+from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, micro_batches, prepare, read_flags,
+                     set_lr, update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan, take,
@@ -103,7 +104,7 @@ def score_in_chunks(score, x, labels, chunk):
 # The chain of AR steps, backwards, and its KL to the start
 
 
-def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps, before_last=lambda: None):
+def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
     """Backpropagate <slope, x> + kl * KL_path, summed over the pictures, into the student's .grad; -> the mean KL_path,
     nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the seeds.
 
@@ -112,18 +113,14 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps, befo
     the step's own KL: what the caller gave, and what they do as context of later steps, to x_k and to ref_k. For ref_k
     is no constant: the start, itself frozen, reads tokens that move with the student. This is exact backpropagation
     through both chains, in the memory of one step whatever K is, at the cost of a forward and a backward of each.
-    before_last is called before the last backward: gradients.begin, by which ranks exchange gradients beside it.
     """
     L, C = student.config.seq_len, student.config.token_dim
     tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
-    plan = list(reveal_plan(student.orders(keys), ar_steps))
-    for k, (visible, predict) in reversed(list(enumerate(plan))):
+    for visible, predict in reversed(list(reveal_plan(student.orders(keys), ar_steps))):
         context, (n, seen) = tokens.detach().requires_grad_(), student.start_noise(keys, predict)
         x_k = student.one_step(n, student.transformer(context, visible, labels, predict, seen))  # (B, P, C)
         ref_k = start.one_step(n, start.transformer(context, visible, labels, predict, seen))
         kl_k = (x_k - ref_k).square().sum() / (2 * s**2 * L * C)
-        if k == 0:
-            before_last()
         ((take(slope, predict) * x_k).sum() + kl * kl_k).backward()
         slope = slope + context.grad  # zero but at the visible tokens, which earlier steps wrote
         nats = nats + kl_k.detach()
@@ -240,7 +237,7 @@ def build_rewards(args, config, data, names, device, rank):
 # The loop
 
 
-def train(args, start, score, run, watch, class_names):
+def train(args, start, score, run, watch):
     """Post-train a copy of the frozen `start`; write student.pt (the last), best.pt and results.json.
 
     An update costs, an image, K passes of the student for the episode, then K of the student and K of the start with
@@ -250,8 +247,7 @@ def train(args, start, score, run, watch, class_names):
     student, ema = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start)
     # no weight decay, which pulls towards 0: the KL pulls towards the start
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    state = dict(model=student, ema=ema, optimizer=optimizer)
-    run.restore("rl", **state)
+    run.restore("rl", model=student, ema=ema, optimizer=optimizer)
     row = watch.look("before", start)  # which all later ones are compared with
     if run.rank == 0 and not {"fd", "fid"} & row.keys():
         print("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt",
@@ -259,12 +255,11 @@ def train(args, start, score, run, watch, class_names):
     prepare(args, student, frozen=[start])
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
-    sums = torch.zeros(4, device=run.device)  # for the log: over the updates since its last line
 
-    for step in run.steps("rl", args.steps, args.batch):
+    for step in run.steps(args.steps, args.batch):
         # look at the student, before the update: so a look that was broken off is made when the run goes on
         if step > 0 and step % args.eval_every == 0:
-            evaluate(run, watch, ema, step, class_names)
+            evaluate(run, watch, ema, step)
 
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, decay=0.5)
 
@@ -272,9 +267,7 @@ def train(args, start, score, run, watch, class_names):
         batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
 
         # the gradient; `accumulate` parts of the batch, one after the other, where memory is short
-        gradients.zero()
-        parts = list(zip(*(a.chunk(args.accumulate) for a in batch)))
-        for i, (labels, seeds) in enumerate(parts):
+        for labels, seeds in micro_batches(batch, args.accumulate, [gradients], backwards=args.ar_steps):
             # 1. an episode: K AR steps of the student, no graph
             keys = image_keys(seeds, run.device)
             x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w)
@@ -283,32 +276,31 @@ def train(args, start, score, run, watch, class_names):
             # 3. L = mean(-<v, x> + kl * KL_path) over the images of all parts, back through the chain, last AR step
             #    first, into .grad. Returned, for the log, is KL_path without its weight
             share = 1 / (len(x) * args.accumulate)
-            last_part = i == len(parts) - 1
             kl = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
-                                args.ar_steps, gradients.begin if last_part else lambda: None)
-            sums[:3] += torch.stack([r.mean(), r.std(correction=0), kl]) / args.accumulate
+                                args.ar_steps)
+            run.add(reward=r.mean() / args.accumulate, reward_std=r.std(correction=0) / args.accumulate,
+                    kl=kl / args.accumulate)
 
         # the update: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         norm = gradients.finish(clip=1.0)
         optimizer.step()
         update_ema(ema, student, args.ema)
-        sums[3] += norm
-        run.check(norm)  # a reward that is not finite makes such a norm: the next log line stops the run
+        run.add(grad_norm=norm)
 
         # log and save: only here does the loop wait for the device
         if run.due(args.log_every):
-            run.log(sums, "reward", "reward_std", "kl", "grad_norm")
+            run.log()
         if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema, class_names, **state)
-    evaluate(run, watch, ema, run.step, class_names)
+            run.save("student", ema)
+    evaluate(run, watch, ema, run.step)
 
 
-def evaluate(run, watch, ema, step, class_names):
+def evaluate(run, watch, ema, step):
     """The row "after" of the averaged student; best.pt where it is the best yet."""
     row = watch.look("after", ema, step)
     if is_best(row, watch.rows):
         watch.rows["best"] = row
-        run.write("best", ema, class_names)
+        run.write("best", ema)
         write_json(run.path("results.json"), watch.rows)
         print(f"best.pt is now that of step {step}", flush=True)
 
@@ -400,7 +392,6 @@ def parse_args(argv=None):
          "classifiers are those beside --ckpt")
     flag("--ckpt", default=None, help="the student (default out/<name of the data, or imagenet>/student.pt)")
     flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
-    flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     flag("--ref", default=None, help="students of latents: .npz with mu, sigma of Inception features, to watch FID by")
@@ -426,25 +417,8 @@ def parse_args(argv=None):
     flag("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
     flag("--steps", type=int, default=2000, help="updates")
     flag("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
-    # optimiser
-    flag("--lr", type=float, default=1e-5, help="learning rate")
-    flag("--warmup", type=int, default=20, help="updates of linear warm-up")
-    flag("--ema", type=float, default=0.99, help="averaging of the student's weights a step")
-    # memory and speed
-    flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory ends")
-    flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it likewise")
-    flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
-    # watching
-    flag("--eval_every", type=int, default=200, help="updates between grids and figures")
-    flag("--eval_images", type=int, default=2048, help="images a row of figures")
-    flag("--save_every", type=int, default=100, help="updates between checkpoints")
-    flag("--log_every", type=int, default=5, help="updates between log lines (a host sync each)")
-    # system
-    flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
-    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
-    args = read_flags(p, argv, recipe, share="ema",
-                      one="ar_steps batch accumulate chunk eval_every save_every log_every")
+    flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it if memory runs out")
+    args = read_flags(p, argv, recipe, "chunk", warmup=20, ema=0.99, eval_every=200, save_every=100, log_every=5)
     if args.calls < 2:
         raise UserError(f"--calls {args.calls}: a direction is found by comparing rewards, two at least")
     if args.noise_std == 0:
@@ -494,7 +468,7 @@ def main(argv=None):
     start, names = open_student(args, device)
     config, data, vae = start.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
-    run = Run(args, device, rank, world, ["rl"], divided=["batch"],
+    run = Run(args, device, rank, world, ["rl"], names, divided=["batch"],
               same=["reward", "watch", "prompt", "class_names", "ref"], stands_on=args.ckpt)
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
@@ -525,7 +499,7 @@ def main(argv=None):
         images = ((pictures + 1) / 2).clamp(0, 1)
         return sum(weight * functions[name](images, labels) for name, weight in weights.items())
 
-    train(args, start, score, run, watch, names)
+    train(args, start, score, run, watch)
 
 
 if __name__ == "__main__":

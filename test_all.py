@@ -474,9 +474,9 @@ def test_tokens_of_one_pass_agree(folder):
     args = argparse.Namespace(passes=1, lr=3e-3, steps=100, batch=64, warmup=0, accumulate=1, ema=0.9, seed=0,
                               eval_every=999, log_every=50, save_every=999, recompute=False, resume=False,
                               out=str(folder))
-    run = distill.Run(args, torch.device("cpu"), 0, 1, ["student"], [])
+    run = distill.Run(args, torch.device("cpu"), 0, 1, ["student"], ["a"])
     run.start()
-    distill.draw_in_fewer_passes(args, start, ["a"], run, mock.Mock())
+    distill.draw_in_fewer_passes(args, start, run, mock.Mock())
     few = load_mar(folder / "student.pt")
     labels = torch.zeros(1000, dtype=torch.long)
     correlations = lambda x: np.corrcoef(x.flatten(1).T)[np.triu_indices(4, 1)]  # of 0-1, 0-2, 0-3, 1-2, 1-3, 2-3
@@ -1087,7 +1087,7 @@ def test_checkpoints_that_do_not_fit_are_refused(folder):
     made = [("ar_steps", None), ("ar_steps", "8"), ("ar_steps", 0), ("teacher_head_steps", 1001),
             ("guidance", math.nan)]
     cases = [({"model": {"decoder.conv_in.weight": torch.zeros(2)}}, ["no MAR checkpoint"]),
-             ({**good, "ema": {**less, "extra": torch.zeros(1)}}, ["mask_token missing", "extra unexpected"]),
+             ({**good, "ema": {**less, "extra": torch.zeros(1)}}, ["mask_token is missing", "extra is (1,), not"]),
              ({**good, "config": {**good["config"], "depth": 2}}, ["'depth'"]),
              *(({**good, "config": {**good["config"], name: value}}, [f"{name} {value!r}"])
                for name, value in settings),
@@ -1523,28 +1523,13 @@ def test_the_student_in_assets_draws_the_classes_and_so_do_its_own_contexts():
                      for who, row in zip(("student", "teacher in one step"), rows))
 
 
-def test_own_says_how_many_updates_have_own_contexts(folder):
-    pictures, steps = distill.OwnPictures.pictures, []
-
-    def count(pool, model, seed, time, run):
-        assert time == len(steps)
-        steps.append(run.step - 1)
-        return pictures(pool, model, seed, time, run)
-
-    with mock.patch.object(distill.OwnPictures, "pictures", count):
-        tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
-        blind_distill(folder / "run", "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 8,
-                      "--own", 0.25)
-        assert steps == [3, 7]
-
-
 def test_without_data_the_teacher_decides_the_defaults_and_the_folder(folder):
     for size in ("shapes", "cifar10_cpu"):
         model = MAR(SIZES[size])
         (folder / size).mkdir()
         path = f"{folder}/{size}/teacher.pt"
-        wanted = {**distill.DEFAULTS[size], "teacher": path, "teacher_steps": 0, "own": 1, "out": f"out/{size}",
-                  "data": None, "ar_steps": 5}
+        wanted = {**distill.DEFAULTS[size], "teacher": path, "teacher_steps": 0, "out": f"out/{size}", "data": None,
+                  "ar_steps": 5}
         # by the name of its size; by its width where it says none, or one of another width
         for said in ({"size": size}, {}, {"size": "large"}, {"size": "a size of my own"}):
             save_checkpoint({"config": asdict(model.config), "stage": "teacher", "ema": model.state_dict(),
@@ -1554,10 +1539,9 @@ def test_without_data_the_teacher_decides_the_defaults_and_the_folder(folder):
                 name: value for name, value in wanted.items() if name != "size"}
     for flags in [], ["--teacher", PUBLIC["mar_large"][1]]:
         args = distill.parse_args(flags)
-        assert (args.out, args.own) == ("out/imagenet", 1)
-        assert args.teacher == (flags or [PUBLIC["mar_base"][1]])[-1]
+        assert (args.out, args.teacher) == ("out/imagenet", (flags or [PUBLIC["mar_base"][1]])[-1])
     args = distill.parse_args(["--data", "cifar10", "--size", "cifar10_cpu"])
-    assert (args.batch, args.out, args.own, args.teacher) == (16, "out/cifar10", 0, None)
+    assert (args.batch, args.out, args.teacher) == (16, "out/cifar10", None)
 
 
 def one_of(rank=0, world=1):
@@ -1721,24 +1705,29 @@ def test_a_resumed_run_stands_on_the_file_it_began_with(folder):
         file["ema"]["mask_token"] = file["ema"]["mask_token"] + 1
         for kind, other in (("weights", file), ("step", {**file, "step": 7})):
             save_checkpoint(other, folder / f"{stage}.pt")
-            refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "did not start from this", f"{stage}.pt")
+            refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "cannot go on", "by its SHA-256")
     assert read_checkpoint(folder / "d/resume.pt")["step"] == read_checkpoint(folder / "r/resume.pt")["step"] == 2
 
 
 def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
     """What does not fit ends in one line. What fits and differs is told, and holds."""
-    blind_distill(folder / "run", "--own", 0.5)
-    refused(lambda: blind_distill(folder / "run", "--resume"), "has --own 0.5", "not 0")
-    refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--resume", "--batch", 16), "has --batch 8, not 16")
+    tiny_mar(folder, "teacher", img_size=16, patch_size=4, num_classes=8)
+    own = ("--teacher", folder / "teacher.pt", "--device", "cpu", "--steps", 1, "--out", folder / "own", "--batch")
+    without_data = lambda *flags: distill.main([*map(str, (*own, *flags))])
+    with mock.patch.object(distill, "Watch", Blind), contextlib.redirect_stdout(io.StringIO()):
+        without_data(8)
+        refused(lambda: without_data(16, "--resume"), "--batch 16 (was 8)")
+        refused(lambda: without_data(8, "--resume", "--data", "shapes"), "for these flags", "OwnPictures")
+    blind_distill(folder / "run")
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
-        refused(lambda: blind_distill(folder / "run", "--own", 0.5, "--lr", "1e-5"), "has --lr 0.0005, not 1e-05")
+        refused(lambda: blind_distill(folder / "run", "--lr", "1e-5"), "--lr 1e-05 (was 0.0005)")
     said = io.StringIO()
-    blind_distill(folder / "run", "--own", 0.5, "--resume", "--steps", 8, "--lr", "1e-5", said=said)
+    blind_distill(folder / "run", "--resume", "--steps", 8, "--lr", "1e-5", said=said)
     assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
     assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
     assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
     write_student(folder)
-    refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (stage student")
+    refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (its stage is student")
 
 
 def test_a_second_signal_ends_at_once(folder):
@@ -1827,15 +1816,16 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
     mean, rare = (lambda images, labels: images.mean((1, 2, 3))), ("--save_every", 1, "--eval_every", 99)
     write_student(folder)
     with mock.patch.object(distill, "CLIP", 0):
-        refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite at step")
-    assert not (folder / "0/log.jsonl").read_text()
+        refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite in steps")
+    steps = [json.loads(line)["step"] for line in (folder / "0/log.jsonl").open()]
+    assert steps == [read_checkpoint(folder / "0/resume.pt")["step"]], steps  # what is saved is logged
     cases = [(mock.patch.object(distill, "critic_loss", fails(distill.critic_loss, 4)), "student",
               lambda *more: blind_distill(folder / "1", "--log_every", 1, *more)),
              (mock.patch.dict(rl.REWARDS, mean=lambda *_: fails(mean, 9)), "rl",  # two for a trial, two for a look
               lambda *more: run_rl(folder, *rare, "--reward", "mean", "--out", folder / "2", *more))]
     for i, (broken, stage, go) in enumerate(cases, start=1):
         with broken:
-            refused(go, "not finite at step", "last good checkpoint")
+            refused(go, "not finite in steps", "last good checkpoint")
         file = read_checkpoint(folder / f"{i}/resume.pt")
         assert file["stage"] == stage and 1 <= file["step"] <= 3, file["step"]
         assert all(torch.isfinite(value).all() for value in file["model"].values())
@@ -1867,14 +1857,17 @@ def killed_by_the_system(work, moment):
 
 
 def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
-    """kill -9, resume, kill -9, ..., of distill.py and of rl.py: each run ends in the bits, log and table of one left
-    alone. KILLS=20 asks for that many random moments each; a test makes do with one, and one inside a write."""
+    """kill -9, resume, kill -9, ..., of distill.py, with data and without, and of rl.py: each run ends in the bits, log
+    and table of one left alone. KILLS=20 asks for that many random moments each; a test makes do with one, and one
+    inside a write."""
     kills, rng, said = int(os.environ.get("KILLS", 1)), np.random.default_rng(), []
     with (mock.patch.object(distill, "Watch", Blind), mock.patch.object(rl, "Watch", Blind),
           all_tiny()):
         write_student(folder)
-        teach = [*map(str, TINY[1:]), "--log_every", "1", "--own", "0.5"]
-        for name, go in (("distill", lambda *more: distill.main([*teach, *more])),
+        write_student(folder, "teacher")
+        own = ["--teacher", f"{folder}/teacher.pt", "--batch", "8", "--steps", "12", "--save_every", "1"]
+        for name, go in (("distill", lambda *more: distill.main([*map(str, TINY[1:]), "--log_every", "1", *more])),
+                         ("without data", lambda *more: distill.main([*own, "--log_every", "1", *more])),
                          ("rl", lambda *more: rl.main(rl_flags(folder, "--steps", "12", "--save_every", "1", *more)))):
             start = time.process_time()
             go("--out", f"{folder}/{name}")
@@ -1922,7 +1915,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(who
                 f.write(bytes(4096))
         args, row = distill.parse_args(["--data", "shapes", "--out", f"{folder}/other"]), {"loss": "0" * 8192}
         run_that_logs = distill.Run(args, torch.device("cpu"), 0, 1, ["teacher"], [])
-        run_that_logs.stage, args.out = "teacher", f"{folder}/run"
+        run_that_logs.stage, run_that_logs.step, args.out = "teacher", 0, f"{folder}/run"
         grid = [("x", torch.randint(0, 255, (9, 3, 64, 64)).byte())]
         write = {"results.json": lambda: write_json(folder / "run" / "results.json", row),
                  "student.pt": lambda: save_checkpoint({"x": torch.zeros(9999)}, folder / "run" / "student.pt"),
@@ -2320,7 +2313,7 @@ def test_other_files_are_no_vae(tmp):
     state = {name: torch.tensor(float(i)).expand(tuple(shape))  # of each tensor a file keeps one number
              for i, (name, shape) in enumerate(about("vae")["shapes"].items())}
     part = {name: value for name, value in state.items() if name != "quant_conv.bias"}
-    for file, *words in ((part, "no KLVAE file", "quant_conv.bias missing"),
+    for file, *words in ((part, "no KLVAE file", "quant_conv.bias is missing"),
                          ({"state_dict": {}, "epoch": 3}, "not the KL-16 VAE", "--get kl16")):
         torch.save(file, tmp / "other.ckpt")
         refused(lambda: data.load_vae(tmp / "other.ckpt"), "other.ckpt", *words)
@@ -2919,15 +2912,15 @@ def test_public_networks_are_refused_in_their_files_names(folder):
     load_clip, load_pick = (towers()(load) for load in (fid.load_clip, fid.load_pickscore))
     key = "vision_model.encoder.layers.0.self_attn.k_proj.weight"
     cases = [  # who reads, the file's shapes, what is changed in them, words of the line
-        (load_clip, clip, {"visual.conv1.weight": None}, ["visual.conv1.weight missing"]),
-        (load_clip, clip, {"visual.ln_pre.bias": None, "more": [2]}, ["visual.ln_pre.bias missing", "more unexpected"]),
+        (load_clip, clip, {"visual.conv1.weight": None}, ["visual.conv1.weight is missing"]),
+        (load_clip, clip, {"visual.ln_pre.bias": None, "more": [2]}, ["ln_pre.bias is missing", "more is (2,), not"]),
         (load_clip, clip, {"ln_final.weight": [3]}, ["ln_final.weight is (3,), not (64,)"]),
-        (load_clip, {"visual.proj": [2, 2]}, {}, ["visual.class_embedding missing"]),
-        (fid.load_clip, clip, {}, ["resblocks.2.attn.in_proj_weight missing"]),  # another CLIP, which has other heads
-        (load_pick, pick, {key: None}, ["self_attn.{q,k,v}_proj.weight missing", "q_proj.weight unexpected"]),
+        (load_clip, {"visual.proj": [2, 2]}, {}, ["visual.class_embedding is missing"]),
+        (fid.load_clip, clip, {}, ["resblocks.2.attn.in_proj_weight is missing"]),  # another CLIP, of other heads
+        (load_pick, pick, {key: None}, ["self_attn.{q,k,v}_proj.weight is missing", "q_proj.weight is (80, 80)"]),
         (load_pick, pick, {"visual_projection.weight": [32, 81]}, ["visual_projection.weight is (81, 32)"]),
         (load_pick, pick, {key: [80, 81]}, ["no whole pickscore file", "Sizes of tensors"]),
-        (fid.load_imagereward, {"mlp.layers.0.weight": [1, 1]}, {}, ["blip.visual_encoder.cls_token missing"]),
+        (fid.load_imagereward, {"mlp.layers.0.weight": [1, 1]}, {}, ["blip.visual_encoder.cls_token is missing"]),
     ]
     for load, shapes, changes, words in cases:
         left = {name: shape for name, shape in {**shapes, **changes}.items() if shape is not None}
@@ -3458,7 +3451,7 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
         assert lines[-1]["eval_reward"] == after["reward"] and "reward" not in lines[-1]
         run_rl(folder, "--ckpt", out / "best.pt", "--steps", 1)
         refused(lambda: run_rl(folder), "already holds a run")
-        refused(lambda: run_rl(folder, "--resume", "--reward", "jpeg"), "has --reward")
+        refused(lambda: run_rl(folder, "--resume", "--reward", "jpeg"), "cannot go on with --reward")
         strict = folder / "strict"
         strict.mkdir()
         (strict / "best.pt").write_text("left over")
@@ -3577,7 +3570,7 @@ def test_rl_every_reward_runs_with_both_estimators(folder):
 
 def test_rl_is_judged_by_a_classifier_that_is_not_rewarded(folder):
     seen, by = [], {}
-    look = lambda args, start, score, run, watch, names: seen.append(watch.figures(pictures, torch.arange(4)))
+    look = lambda args, start, score, run, watch: seen.append(watch.figures(pictures, torch.arange(4)))
     pictures = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
     with mock.patch.object(rl, "train", look):
         write_student(folder)
@@ -3655,7 +3648,7 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
         run_rl(folder, *blind, said=said)
         assert not (folder / "blind/best.pt").exists()  # no --ref, no distance: nothing says what is best
         assert "there will be no best.pt" in said.getvalue()
-        for more, word in ((["--ref", "a.npz", "--resume"], "has --ref None"),  # the row of the start has no fid
+        for more, word in ((["--ref", "a.npz", "--resume"], "--ref a.npz (was None)"),  # the start has no fid
                            (["--reward", "classifier", "--out", folder / "other"], "clip"),
                            (["--vae", folder / "no.ckpt", "--out", folder / "other"], "--get kl16")):
             refused(lambda: run_rl(folder, *blind, *more), word)
@@ -3723,9 +3716,9 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data shapes --teacher cut.pt | truncated
         --data shapes --teacher zero.pt | truncated
         --data shapes --teacher teacher.pt | side 8 | 16
-        --data shapes --teacher teacher.pt --teacher_steps 5 | not both
+        --data shapes --teacher teacher.pt --teacher_steps 5 | either
         --data shapes --teacher sixteen.pt | stage student | teacher.pt
-        --data shapes --teacher_steps 0 | no teacher
+        --data shapes --teacher_steps 0 | either
         --teacher teacher.pt --passes 1 | --passes 1 | stage teacher
         --teacher student.pt --passes 4 | --passes 4 | 4 AR steps
         --data shapes --passes 1 | leave out --data
@@ -3744,7 +3737,6 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data shapes --no_such_flag | --no_such_flag
         --data shapes --t_init 999 | t_init
         --data shapes --batch 10 --accumulate 4 | multiple
-        --data shapes --own 1.5 | --own | 0 to 1
         --data shapes --vae zero.pt | leave it out
         --data shapes --resume | not there
         --data shapes --out file/out | Not a directory | file/out
@@ -3752,8 +3744,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --data file | file
         --data empty --teacher_steps 1 | no folder 'train'
         --data thirty | 30 px | of 4 px
-        --own 0.5 | --own | give --data
-        --teacher_steps 3 | --teacher_steps | give --data""",
+        --teacher_steps 3 | --data and --teacher_steps""",
     "sample": """
         | --ckpt
         --ckpt nowhere.pt | no such file
@@ -4084,8 +4075,8 @@ def fake_distillation(stage, config, size, *flags, mode=Strict):
                 teacher = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
                 teacher.made = {"ar_steps": 4}
                 if args.passes:
-                    distill.draw_in_fewer_passes(args, teacher, [], run, Blind())
-                distill.distil(args, teacher, Pictures([0] * 99), [], run, Blind())
+                    distill.draw_in_fewer_passes(args, teacher, run, Blind())
+                distill.distil(args, teacher, Pictures([0] * 99) if args.data else None, run, Blind())
         except Reached:
             return inside
 
@@ -4100,7 +4091,7 @@ def fake_rl(config, *flags, mode=Strict):
         decode = (lambda x: x) if config.pixels else (lambda x: vae.decode(x / data.LATENT_SCALE))
         run = distill.Run(args, torch.device("cuda", 0), 0, 1, ["rl"], [])
         try:
-            rl.train(args, reference, lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind(), [])
+            rl.train(args, reference, lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind())
         except Reached:
             return inside
 
@@ -4113,7 +4104,7 @@ def steps_on_fake_gpu():
     small = ("--batch", "4", "--teacher_batch", "4")
     for flags in ([], ["--accumulate", "2", "--recompute"]):
         in_a_fork(lambda: fake_distillation("teacher", replace(pixels, dropout=0.1), "shapes", *small, *flags))
-    for flags in (["--own", "1"], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
+    for flags in (["--data", ""], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
                   ["--loss", "vsd", "--log_every", "2"], ["--passes", "2"]):
         in_a_fork(lambda: fake_distillation("student", pixels, "shapes", *small, *flags))
     for config, flags in ((pixels, ["--estimator", "pathwise", "--accumulate", "2", "--recompute"]),
