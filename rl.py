@@ -378,7 +378,7 @@ DEFAULTS = {
                    warmup=0, eval_every=40, save_every=40, log_every=10, chunk=2048),
     "cifar10": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=500, batch=32, calls=256, lr=2e-5, ema=0.99,
                     warmup=10, eval_every=100, save_every=100, log_every=10, chunk=2048),
-    "cifar10_cpu": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=60, batch=16, lr=2e-5, ema=0.97,
+    "cifar10_cpu": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=60, batch=32, calls=64, lr=2e-5, ema=0.97,
                         warmup=10, kl=0.2, eval_every=60, eval_images=500, save_every=30, log_every=10, chunk=2048),
 }
 
