@@ -8,7 +8,7 @@ Needed before: nothing for shapes; for ImageNet the public teacher (data.py --ge
     python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
     python distill.py --teacher out/shapes/student.pt --passes 1     # afterwards: a whole picture in one pass
     torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B, no data
-    torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint, bit for bit
+    torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint
 
 The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop,
 `gsim_loss` the loss. Here
@@ -53,7 +53,8 @@ from sample import draw_together, image_seeds, save_grid, steps_of
 
 
 def pseudo_huber(y, r=1e-5):
-    """d(y) = sqrt(|y|^2 + r^2) - r, a length smooth at 0, and its derivative d'(y): (..., C) -> (...), (..., C)."""
+    """d(y) = sqrt(|y|^2 + r^2) - r, for so small an r the length, smooth at 0; and d'(y): (..., C) -> (...), (..., C).
+    Not the square, which would give all weight to tokens that are far off; it is zero at the same place."""
     root = (y.square().sum(-1, keepdim=True) + r * r).sqrt()
     return root[..., 0] - r, y / root
 
@@ -88,10 +89,10 @@ def gsim_slope(x_t, eps, eps_q, eps_p, alpha, sigma):
 def vsd_slope(x_t, eps, eps_q, eps_p, alpha, sigma):
     """Variational score distillation (Diff-Instruct, DMD), the baseline: the difference of scores itself, in x0's units
     and normalised for each token by the teacher's distance. No network is differentiated. Shapes as in gsim_slope."""
-    difference = sigma / alpha * (eps_p - eps_q)  # x0 by the critic minus x0 by the teacher
-    distance = sigma / alpha * (eps_p - eps)  # the x0 that is in x_t minus x0 by the teacher
-    slope = difference / (distance.abs().mean(-1, keepdim=True) + 1e-3)
-    return slope.detach(), difference.square().sum(-1).sqrt().detach()
+    q_minus_p = sigma / alpha * (eps_p - eps_q)  # x0 by the critic minus x0 by the teacher
+    x0_minus_p = sigma / alpha * (eps_p - eps)  # the x0 that is in x_t minus x0 by the teacher
+    slope = q_minus_p / (x0_minus_p.abs().mean(-1, keepdim=True) + 1e-3)
+    return slope.detach(), q_minus_p.square().sum(-1).sqrt().detach()  # for the log, not normalised
 
 
 SLOPES = {"gsim": gsim_slope, "vsd": vsd_slope}
@@ -107,11 +108,10 @@ def critic_loss(eps_q, eps):
 
 # Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
 # made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
-# has TEACHER + i, so there are at most 64.
+# has TEACHER + i, so there are at most 64. Of seeds, + 0 is the teacher's batches and the grid, + 1 the student's and
+# the table (which share orders alone), + 2 pictures that students draw to learn from.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
-DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
-T_LOW = 400  # sigma / alpha .74: see `weight_at`
-T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .04 to 24.7, SiD's and DMD2's range
+T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .045 to 24.7, SiD's and DMD2's range
 
 
 def masked_count(config, seed, step):
@@ -167,9 +167,10 @@ class OwnPictures(torch.nn.Module):
         start = drawing % self.POOL * self.batch
         for mine, pool in ((tokens, self.tokens), (labels, self.labels)):
             parts = list(pool[start:start + self.batch].chunk(run.world))  # views: written in place
-            parts[run.rank].copy_(mine)
             if run.world > 1:
                 dist.all_gather(parts, mine.contiguous())
+            else:
+                parts[0].copy_(mine)
 
     def pictures(self, model, seed, step, run):
         """As real_pictures, but any of the pool. In every EVERY-th step `model` draws some first."""
@@ -233,7 +234,7 @@ def distil(args, teacher, data, run, watch):
     # Adam without momentum: the critic's target moves with every update of the student, and the other way round
     optimizer = make_optimizer(student.requires_grad_(True), args.lr, (0.0, 0.99))
     critic_optimizer = make_optimizer(critic.requires_grad_(True), args.critic_lr, (0.0, 0.99))
-    pool = OwnPictures(teacher.config, 0 if data else args.batch).to(run.device)
+    pool = OwnPictures(teacher.config, 0 if data else args.batch).to(run.device)  # with data an empty one
     run.restore("student", model=student, ema=ema, critic=critic, optimizer=optimizer,
                 critic_optimizer=critic_optimizer, pool=pool)
     prepare(args, student, critic, frozen=[teacher])
@@ -266,8 +267,8 @@ def distil(args, teacher, data, run, watch):
             x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
             fake = x0.detach()
             # 3. the critic learns the score of what the student draws
-            x_t, t, eps, _, _ = noised(fake, keys, CRITIC, masked)
-            loss_q = critic_loss(critic.eps(x_t, t, c_q), eps)  # (B, P)
+            x_q, t_q, noise_q, _, _ = noised(fake, keys, CRITIC, masked)
+            loss_q = critic_loss(critic.eps(x_q, t_q, c_q), noise_q)  # (B, P)
             (loss_q.mean() / args.accumulate).backward()
             # 4. the student: the slope of its loss at x0, through both heads held fixed, goes into its own graph
             x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
@@ -308,6 +309,7 @@ def prepare(args, *trained, frozen=()):
 # Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
 # student of a score guided there makes frequent modes more so and loses rare ones. At low noise a score sees one mode:
 # guidance is safe, but much learning there lets frequencies drift.
+T_LOW = 400  # sigma / alpha .74
 
 
 def guidance_at(t, args):
@@ -345,7 +347,7 @@ def draw_in_fewer_passes(args, start, run, watch):
     student = MAR(replace(start.config, passes=args.passes)).to(run.device).eval()
     student.load_state_dict(start.state_dict(), strict=False)  # noise_proj is new, and 0: at first it sees no noise
     ema = copy.deepcopy(student).requires_grad_(False)
-    optimizer = make_optimizer(student, args.lr, (0.9, 0.99))
+    optimizer = make_optimizer(student, args.lr, (0.9, 0.99))  # a fixed target: with momentum
     run.restore("student", model=student, ema=ema, optimizer=optimizer)
     prepare(args, student, frozen=[start])
     gradients = Gradients(student)
@@ -361,9 +363,10 @@ def draw_in_fewer_passes(args, start, run, watch):
         for labels, seeds in micro_batches(batch, args.accumulate, [gradients]):
             # 1. pictures of the start's, in the student's order
             keys = image_keys(seeds, run.device)
-            orders, loss = student.orders(keys), 0.0  # (B, L)
+            orders = student.orders(keys)  # (B, L)
             target = start.patchify(start.generate(labels, K, seeds=seeds, orders=orders))  # (B, L, C)
             # 2. in each of the student's AR steps all that is masked at once, from the noise that the start had
+            loss = 0.0
             for m in counts:
                 masked = orders[:, :m].sort(dim=1).values
                 visible = orders[:, m:].sort(dim=1).values
@@ -511,7 +514,8 @@ def parse_args(argv=None):
     flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
-    flag("--teacher", default=None, help="teacher's file, which has its size (left out without --data: public MAR-B)")
+    flag("--teacher", default=None, help="teacher's file, which has its size (left out: one is trained, or the public "
+         "MAR-B where nothing says how)")
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
@@ -519,8 +523,8 @@ def parse_args(argv=None):
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--passes", type=int, default=0, help="1 or 2: AR steps of a student that learns to draw, in one order, "
-         "the pictures of the student --teacher; 0: distil a teacher, for any order")
+    flag("--passes", type=int, default=0, help="0: distil a teacher, for any order; 1 or 2: AR steps of a copy of the "
+         "student --teacher that learns to draw its pictures, in one order")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
     flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's, 755 for "
@@ -549,7 +553,7 @@ def read_flags(p, argv, recipe, positive, **defaults):
     # optimiser
     flag("--lr", type=float, default=1e-5, help="student's learning rate")
     flag("--warmup", type=int, default=100, help="updates of linear warm-up")
-    flag("--ema", type=float, default=0.9999, help="averaging of the student's weights a step")
+    flag("--ema", type=float, default=0.9999, help="decay of the average of the student's weights, an update")
     # memory
     flag("--accumulate", type=int, default=1, help="micro-batches an update: more if memory runs out")
     flag("--recompute", action="store_true", help="compute the blocks again in backward: less memory, 1/3 more time")
@@ -611,9 +615,9 @@ def defaults_of(defaults, file, data, size=None, pixels=False):
 
 def check_fit(args, config, data):
     """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
-    told = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
-    if data and told(config) != told(data):
-        raise UserError(f"the teacher draws {told(config)}, --data {args.data} has {told(data)}: choose another "
+    kind = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
+    if data and kind(config) != kind(data):
+        raise UserError(f"the teacher draws {kind(config)}, --data {args.data} has {kind(data)}: choose another "
                         "teacher")
     if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
         raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of "
@@ -622,7 +626,7 @@ def check_fit(args, config, data):
         raise UserError("--vae: these pictures are trained on as pixels, no VAE has a part in it: leave it out")
     mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     if args.t_init and args.t_init > T_MAX:
-        raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow by thousands")
+        raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow 25-fold and more")
 
 
 def check_names(network, data):
@@ -642,9 +646,9 @@ def open_teacher(args):
     if not args.teacher:
         return None
     teacher = load_mar(need_file(args.teacher, PUBLIC_FILES.get(args.teacher)))
-    if args.passes and (teacher.stage == "teacher" or not args.passes < steps_of(teacher)):
-        raise UserError(f"--passes {args.passes}: --teacher must be a student that draws in more, not {args.teacher} "
-                        f"(stage {teacher.stage}, {steps_of(teacher)} AR steps)")
+    if args.passes and (teacher.stage == "teacher" or teacher.config.passes or args.passes >= steps_of(teacher)):
+        raise UserError(f"--passes {args.passes}: --teacher must be a student of any order that draws in more, not "
+                        f"{args.teacher} (stage {teacher.stage}, {steps_of(teacher)} AR steps)")
     if teacher.stage != "teacher" and not args.passes:
         raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}, its head knows one time step only: "
                         "give the teacher.pt it was distilled from")
@@ -676,9 +680,9 @@ def main(argv=None):
         read_class_names() if config.num_classes == 1000 else [*map(str, range(config.num_classes))])
     vae = load_vae(args.vae).to(device) if args.vae else None
     divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
-    # same: the pool of own pictures is of this batch
+    # same: the rows of the table are of this t_init, the pool of own pictures is of this batch
     run = Run(args, device, rank, world, ["teacher", "student"], class_names, divided,
-              same=[] if data else ["batch"], stands_on=args.teacher)
+              same=["t_init"] + ["batch"] * (not data and not args.passes), stands_on=args.teacher)
     run.start()
 
     if not data and config.pixels:
@@ -754,7 +758,10 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         for _, same in itertools.groupby(sorted(group["params"], key=lambda p: p.shape), key=lambda p: p.shape):
             matrices = list(same)
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
+            for p in matrices:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, [p.grad for p in matrices], 1 - group["momentum"])
             ahead = torch._foreach_lerp([p.grad for p in matrices], momenta, group["momentum"])
             update = orthogonal(torch.stack(ahead))  # (n, rows, columns)
@@ -775,6 +782,9 @@ def orthogonal(x):
     return (out.mT if tall else out).to(x.dtype)
 
 
+DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * model, all parameters in one call."""
@@ -788,7 +798,8 @@ def set_lr(optimizer, peak, step, total, warmup, decay):
         group["lr"] = lr
 
 
-SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}  # -> exit code once the checkpoint is written
+# signal -> exit code once the checkpoint is written. 0, or torchrun --max-restarts would start a stopped run again
+SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 class Run:
@@ -796,7 +807,8 @@ class Run:
 
     It never sees a batch or an optimiser's step. A loop calls `restore`, goes through `steps`, and in each `add`s what
     the log is to have and calls `log` and `save` where they are `due`. Written files are whole at any moment, so a run
-    killed in any line resumes bit for bit from its last checkpoint. After a signal all is due, and `save` ends the run.
+    killed in any line resumes from its last checkpoint, on a CPU bit for bit. After a signal all is due, and `save`
+    ends the run. `step` counts updates done; a loop's own `step` is the number of its update, from 0.
     """
 
     def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=None):
@@ -805,7 +817,7 @@ class Run:
         self.args, self.class_names = args, class_names
         self.device, self.rank, self.world = device, rank, world
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
-        self.heard = self.told = 0  # the signal that this process heard; that all agreed to obey
+        self.heard = self.stopping = 0  # the signal that this process heard; that all agreed to obey
         path = self.path("resume.pt")
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
             # torchrun --max-restarts started us again after a rank died; with other flags it is another run's file
@@ -859,10 +871,11 @@ class Run:
         process at once."""
         if not self.heard:
             self.heard, self.heard_at = number, time.time()
-            self.told = number if self.world == 1 else 0  # several agree at the next log line
-            if self.told and not self.unsaved:
-                self.leave()
-            when = "this update" if self.told else "the next log line"
+            when = "the next log line"
+            if self.world == 1:  # several agree there, and what they agreed on stays
+                self.stopping, when = number, "this update"
+                if not self.unsaved:
+                    self.leave()
             if self.rank == 0:  # not by print, which may be what the signal interrupts
                 os.write(2, f"\nstopping after {when}; once more ends now\n".encode())
         elif time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
@@ -873,11 +886,14 @@ class Run:
         """End after a signal, such as a cluster sends before it takes a machine."""
         if self.world > 1:
             dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
-        path = self.path("resume.pt")
-        goes_on = f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
         if self.rank == 0:
-            os.write(1, f"stopped by {signal.Signals(self.told).name} at step {self.kept}; {goes_on}\n".encode())
-        raise SystemExit(SIGNALS[self.told])
+            name = signal.Signals(self.stopping).name
+            os.write(1, f"stopped by {name} at step {self.kept}; {self.what_is_kept()}\n".encode())
+        raise SystemExit(SIGNALS[self.stopping])
+
+    def what_is_kept(self):
+        path = self.path("resume.pt")
+        return f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
 
     def restore(self, stage, **state):
         """A stage begins: load what resume.pt holds of it under the names of `state` into these networks and
@@ -888,11 +904,12 @@ class Run:
                 for name, target in state.items():
                     target.load_state_dict(self.resumed[name])
             self.step = self.resumed["step"]
+            self.resumed = {"stage": stage, "step": self.step}  # or the old file keeps its place on the disk
         self.kept = self.step
 
     def upload(self, x):
         """x on the device. A copy from memory that is not pinned would wait for the GPU's queue."""
-        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def steps(self, total, images):
         """The steps that are left, with a bar. images: an update's, of all ranks."""
@@ -913,7 +930,7 @@ class Run:
 
     def due(self, *every):
         """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""
-        return self.told or self.step == self.total or any(self.step % n == 0 for n in every)
+        return self.stopping or self.step == self.total or any(self.step % n == 0 for n in every)
 
     def log(self):
         """A line of log.jsonl: means of what was added, over the updates since the last line and over the ranks, and
@@ -922,13 +939,12 @@ class Run:
         if self.world > 1:
             heard = torch.tensor(self.heard, device=self.device)
             dist.all_reduce(heard, op=dist.ReduceOp.MAX)  # what one rank heard all obey
-            self.told = int(heard)
+            self.stopping = int(heard)
             dist.all_reduce(sums)
         values = dict(zip(self.sums, (sums / (self.world * (self.step - self.logged))).tolist()))
         if not all(map(math.isfinite, values.values())):  # a sum stays what one of its terms was
-            raise UserError(f"not finite in steps {self.logged} to {self.step - 1}: {values}; the last good checkpoint "
-                            f"in {self.args.out} is kept: lower the learning rate (or mend the reward), or go on with "
-                            "--resume and another --seed")
+            raise UserError(f"not finite in updates {self.logged + 1} to {self.step}: {values}: lower the learning "
+                            f"rate (or mend the reward), or try another --seed; {self.what_is_kept()}")
         self.bar.set_postfix(list(values.items())[:1])  # the loss or the reward
         self.sums, self.logged = {}, self.step
         values["images_per_s"] = self.images * (self.step - self.since) / (time.time() - self.clock)
@@ -948,19 +964,18 @@ class Run:
         if self.sums:  # so nothing is saved of a gradient that was not finite, and no figure is lost when a run goes on
             self.log()
         if self.rank == 0:
-            self.write(product, model)
-            self.write("resume", model, sha256=self.sha256, log_bytes=os.path.getsize(self.path("log.jsonl")),
-                       **{name: x.state_dict() for name, x in self.state.items()})
+            self.write(product, model.config, ema=model.state_dict())
+            self.write("resume", model.config, **{name: x.state_dict() for name, x in self.state.items()},
+                       sha256=self.sha256, log_bytes=os.path.getsize(self.path("log.jsonl")))
         self.kept, self.unsaved = self.step, False
-        if self.told:
+        if self.stopping:
             self.leave()
         self.clock, self.since = time.time(), self.step
 
-    def write(self, name, network, /, **more):
-        """<name>.pt, what sample.py, fid.py and rl.py read, weights and sizes; and `more`."""
-        save_checkpoint({"config": asdict(network.config), "stage": self.stage, "step": self.step,
-                         "args": vars(self.args), "class_names": list(self.class_names),
-                         **(more or {"ema": network.state_dict()})}, self.path(f"{name}.pt"))
+    def write(self, name, sizes, /, **contents):
+        """<name>.pt, with `ema`, weights, what sample.py, fid.py and rl.py read. sizes: a MARConfig."""
+        save_checkpoint({"config": asdict(sizes), "stage": self.stage, "step": self.step, "args": vars(self.args),
+                         "class_names": list(self.class_names), **contents}, self.path(f"{name}.pt"))
 
 
 class Watch:

@@ -6,23 +6,23 @@ Must exist: a student from distill.py; for rewards by CLIP, PickScore, ImageRewa
     python rl.py --data shapes --reward jpeg --out out/shapes/jpeg   # smaller files: no gradient, no network
     python rl.py --data shapes --reward classifier --estimator pathwise        # the reward's own gradient
     python rl.py --reward clip --ckpt out/imagenet/student.pt        # one GPU
-    torchrun --nproc_per_node=8 rl.py                                # ImageNet 256, PickScore, as the paper
+    torchrun --nproc_per_node=8 rl.py                                # ImageNet 256, PickScore (paper: pathwise)
     torchrun --nproc_per_node=8 rl.py --resume                       # goes on from the last checkpoint, bit for bit
 
 The paper (MARVAL, arXiv 2511.15190) makes a whole picture in K fast AR steps, scores it, and follows the gradient of
 the score. Single steps are never scored: half a picture has no CLIP score, and what a token is worth is decided by the
-tokens that follow. With v a direction in which the reward of the finished picture x rises, a constant, the loss is
+tokens that follow. Let v be a direction in which the reward of the finished picture x rises, held constant. The loss is
 
     L = mean(-<v, x> + kl * KL_path),    KL_path = 1 / (2 s^2 dims) * sum_k |x_k - ref_k|^2
 
 x_k are the tokens of AR step k; ref_k what the start (the student before its first update) would put there, from the
-same noise and after the same earlier tokens of the student; dims numbers make a picture. What is ours:
+same noise and after the same earlier tokens of the student; dims numbers make a picture; s is --noise_std. Ours are:
 1. the default v needs no gradient of the reward: REINFORCE, with a Gaussian policy on the finished picture (one action
    an episode), in the low frequencies that the generator can follow. Beside it `pathwise_direction`, the paper's;
-2. the textbook form, a Gaussian on each revealed token at each AR step, is left out: it hardly moved;
-3. KL_path is the KL, a dimension, that both chains would have with noise s on each token. Finished pictures of one
-   noise part for good at the first token that differs, and pulling them together then only washes them out;
-4. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
+   The textbook form, a Gaussian on each revealed token at each AR step, is left out: it hardly moved;
+2. KL_path, the KL, a dimension, of Gaussians of width s around the tokens of both, given the same context. Finished
+   pictures drawn from one noise have little in common once one early token differs: pulling those together blurs them;
+3. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
 """
 import copy
 import io
@@ -53,9 +53,9 @@ EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all o
 # Both: score(x (n, c, h, w), labels (n,)) -> (n,); x (B, c, h, w), keys (B,) of its noise -> v like x, rewards (B,).
 
 
-def cosines(side, count):
+def cosines(side, count, device=None):
     """The `count` lowest frequencies of the orthonormal DCT-II as rows: (count, side)."""
-    k, place = torch.arange(count)[:, None], torch.arange(side) + 0.5
+    k, place = torch.arange(count, device=device)[:, None], torch.arange(side, device=device) + 0.5
     return torch.cos(math.pi / side * k * place) * torch.where(k > 0, 2 / side, 1 / side).sqrt()
 
 
@@ -72,9 +72,11 @@ def reinforce_direction(score, x, labels, keys, args):
     """
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
-    Q = cosines(side, min(args.frequencies or side, side)).to(x.device)  # (f, side): the factors of Q's rows
-    spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, len(Q), len(Q))), Q, Q)
-    z = gaussian(keys, EXPLORE, torch.arange(N, device=x.device).expand(B, -1), channels * len(Q)**2)  # (B, N, c f f)
+    waves = cosines(side, min(args.frequencies or side, side), x.device)  # (f, side): Q's rows are products
+    f = len(waves)
+    spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, f, f)), waves, waves)
+    # the call's number in the place of a token's, the coefficients as its channels: (B, N, c f f)
+    z = gaussian(keys, EXPLORE, torch.arange(N, device=x.device).expand(B, -1), channels * f * f)
     r = [score_in_chunks(score, (x[:, None] + s * spread(part)).flatten(0, 1),
                          labels.repeat_interleave(part.shape[1]), args.chunk).view(B, -1)
          for part in z.split(max(1, args.chunk // B), dim=1)]
@@ -109,15 +111,16 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
     nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the seeds.
 
     The finished picture is all that had to be kept: no token is ever changed, so it holds the context of every step.
-    The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens has all but
-    the step's own KL: what the caller gave, and what they do as context of later steps, to x_k and to ref_k. For ref_k
-    is no constant: the start, itself frozen, reads tokens that move with the student. This is exact backpropagation
-    through both chains, in the memory of one step whatever K is, at the cost of a forward and a backward of each.
+    The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens is dL / dx_k
+    but for the step's own KL: what the caller gave, plus what these tokens do, as context, to later x_j and ref_j. For
+    ref_k is no constant: the start, itself frozen, reads tokens that move with the student. This is exact
+    backpropagation through both chains, in the memory of one step whatever K is, for a forward and backward of each.
     """
     L, C = student.config.seq_len, student.config.token_dim
     tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
     for visible, predict in reversed(list(reveal_plan(student.orders(keys), ar_steps))):
-        context, (n, seen) = tokens.detach().requires_grad_(), student.start_noise(keys, predict)
+        context = tokens.detach().requires_grad_()
+        n, seen = student.start_noise(keys, predict)
         x_k = student.one_step(n, student.transformer(context, visible, labels, predict, seen))  # (B, P, C)
         ref_k = start.one_step(n, start.transformer(context, visible, labels, predict, seen))
         kl_k = (x_k - ref_k).square().sum() / (2 * s**2 * L * C)
@@ -141,10 +144,16 @@ def prompt_reward(kind):
 def classifier_of(args, data, seed, device):
     """The data's classifier of this seed, from beside the student; where none is there, trained on `data`, or None.
     None for latents too, of which it knows nothing."""
-    if data:
-        return load_or_train_classifier(data, os.path.dirname(args.ckpt) or ".", seed, device)
     path = args.pixels and classifier_beside(args.ckpt, seed)
+    if data:
+        folder = os.path.dirname(args.ckpt) if path else not_shipped(args.ckpt)
+        return load_or_train_classifier(data, folder or ".", seed, device)
     return load_classifier(path, device) if path else None
+
+
+def not_shipped(ckpt):
+    """The folder of a student, or that in out/ for one of assets/: what is shipped is not written into."""
+    return re.sub(r"^assets\b", "out", os.path.relpath(os.path.dirname(ckpt) or "."))
 
 
 def classifier_reward(seed):
@@ -199,8 +208,8 @@ def parse_rewards(words):
 
 
 def guarded(name, f):
-    """f with what rewards of all kinds get wrong put right in one place: it may change its arguments, return counts,
-    truth values or doubles, or lose the dimension of a single picture. What it raises is named as its own."""
+    """f, made safe: it may change its arguments, return counts, truth values or doubles, or drop the dimension of a
+    single picture. What it raises is named as its own."""
     def reward(images, labels):
         try:
             r = torch.as_tensor(f(images.clone(), labels.clone()), device=images.device)
@@ -263,7 +272,7 @@ def train(args, start, score, run, watch):
 
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, decay=0.5)
 
-        # whole pictures, of all classes equally often: a reward easier to earn with some cannot shift the mixture
+        # classes come equally often whatever they earn, so the reward cannot shift their mixture
         batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
 
         # the gradient; `accumulate` parts of the batch, one after the other, where memory is short
@@ -278,6 +287,7 @@ def train(args, start, score, run, watch):
             share = 1 / (len(x) * args.accumulate)
             kl = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
                                 args.ar_steps)
+            # reward_std is that within a part
             run.add(reward=r.mean() / args.accumulate, reward_std=r.std(correction=0) / args.accumulate,
                     kl=kl / args.accumulate)
 
@@ -287,7 +297,7 @@ def train(args, start, score, run, watch):
         update_ema(ema, student, args.ema)
         run.add(grad_norm=norm)
 
-        # log and save: only here does the loop wait for the device
+        # log and save: only here does the loop itself wait for the device
         if run.due(args.log_every):
             run.log()
         if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
@@ -298,9 +308,9 @@ def train(args, start, score, run, watch):
 def evaluate(run, watch, ema, step):
     """The row "after" of the averaged student; best.pt where it is the best yet."""
     row = watch.look("after", ema, step)
-    if is_best(row, watch.rows):
+    if run.rank == 0 and is_best(row, watch.rows):
         watch.rows["best"] = row
-        run.write("best", ema)
+        run.write("best", ema.config, step=step, ema=ema.state_dict())
         write_json(run.path("results.json"), watch.rows)
         print(f"best.pt is now that of step {step}", flush=True)
 
@@ -310,11 +320,11 @@ MAX_RISE, MAX_LOSS = 0.2, 0.1  # shares of the start's by which, in best.pt, a d
 
 def is_best(row, rows):
     """The most reward yet, at a distance to the data not too far above the start's and with its modes: what costs more
-    was hacked. Where no distance is measured (or not on this rank), nothing is best."""
-    distance = "fd" if "fd" in row else "fid"
-    if distance not in row:
-        return False
+    was hacked. Where no distance is measured nothing is best."""
     before, best = rows["before"], rows.get("best", rows["before"])
+    distance = "fd" if "fd" in row else "fid"
+    if distance not in row or distance not in before:
+        return False
     if {**best["made_by"], "step": None} != before["made_by"]:  # made before a --resume with other --seed, ...
         best = before
     varied = row.get("modes", 0) >= (1 - MAX_LOSS) * before.get("modes", 0)
@@ -368,10 +378,6 @@ def diversity(images, labels):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
-# --kl of a single reward, where none is given; KL_ELSE is that of the others, and of sums
-KL = {"classifier": 0.5, "red": 0.2}
-KL_ELSE = 0.2
-
 # What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(reward=["classifier"], watch=["judge", "jpeg", "red"], steps=120, batch=16, lr=1e-4, ema=0.97,
@@ -402,10 +408,9 @@ def parse_args(argv=None):
          help=f"what to raise, several are added up, jpeg:-1 lowers: {' '.join(REWARDS)}")
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
-    flag("--kl", type=float, default=None, help="pull towards the student of the start, in reward per nat and "
-         "dimension; raise it when FD rises (jpeg on CIFAR-10: 5), lower it when the reward does not "
-         f"(default {KL_ELSE} and at the size cifar10_cpu; of a single "
-         f"{', of '.join(f'{name} {kl}' for name, kl in KL.items())})")
+    flag("--kl", type=float, default=None, help="pull towards the student of the start: the reward that one nat a "
+         "dimension costs; raise it when FD rises or modes go (jpeg: 5), lower it when the reward does not move (left "
+         "out: 0.5 for classifier alone, else 0.2; at the size cifar10_cpu 0.2)")
     # its gradient
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
          help="pathwise: differentiate the reward; less noise, differentiable rewards only")
@@ -425,11 +430,10 @@ def parse_args(argv=None):
         raise UserError("--noise_std 0: a policy without noise tries nothing; 0.1 is a good start")
     names = list(parse_rewards(args.reward))
     if args.kl is None:
-        args.kl = KL.get(names[0], KL_ELSE) if len(names) == 1 else KL_ELSE
+        args.kl = 0.5 if names == ["classifier"] else 0.2
     if args.frequencies is None:
         args.frequencies = 0 if "jpeg" in names else 8
-    # what is shipped is not written into: assets/cifar10 -> out/cifar10/rl
-    args.out = args.out or os.path.join(re.sub(r"^assets\b", "out", os.path.dirname(args.ckpt)), "rl")
+    args.out = args.out or os.path.join(not_shipped(args.ckpt), "rl")
     return args
 
 
@@ -451,7 +455,7 @@ def open_student(args, device):
     if student.stage == "teacher":
         raise UserError(f"{args.ckpt} is a teacher's checkpoint, and an episode of 100 steps a token is out of reach: "
                         "distill it first (distill.py) and give its student.pt")
-    args.pixels = student.config.pixels
+    args.pixels = student.config.pixels  # no flag: what classifier_of goes by
     args.ar_steps = args.ar_steps or steps_of(student)
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names = student.class_names or [*map(str, range(student.config.num_classes))]
@@ -469,7 +473,7 @@ def main(argv=None):
     config, data, vae = start.config, None, None
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
     run = Run(args, device, rank, world, ["rl"], names, divided=["batch"],
-              same=["reward", "watch", "prompt", "class_names", "ref"], stands_on=args.ckpt)
+              same=["reward", "watch", "prompt", "class_names", "ref", "data"], stands_on=args.ckpt)
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
     if config.pixels and args.data:
@@ -492,7 +496,7 @@ def main(argv=None):
         dist.barrier()
     run.start()
     if not run.resumed and rank == 0 and os.path.exists(run.path("best.pt")):
-        os.remove(run.path("best.pt"))  # of a run that was killed before its first checkpoint
+        os.remove(run.path("best.pt"))  # of an earlier run here, whose resume.pt was removed by hand
 
     def score(x, labels):  # the clamp: or a reward is earned outside the range that a screen can show
         pictures = x if vae is None else vae.decode(x / LATENT_SCALE)  # about [-1, 1]; differentiable

@@ -1799,7 +1799,14 @@ def test_a_signal_to_one_of_two_ranks_ends_both_at_the_next_log_line(folder):
             if (told.calls, os.environ["RANK"]) == (2, "1"):
                 signal.raise_signal(signal.SIGTERM)
         told.calls = 0
-        with mock.patch.object(distill, "update_ema", told):
+        write = distill.Run.write
+
+        def told_late(run, name, *sizes, **contents):  # the other hears it when all have agreed: they leave together
+            if name == "teacher":
+                signal.raise_signal(signal.SIGTERM)
+            write(run, name, *sizes, **contents)
+
+        with mock.patch.object(distill, "update_ema", told), mock.patch.object(distill.Run, "write", told_late):
             blind_distill(folder / "out", "--steps", 0, "--teacher_steps", 9, "--log_every", 4, "--save_every", 99)
 
     on_ranks(2, work)  # exit code 0 of both
@@ -1816,7 +1823,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
     mean, rare = (lambda images, labels: images.mean((1, 2, 3))), ("--save_every", 1, "--eval_every", 99)
     write_student(folder)
     with mock.patch.object(distill, "CLIP", 0):
-        refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite in steps")
+        refused(lambda: blind_distill(folder / "0", "--teacher_lr", "1e30"), "not finite in updates")
     steps = [json.loads(line)["step"] for line in (folder / "0/log.jsonl").open()]
     assert steps == [read_checkpoint(folder / "0/resume.pt")["step"]], steps  # what is saved is logged
     cases = [(mock.patch.object(distill, "critic_loss", fails(distill.critic_loss, 4)), "student",
@@ -1825,7 +1832,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
               lambda *more: run_rl(folder, *rare, "--reward", "mean", "--out", folder / "2", *more))]
     for i, (broken, stage, go) in enumerate(cases, start=1):
         with broken:
-            refused(go, "not finite in steps", "last good checkpoint")
+            refused(go, "not finite in updates", "--resume goes on from")
         file = read_checkpoint(folder / f"{i}/resume.pt")
         assert file["stage"] == stage and 1 <= file["step"] <= 3, file["step"]
         assert all(torch.isfinite(value).all() for value in file["model"].values())
