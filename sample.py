@@ -200,7 +200,7 @@ def save_gif(model, classes, titles, per_class, path, **how):
     labels = torch.tensor(classes, device=next(model.parameters()).device).repeat_interleave(per_class)
     frames = [grid_image(list(zip(titles, pictures.split(per_class)))).quantize(256)  # a third of the memory
               for pictures in tqdm(unmasking(model, labels, **how), total=how["ar_steps"] + 1)]
-    # about three seconds in all, whatever K is, and two more to look at the result
+    # about three seconds in all, up to K = 150, and two more to look at the result
     durations = [max(20, 3000 // len(frames))] * (len(frames) - 1) + [2000]
     with replacing(path, "wb") as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
@@ -388,6 +388,8 @@ def main(argv=None):
     """Draw, animate, edit or export, as the flags say; whatever can be refused is refused before a file is made."""
     args, job = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
+    if world > 1 and job != "num":
+        raise UserError("only --num is divided among processes: start one for a grid, a gif, an edit or an export")
     model = load_mar(args.ckpt)
     if job == "export":
         check_output(args.export, ".pth", ".pt")
