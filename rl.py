@@ -321,10 +321,10 @@ MAX_RISE, MAX_LOSS = 0.2, 0.1  # shares of the start's by which, in best.pt, a d
 def is_best(row, rows):
     """The most reward yet, at a distance to the data not too far above the start's and with its modes: what costs more
     was hacked. Where no distance is measured nothing is best."""
-    before, best = rows["before"], rows.get("best", rows["before"])
-    distance = "fd" if "fd" in row else "fid"
+    distance, before = "fd" if "fd" in row else "fid", rows.get("before", {})  # none where nothing is judged
     if distance not in row or distance not in before:
         return False
+    best = rows.get("best", before)
     if {**best["made_by"], "step": None} != before["made_by"]:  # made before a --resume with other --seed, ...
         best = before
     varied = row.get("modes", 0) >= (1 - MAX_LOSS) * before.get("modes", 0)
