@@ -788,9 +788,9 @@ def read_checkpoint(path):
             return torch.jit.load(path, map_location="cpu").state_dict()
     try:
         # the public files carry their command line as an argparse.Namespace: plain data, allowed by name
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # memory-mapped, so that unused parts are never read; files from before PyTorch 1.6 are no archives
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        # memory-mapped, so that unused parts are never read; files from before PyTorch 1.6 are no archives
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen kinds for a bad file; two of them tell the user something
         foreign = re.search(r"(?:GLOBAL|class|global|type) ([\w.]+\.\w+)", str(error))
         raise UserError(f"{path} cannot be read as a checkpoint: " + (
