@@ -409,6 +409,7 @@ def train_teacher(args, config, data, run):
     gradients = Gradients(model)
 
     for step in run.steps(args.teacher_steps, args.teacher_batch):
+        # to 0 at the end: by then the average has little noise of single batches left
         for optimizer in optimizers.values():
             set_lr(optimizer, args.teacher_lr, step, args.teacher_steps, args.warmup, DECAY)
         # dropout's generator starts anew each step: so a resumed run drops the same
@@ -416,6 +417,7 @@ def train_teacher(args, config, data, run):
 
         # real pictures, of which every update masks another share: the values there are what is learned
         pictures = real_pictures(data, model, args.teacher_batch, args.seed, step, run)
+        # tokens are masked and noise is drawn by (seed, step, place): alike on any number of ranks, and after a resume
         batch = training_batch(pictures, config, args.teacher_batch, args.seed, step, run)
         # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         for part in micro_batches(batch, args.accumulate, [gradients]):
@@ -423,10 +425,11 @@ def train_teacher(args, config, data, run):
             loss.backward()
             run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite
 
-        # the update; the average's decay grows from 0.1, to forget the random start
+        # the update: ranks' gradients are averaged and clipped
         norm = gradients.finish(CLIP)
         for optimizer in optimizers.values():
             optimizer.step()
+        # the average's decay grows from 0.1, to forget the random start
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
         run.add(grad_norm=norm)
 
@@ -694,7 +697,7 @@ def main(argv=None):
             f.write(beside.read_bytes())
 
     def make_figures():
-        classifier = load_classifier(beside, device) if beside else load_or_train_classifier(data, args.out, 0, device)
+        classifier = real.to(device) if beside else load_or_train_classifier(data, args.out, 0, device)
         return lambda images, labels: judge(classifier, images, labels)
 
     watch = Watch(run, config, real, make_figures if config.pixels and real else None,

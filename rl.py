@@ -153,7 +153,7 @@ def classifier_of(args, data, seed, device):
 
 def not_shipped(ckpt):
     """The folder of a student, or that in out/ for one of assets/: what is shipped is not written into."""
-    return re.sub(r"^assets\b", "out", os.path.relpath(os.path.dirname(ckpt) or "."))
+    return re.sub(r"^(\./)?assets\b", "out", os.path.dirname(ckpt)) or "."
 
 
 def classifier_reward(seed):
