@@ -444,7 +444,7 @@ def open_images(name, split, img_size):
     images = np.empty((len(files), 3, img_size, img_size), np.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
         decoded = pool.map(lambda file: read_image(file, img_size), files)
-        bar = tqdm(decoded, f"decoding {name}", len(files), leave=False,
+        bar = tqdm(decoded, printable(f"decoding {name}"), len(files), leave=False,
                    disable=int(os.environ.get("RANK") or 0) > 0 or None)
         for i, image in enumerate(bar):
             images[i] = image

@@ -685,7 +685,7 @@ def main(argv=None):
     divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
     # same: the rows of the table are of this t_init, the pool of own pictures is of this batch
     run = Run(args, device, rank, world, ["teacher", "student"], class_names, divided,
-              same=["t_init"] + ["batch"] * (not data and not args.passes), stands_on=args.teacher)
+              same=["t_init"] + ["batch"] * (not data and not args.passes), stands_on=[args.teacher])
     run.start()
 
     if not data and config.pixels:
@@ -814,9 +814,10 @@ class Run:
     ends the run. `step` counts updates done; a loop's own `step` is the number of its update, from 0.
     """
 
-    def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=None):
+    def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=()):
         """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
-        resumed run must have as it began; stands_on: the checkpoint it starts from, which must stay that file."""
+        resumed run must have as it began; stands_on: files (None: none) that its figures hang on, which must stay as
+        they are."""
         self.args, self.class_names = args, class_names
         self.device, self.rank, self.world = device, rank, world
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
@@ -832,12 +833,12 @@ class Run:
             if vars(args)[name] % (world * args.accumulate):
                 raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
                                 f"{world} x {args.accumulate}")
-        self.sha256 = file_hash(stands_on) if stands_on else None
+        self.stands_on = {path: file_hash(path) for path in stands_on if path}
         self.resumed = read_checkpoint(path) if args.resume else {}
         if self.resumed:
-            self.check_resumed(stages, same, stands_on)
+            self.check_resumed(stages, same)
 
-    def check_resumed(self, stages, same, stands_on):
+    def check_resumed(self, stages, same):
         """Refuse to go on with what cannot be another than at the start; say what else is."""
         was, stage = self.resumed.get("args", {}), self.resumed.get("stage")
         changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
@@ -845,8 +846,9 @@ class Run:
         wrong = [text for name, text in changed.items() if name in same]
         if stage not in stages:
             wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]
-        elif self.resumed.get("sha256") != self.sha256:
-            wrong.append(f"this {stands_on} (by its SHA-256 another file than at the start)")
+        else:
+            wrong += [f"this {path} (by its SHA-256 another file than at the start)"
+                      for path, sha256 in self.stands_on.items() if sha256 not in self.resumed.get("sha256", [])]
         if wrong:
             raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give "
                             "what it had, or start another run with another --out")
@@ -969,7 +971,7 @@ class Run:
         if self.rank == 0:
             self.write(product, model.config, ema=model.state_dict())
             self.write("resume", model.config, **{name: x.state_dict() for name, x in self.state.items()},
-                       sha256=self.sha256, log_bytes=os.path.getsize(self.path("log.jsonl")))
+                       sha256=[*self.stands_on.values()], log_bytes=os.path.getsize(self.path("log.jsonl")))
         self.kept, self.unsaved = self.step, False
         if self.stopping:
             self.leave()

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from data import (PUBLIC, SHAPE_MODES, Parser, check_numbers, find_images, load_vae, open_data, read_class_names,
                   read_image, run_main, sequence, setup, shape_modes, train_indices)
-from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, read_checkpoint, reading,
-                   replacing, runs_bf16, save_checkpoint, say, write_json)
+from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, printable, read_checkpoint,
+                   reading, replacing, runs_bf16, save_checkpoint, say, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
@@ -916,7 +916,7 @@ def collect(pictures, ask, batch, rank, world):
     A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
     """
     mine, parts = np.array_split(np.arange(pictures.count), world)[rank], []
-    for start in tqdm(range(0, len(mine), batch), pictures.name[:40], unit="batch", disable=rank > 0 or None):
+    for start in tqdm(range(0, len(mine), batch), printable(pictures.name[:40]), unit="batch", disable=rank > 0 or None):
         numbers = mine[start:start + batch]
         labels = None if pictures.asked is None else torch.from_numpy(pictures.asked[numbers])
         said = ask(pictures.read(numbers), labels)
@@ -966,6 +966,12 @@ def make_row(pictures, said, reference, classifier, args):
     if classifier:
         facts["own"] = f"{classifier.accuracy:.4f}"
         row |= figures_of(classifier, said)
+        if pictures.asked is not None:
+            shares = np.bincount(pictures.asked, minlength=len(classifier.counts)) / pictures.count
+            moved = float((torch.from_numpy(shares) - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
+            if moved > 0.1:
+                say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images: FD and "
+                    "modes compare that too")
     row |= {kind: float(said[kind].mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
     few = min(pictures.count, reference.get("n") or pictures.count)
     if few < 2048 and {"fid", "fd"} & set(row):

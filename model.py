@@ -586,6 +586,7 @@ class MAR(nn.Module):
 # Checkpoints: the public ones and ours
 # Ours: {"config", "stage", "step", "args", "ema", "class_names"}, what drawing needs; resume.pt has "model", optimisers
 # and whatever else its stage goes on from beside these.
+STAGES = "teacher", "student", "rl"
 
 
 @contextlib.contextmanager
@@ -667,7 +668,7 @@ def load_mar(path, ema=True, **config_overrides):
 
     ema: the averaged weights (what every published number uses), where there are some. config_overrides: fields of
     MARConfig to set against the file. UserError when the file is missing, truncated, no MAR, or its tensors do not fit.
-    The model tells what the file says of it: source (the path), stage ("teacher", "student", "rl"), made (the flags of
+    The model tells what the file says of it: source (the path), stage (of STAGES), made (the flags of
     its run; {} in public files), class_names (None where it has none).
     """
     file = read_checkpoint(path)
@@ -693,6 +694,8 @@ def load_mar(path, ema=True, **config_overrides):
         value = model.made.get(name, low)
         if not isinstance(value, kind) or not low <= value <= high:
             raise UserError(f"{path}: no run has {name} {value!r}")
+    if model.stage not in STAGES:
+        raise UserError(f"{path}: stage {model.stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
     if "config" in file and not file.get("stage"):
         say(f"note: {path} names no stage, so it is taken for a teacher")
     return model

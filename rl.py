@@ -24,6 +24,7 @@ same noise and after the same earlier tokens of the student; dims numbers make a
    pictures drawn from one noise have little in common once one early token differs: pulling those together blurs them;
 3. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
 """
+import contextlib
 import copy
 import io
 import math
@@ -207,19 +208,26 @@ def parse_rewards(words):
     return weights
 
 
+@contextlib.contextmanager
+def blaming(name, when):
+    """What a reward's own code raises becomes one line that names it."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"reward {name} failed {when} ({place.filename}:{place.lineno}): {type(error).__name__}: "
+                        f"{str(error)[:200]}") from error
+
+
 def guarded(name, f):
     """f, made safe: it may change its arguments, return counts, truth values or doubles, or drop the dimension of a
-    single picture. What it raises is named as its own."""
+    single picture."""
     def reward(images, labels):
-        try:
+        with blaming(name, f"on {len(images)} images, for which it must return one number each"):
             r = torch.as_tensor(f(images.clone(), labels.clone()), device=images.device)
             return r.float().reshape(len(images))
-        except (UserError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(f"reward {name} failed on {len(images)} images ({place.filename}:{place.lineno}): it must "
-                            f"return one number an image. {type(error).__name__}: {str(error)[:200]}") from error
     return reward
 
 
@@ -229,7 +237,10 @@ def build_rewards(args, config, data, names, device, rank):
     Each is tried on one picture and on two: a wrong one ends here, not after an episode. Rank 0 alone watches.
     """
     weights, watched = parse_rewards(args.reward), parse_rewards(args.watch) if rank == 0 else {}
-    functions = {name: guarded(name, REWARDS[name](args, data, names, device)) for name in {**weights, **watched}}
+    functions = {}
+    for name in {**weights, **watched}:
+        with blaming(name, "when it was built"):
+            functions[name] = guarded(name, REWARDS[name](args, data, names, device))
     images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
     for name, f in functions.items():
         for some in (images[:1], images):
@@ -471,9 +482,11 @@ def main(argv=None):
     device, rank, world = setup(args.device, args.dtype)
     start, names = open_student(args, device)
     config, data, vae = start.config, None, None
+    vae_file = None if config.pixels else need_file(args.vae, "kl16")
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
     run = Run(args, device, rank, world, ["rl"], names, divided=["batch"],
-              same=["reward", "watch", "prompt", "class_names", "ref", "data"], stands_on=args.ckpt)
+              same=["reward", "watch", "prompt", "class_names", "ref", "data"],
+              stands_on=[args.ckpt, args.ref, vae_file])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
     if config.pixels and args.data:
@@ -482,8 +495,8 @@ def main(argv=None):
             raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
                             "give --data as distill.py had it")
         check_names(start, data)
-    if not config.pixels:
-        vae = load_vae(need_file(args.vae, "kl16")).to(device)
+    if vae_file:
+        vae = load_vae(vae_file).to(device)
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     functions, weights = build_rewards(args, config, data, names, device, rank)

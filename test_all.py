@@ -1127,6 +1127,8 @@ def test_a_checkpoint_may_lack_all_but_settings_and_weights(folder):
             assert found.class_names == (None if "class_names" in lacks else SHAPES)
         save_checkpoint({**whole, "stage": None}, folder / "slim.pt")
         assert load_mar(folder / "slim.pt").stage == "teacher" and said.getvalue().count("names no stage") == 9
+        save_checkpoint({**whole, "stage": "foo"}, folder / "slim.pt")
+        refused(lambda: load_mar(folder / "slim.pt"), "stage 'foo' is none of teacher, student, rl")
         save_checkpoint({key: whole[key] for key in ("config", "ema", "stage")}, folder / "slim.pt")
         slim = "--ckpt", folder / "slim.pt"
         said = sample_main(*slim, "--classes", 0, "--per_class", 1, "--device", "cpu", "--out", folder / "x.png")
@@ -2774,6 +2776,9 @@ def test_num_writes_a_folder_of_pngs_and_goes_on_with_it(folder):
         refused(lambda: sample_main(*common, 12, *flags, "--out", where), str(where), "new or empty")
     (out / ".drawn_by.json").write_text("{")
     refused(lambda: sample_main(*common, 12, "--out", out), ".drawn_by.json", "other")
+    (out / ".drawn_by.json").unlink(), shutil.rmtree(out)
+    assert "pictures of an earlier" not in sample_main(*common, 10, "--out", out)
+    assert "holds 4 pictures of an earlier, larger --num" in sample_main(*common, 6, "--out", out)
     refused(lambda: sample_main(*common, 6, "--out", folder / "student.pt"), ".npz")
 
 
@@ -3083,6 +3088,12 @@ def test_judged_labels_have_the_shares_of_the_data(folder):
             assert torch.equal(watch(source, 3), watch(None, 3)) and torch.bincount(watch(source, 3)).max() == 134
             drawn = [fid.judge(seeing, real(labels, 80000), labels) for labels in (watch(source), watch(None))]
             assert 8 * drawn[0]["fd"] < drawn[1]["fd"], drawn
+        seeing.counts = net.counts
+        for labels, noted in ((watch(pictures).numpy(), False), (watch(None).numpy(), True)):  # of an .npz of others
+            given = fid.Pictures("a.npz", 32, labels, None, None, asked=labels)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                fid.make_row(given, fid.examine(seeing, real(labels, 80000), labels), {}, seeing, fid.parse_args(["x"]))
+            assert ("a.npz mixes its classes as the data do not, by 45% of" in said.getvalue()) == noted, said.getvalue()
         # fid.py, whose checkpoint may have the classes in another order; and a file that holds no counts
         tiny_mar(folder, num_classes=2)
         file = read_checkpoint(folder / "student.pt")
@@ -3647,15 +3658,22 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
             rl, load_vae=lambda path: TinyVAE(), load_inception=lambda path: inception, read_npz=lambda path: None,
             statistics_in=lambda path, arrays: (np.zeros(12), np.eye(12)))):
         write_student(folder, img_size=64, vae_stride=16, patch_size=1, vae_channels=16)
-        flags = ["--vae", folder / "student.pt", "--data", "nowhere", "--steps", "1", "--kl", "0"]
-        run_rl(folder, *flags, "--out", folder / "judged", "--ref", "a.npz")
+        vae, ref = folder / "vae.ckpt", folder / "a.npz"
+        vae.touch(), ref.touch()
+        flags = ["--vae", vae, "--data", "nowhere", "--steps", "1", "--kl", "0"]
+        judged = [*flags, "--out", folder / "judged", "--ref", ref]
+        run_rl(folder, *judged)
         rows = json.loads((folder / "judged" / "results.json").read_text())
         assert rows["before"]["fid"] > 0 and set(rows["before"]) == set(rows["after"])
         said, blind = io.StringIO(), [*flags, "--reward", "red:100", "--lr", "1e-2", "--out", folder / "blind"]
         run_rl(folder, *blind, said=said)
         assert not (folder / "blind/best.pt").exists()  # no --ref, no distance: nothing says what is best
         assert "there will be no best.pt" in said.getvalue()
-        for more, word in ((["--ref", "a.npz", "--resume"], "--ref a.npz (was None)"),  # the start has no fid
+        for file in (vae, ref):  # rows by another decoder or reference could not be compared
+            file.write_text("another")
+            refused(lambda: run_rl(folder, *judged, "--resume"), f"this {file} (by its SHA-256")
+            file.write_text("")
+        for more, word in ((["--ref", ref, "--resume"], f"--ref {ref} (was None)"),  # the start has no fid
                            (["--reward", "classifier", "--out", folder / "other"], "clip"),
                            (["--vae", folder / "no.ckpt", "--out", folder / "other"], "--get kl16")):
             refused(lambda: run_rl(folder, *blind, *more), word)
@@ -3681,9 +3699,11 @@ def test_rewards_of_every_kind_are_numbers(folder):
             run_rl(folder, "--reward", name, "--watch", "count", "--steps", 1, "--eval_images", 33, "--chunk", 32,
                    "--out", folder / name)
             assert math.isfinite(json.loads((folder / name / "results.json").read_text())["after"]["reward"]), name
-        for name, words in (("away", "reward away failed"), ("pairwise", "one number an image"),
+        for name, words in (("away", "reward away failed"), ("pairwise", "one number each"),
                             ("table", "failed on 2 images"), ("nan", "reward nan is nan")):
             refused(lambda: run_rl(folder, "--reward", name), words)
+        with mock.patch.dict(rl.REWARDS, unbuilt=lambda args, *_: {}["my_flag"]):
+            refused(lambda: run_rl(folder, "--reward", "unbuilt"), "unbuilt failed when it was built", "'my_flag'")
         run_rl(folder, "--reward", "in_place", "--estimator", "pathwise", "--steps", 1, "--out", folder / "path")
     labels = torch.arange(2)
     rl.guarded("in_place", kinds["in_place"])(torch.ones(2, 3, 8, 8), labels)
@@ -3758,7 +3778,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --ckpt nowhere.pt --out new/x.png | no such file
         --ckpt nowhere.pt --num 4 --out new | no such file
         --ckpt kl16.ckpt | no MAR checkpoint
-        --ckpt latent.pt | --vae
+        --ckpt rl.pt | --vae
         --ckpt student.pt --vae kl16.ckpt | not the KL-16
         --ckpt student.pt --classes 9 --num 4 --out new | 0..7
         --ckpt student.pt --classes 0 8 | 0..7
@@ -3848,7 +3868,7 @@ def bad_files(folder):
     tiny_mar(folder, img_size=16, patch_size=4, num_classes=8)
     os.rename(folder / "student.pt", folder / "sixteen.pt")
     write_student(folder), write_student(folder, "teacher")
-    tiny_mar(folder, "latent", vae_stride=2, patch_size=1)
+    tiny_mar(folder, "rl", vae_stride=2, patch_size=1)
     torch.save({"model": {"encoder.conv_in.weight": torch.zeros(1)}}, folder / "kl16.ckpt")
     (folder / "cut.pt").write_bytes((folder / "teacher.pt").read_bytes()[:9999])
     torch.save({"config": "base", "ema": {}}, folder / "odd.pt")
