@@ -421,7 +421,7 @@ def train_teacher(args, config, data, run):
         batch = training_batch(pictures, config, args.teacher_batch, args.seed, step, run)
         # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         for part in micro_batches(batch, args.accumulate, [gradients]):
-            loss = teacher_loss(model, *part, args.draws) / args.accumulate
+            loss = teacher_loss(model, *part, args.draws, args.max_weight) / args.accumulate
             loss.backward()
             run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite
 
@@ -441,8 +441,9 @@ def train_teacher(args, config, data, run):
     return ema
 
 
-def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
-    """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass."""
+def teacher_loss(model, tokens, labels, keys, visible, masked, draws, max_weight=1.0):
+    """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass.
+    max_weight: see diffusion_loss."""
     dropped = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop  # one per picture
     c = model.transformer(tokens, visible, labels.masked_fill(dropped, -1), masked)  # (B, P, D)
     x0 = take(tokens, masked)  # (B, P, C)
@@ -450,14 +451,16 @@ def teacher_loss(model, tokens, labels, keys, visible, masked, draws):
     x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
     with torch.autocast("cuda" if c.is_cuda else "cpu", torch.bfloat16, enabled=runs_bf16(c.device)):  # as MAR trains
         out = model.head(x_t, t, c).float()  # (draws, B, P, 2C)
-    return diffusion_loss(out, x0, x_t, t, eps).mean()
+    return diffusion_loss(out, x0, x_t, t, eps, max_weight).mean()
 
 
-def diffusion_loss(out, x0, x_t, t, eps):
+def diffusion_loss(out, x0, x_t, t, eps, max_weight=1.0):
     """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
 
     out (..., 2C) the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021,
     eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
+    max_weight above 1, ours: the eps error counts as the error of v = alpha eps - sigma x0, 1 / alpha^2 times as much
+    (Salimans & Ho 2022), up to this. For eps alone it is too easy to be right at high noise, where pictures are decided.
     """
     eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
     tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each
@@ -469,7 +472,8 @@ def diffusion_loss(out, x0, x_t, t, eps):
     kl = 0.5 * (log_var - tables["log_post_var"] - 1 + torch.exp(tables["log_post_var"] - log_var)
                 + (mean - mean_hat) ** 2 * torch.exp(-log_var))
     bound = torch.where(t[..., None] == 0, -discretised_log_likelihood(x0, mean_hat, 0.5 * log_var), kl) / math.log(2)
-    return ((eps - eps_hat) ** 2).mean(-1) + bound.mean(-1)
+    weight = (1 / tables["alpha"][..., 0].square()).clamp(max=max_weight)  # (...)
+    return weight * ((eps - eps_hat) ** 2).mean(-1) + bound.mean(-1)
 
 
 def discretised_log_likelihood(x, mean, log_scale):
@@ -492,16 +496,17 @@ def discretised_log_likelihood(x, mean, log_scale):
 DEFAULTS = {
     "shapes": dict(
         size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1500, teacher_batch=64, teacher_lr=1e-3,
-        teacher_ema=0.995, draws=2,
+        teacher_ema=0.995, draws=2, max_weight=5.0,
         steps=1200, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_weight=0.1,
         ar_steps=8, eval_every=600, eval_images=1024, save_every=200),
     "cifar10": dict(
         size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
+        max_weight=5.0,
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
         size="cifar10_cpu", teacher=None, teacher_optimizer="muon", teacher_steps=7000, teacher_batch=64,
-        teacher_lr=1e-3, teacher_ema=0.999, draws=2,
+        teacher_lr=1e-3, teacher_ema=0.999, draws=2, max_weight=5.0,
         steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100, t_guided=700,
         ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
 }
@@ -539,9 +544,10 @@ def parse_args(argv=None):
     flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
     flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
     # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
-    # cheap where the head is small; where in t the student's target is guided, and how much low t counts.
-    # guidance_schedule tells sample.py how to draw with the teacher
-    p.set_defaults(teacher_ema=0.9999, draws=4, t_guided=1000, low_weight=1.0, guidance_schedule="constant")
+    # cheap where the head is small, and how much the highest t count there (diffusion_loss); where in t the student's
+    # target is guided, and how much low t counts. guidance_schedule tells sample.py how to draw with the teacher
+    p.set_defaults(teacher_ema=0.9999, draws=4, max_weight=1.0, t_guided=1000, low_weight=1.0,
+                   guidance_schedule="constant")
     args = read_flags(p, argv, recipe, "teacher_batch t_init teacher_head_steps")
     args.out = args.out or os.path.join("out", name_of(args), *[f"passes_{args.passes}"] * bool(args.passes))
     args.ar_steps = args.passes or args.ar_steps

@@ -861,6 +861,23 @@ def test_loss_agrees_with_the_public_mar():
     close((loss * mask).sum() / mask.sum(), z["loss"])
 
 
+def test_a_teachers_loss_may_count_eps_as_v():
+    """max_weight without limit: the squared error of v = alpha eps - sigma x0, for what eps_hat says of both; with one,
+    the plain loss where 1 / alpha^2 is far above it, times it; 1 is MAR's loss to the bit."""
+    torch.manual_seed(0)
+    t = torch.tensor([1, 300, 700, 960])
+    alpha, sigma = alpha_sigma(t)
+    x0, eps, out = torch.rand(4, 3) - 0.5, torch.randn(4, 3), torch.randn(4, 6)
+    x_t, eps_hat = alpha * x0 + sigma * eps, out[:, :3]
+    x0_hat = (x_t - sigma * eps_hat) / alpha
+    v_error = ((alpha * eps - sigma * x0) - (alpha * eps_hat - sigma * x0_hat)).square().mean(1)
+    loss = lambda *limit: diffusion_loss(out, x0, x_t, t, eps, *limit)
+    eps_error = (eps - eps_hat).square().mean(1)
+    close(loss(math.inf) - loss() + eps_error, v_error, 1e-4)
+    close((loss(5.0) - loss())[-1], 4 * eps_error[-1], 1e-5)  # there 1 / alpha^2 is 250
+    assert torch.equal(loss(1.0), loss())
+
+
 def replayed(draws, head_steps):
     """model.gaussian as MAR drew: `draws` in its order, each of at least (B * P, C) numbers (of the 2N rows of a guided
     chain the first N reach the result). It draws at the chain's last step too, which needs none."""
