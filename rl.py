@@ -60,24 +60,34 @@ def cosines(side, count, device=None):
     return torch.cos(math.pi / side * k * place) * torch.where(k > 0, 2 / side, 1 / side).sqrt()
 
 
+def orthogonal_noise(keys, N, m):
+    """(B,) keys -> (B, N, m): N standard normal vectors a picture, each group of m, or of N if fewer, orthogonal: no
+    call asks what another one has asked. Rotated at random, as long as independent ones (Choromanski et al. 2018)."""
+    n, place = min(N, m), torch.arange(-(-N // min(N, m)) * min(N, m), device=keys.device)
+    z = gaussian(keys, EXPLORE, place.expand(len(keys), -1), m).unflatten(1, (-1, n))  # (B, groups, n, m)
+    q, r = torch.linalg.qr(z.mT)  # (B, groups, m, n) and (..., n, n), whose signs are the algorithm's, not chance's
+    lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, n)
+    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N]
+
+
 @torch.no_grad()
 def reinforce_direction(score, x, labels, keys, args):
     """From rewards alone. The policy is a Gaussian on the finished picture, white in its lowest f x f frequencies:
 
         e_n = z_n Q,  z_n ~ N(0, I),  r_n = r(x + s e_n),     v = 1 / (s (N - 1)) sum_n (r_n - mean r) e_n
 
-    Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q (gradient of the reward smoothed by this
-    noise), unbiased in the subspace. The baseline is the picture's own mean reward, for pictures differ more from each
-    other than from their own neighbours; N - 1, not N: each r_n is in the mean too. The generator passes little but low
-    frequencies on to its weights: noise in others costs calls and teaches nothing. N + 1 reward calls a picture.
+    the z_n at right angles to each other. Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q
+    (gradient of the reward smoothed by this noise), unbiased in the subspace. The baseline is the picture's own mean
+    reward, for pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the
+    mean too. The generator passes little but low frequencies on to its weights: noise in others costs calls and teaches
+    nothing. N + 1 reward calls a picture.
     """
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
     waves = cosines(side, min(args.frequencies or side, side), x.device)  # (f, side): Q's rows are products
     f = len(waves)
     spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, f, f)), waves, waves)
-    # the call's number in the place of a token's, the coefficients as its channels: (B, N, c f f)
-    z = gaussian(keys, EXPLORE, torch.arange(N, device=x.device).expand(B, -1), channels * f * f)
+    z = orthogonal_noise(keys, N, channels * f * f)  # (B, N, c f f)
     r = [score_in_chunks(score, (x[:, None] + s * spread(part)).flatten(0, 1),
                          labels.repeat_interleave(part.shape[1]), args.chunk).view(B, -1)
          for part in z.split(max(1, args.chunk // B), dim=1)]
