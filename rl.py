@@ -63,11 +63,15 @@ def cosines(side, count, device=None):
 def orthogonal_noise(keys, N, m):
     """(B,) keys -> (B, N, m): N standard normal vectors a picture, each group of m, or of N if fewer, orthogonal: no
     call asks what another one has asked. Rotated at random, as long as independent ones (Choromanski et al. 2018)."""
-    n, place = min(N, m), torch.arange(-(-N // min(N, m)) * min(N, m), device=keys.device)
-    z = gaussian(keys, EXPLORE, place.expand(len(keys), -1), m).unflatten(1, (-1, n))  # (B, groups, n, m)
+    n, device = min(N, m), keys.device
+    groups = -(-N // n)
+    if device.type == "mps":  # which has no QR in PyTorch before 2.11, and a slow one since
+        keys = keys.cpu()
+    z = gaussian(keys, EXPLORE, torch.arange(groups * n, device=keys.device).expand(len(keys), -1), m)
+    z = z.unflatten(1, (groups, n))  # (B, groups, n, m)
     q, r = torch.linalg.qr(z.mT)  # (B, groups, m, n) and (..., n, n), whose signs are the algorithm's, not chance's
     lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, n)
-    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N]
+    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N].to(device)
 
 
 @torch.no_grad()
