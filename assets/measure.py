@@ -340,8 +340,8 @@ print('MiB', 1024 * peak(), 1024 * (peak() - before))
     return "\n".join(figures)
 
 
-def gradient_cosine(batches=5, settings=((8, 0.1, 128), (8, 0.2, 128), (8, 0.05, 128), (4, 0.1, 128), (12, 0.1, 128),
-                                         (16, 0.1, 128), (0, 0.1, 128), (8, 0.1, 32), (8, 0.2, 32), (4, 0.1, 32))):
+def gradient_cosine(batches=10, settings=((8, 0.1, 64), (6, 0.1, 64), (5, 0.1, 64), (4, 0.1, 64), (3, 0.1, 64),
+                                          (8, 0.1, 128))):
     """Cosine of the gradient that REINFORCE gives the student's weights with the pathwise one, on the same pictures:
     the student in assets/, its classifier's log p as reward, 16 pictures a batch. In brackets, of v itself."""
     student = load_mar(HERE / "assets/cifar10/student.pt").requires_grad_(True)
