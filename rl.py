@@ -83,13 +83,14 @@ def reinforce_direction(score, x, labels, keys, args):
     the z_n at right angles to each other. Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q
     (gradient of the reward smoothed by this noise), unbiased in the subspace. The baseline is the picture's own mean
     reward, for pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the
-    mean too. The generator passes little but low frequencies on to its weights: noise in others costs calls and teaches
-    nothing. N + 1 reward calls a picture.
+    mean too. The generator passes little but low frequencies on to its weights, and N calls cannot tell more than N
+    numbers apart: so f is the least with c f f >= N, unless --frequencies says it. N + 1 reward calls a picture.
     """
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
-    waves = cosines(side, min(args.frequencies or side, side), x.device)  # (f, side): Q's rows are products
-    f = len(waves)
+    f = math.ceil((N / channels) ** 0.5) if args.frequencies is None else args.frequencies or side
+    f = min(f, side)
+    waves = cosines(side, f, x.device)  # (f, side): Q's rows are products
     spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, f, f)), waves, waves)
     z = orthogonal_noise(keys, N, channels * f * f)  # (B, N, c f f)
     r = [score_in_chunks(score, (x[:, None] + s * spread(part)).flatten(0, 1),
@@ -441,7 +442,7 @@ def parse_args(argv=None):
          help="pathwise: differentiate the reward; less noise, differentiable rewards only")
     flag("--calls", type=int, default=128, help="rewards from which a picture's direction is found, 2 or more")
     flag("--frequencies", type=int, default=None, help="side of the square of lowest frequencies that REINFORCE tries; "
-         "0: all, for rewards of fine texture (left out: 8, with jpeg 0)")
+         "0: all, for rewards of fine texture (left out: as many as --calls can tell apart, with jpeg 0)")
     flag("--noise_std", type=float, default=0.1, help="s, of the policy in each of its frequencies, and of the KL; "
          "pixels lie in [-1, 1], latents have std 1")
     flag("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
@@ -456,8 +457,8 @@ def parse_args(argv=None):
     names = list(parse_rewards(args.reward))
     if args.kl is None:
         args.kl = 0.5 if names == ["classifier"] else 0.2
-    if args.frequencies is None:
-        args.frequencies = 0 if "jpeg" in names else 8
+    if args.frequencies is None and "jpeg" in names:
+        args.frequencies = 0
     args.out = args.out or os.path.join(not_shipped(args.ckpt), "rl")
     return args
 
