@@ -460,7 +460,7 @@ def diffusion_loss(out, x0, x_t, t, eps, max_weight=1.0):
     out (..., 2C) the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021,
     eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
     max_weight above 1, ours: the eps error counts as the error of v = alpha eps - sigma x0, 1 / alpha^2 times as much
-    (Salimans & Ho 2022), up to this. For eps alone it is too easy to be right at high noise, where pictures are decided.
+    (Salimans & Ho 2022), up to this. Of eps alone it is easy to be right at high noise, where pictures are decided.
     """
     eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
     tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each

@@ -916,7 +916,8 @@ def collect(pictures, ask, batch, rank, world):
     A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
     """
     mine, parts = np.array_split(np.arange(pictures.count), world)[rank], []
-    for start in tqdm(range(0, len(mine), batch), printable(pictures.name[:40]), unit="batch", disable=rank > 0 or None):
+    name = printable(pictures.name[:40])
+    for start in tqdm(range(0, len(mine), batch), name, unit="batch", disable=rank > 0 or None):
         numbers = mine[start:start + batch]
         labels = None if pictures.asked is None else torch.from_numpy(pictures.asked[numbers])
         said = ask(pictures.read(numbers), labels)

@@ -577,7 +577,7 @@ def test_reinforce_is_as_good_as_its_calls():
         assert abs(cosine - ((N - 1) / (m + 2)) ** 0.5) < 0.015, (count, cosine)  # the mean costs one, lengths 2 / m
     v, _ = rl.reinforce_direction(score, z, labels, image_keys(labels), direction_args(calls=N, frequencies=None))
     F16 = rl.cosines(16, 16)
-    spectrum = (F16 @ v @ F16.T).abs().amax((0, 1))  # by itself as many frequencies as 64 calls can tell apart: 3 x 5 x 5
+    spectrum = (F16 @ v @ F16.T).abs().amax((0, 1))  # by itself what 64 calls can tell apart: 3 x 5 x 5 numbers
     assert spectrum[:5, :5].min() > 0.01 and max(spectrum[5:].max(), spectrum[:, 5:].max()) < 1e-4
 
 
