@@ -495,10 +495,10 @@ def discretised_log_likelihood(x, mean, log_scale):
 # What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(
-        size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1500, teacher_batch=64, teacher_lr=1e-3,
+        size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1300, teacher_batch=64, teacher_lr=1e-3,
         teacher_ema=0.995, draws=2, max_weight=5.0,
-        steps=1200, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_weight=0.1,
-        ar_steps=8, eval_every=600, eval_images=1024, save_every=200),
+        steps=1000, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_weight=0.1,
+        ar_steps=8, eval_every=500, eval_images=1024, save_every=200),
     "cifar10": dict(
         size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
         max_weight=5.0,
