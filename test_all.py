@@ -1650,7 +1650,8 @@ def test_accumulation_and_variants_run(folder):
 
 
 def test_help_shows_the_defaults_that_hold():
-    for main, argv, wanted in ((distill.main, "--data shapes", "--steps STEPS updates of stage 1 (default: 1200)"),
+    steps = distill.DEFAULTS["shapes"]["steps"]
+    for main, argv, wanted in ((distill.main, "--data shapes", f"--steps STEPS updates of stage 1 (default: {steps})"),
                                (distill.main, "", "--steps STEPS updates of stage 1 (default: 150000)"),
                                (distill.main, f"--teacher {HERE}/assets/cifar10/teacher.pt",
                                 "scale baked into the student; 1 = none, 1.2 is the paper's: a student wants less than "
