@@ -421,6 +421,7 @@ def train_teacher(args, config, data, run):
         batch = training_batch(pictures, config, args.teacher_batch, args.seed, step, run)
         # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         for part in micro_batches(batch, args.accumulate, [gradients]):
+            # on small data errors at high noise count more: there it is decided what becomes of a picture
             loss = teacher_loss(model, *part, args.draws, args.max_weight) / args.accumulate
             loss.backward()
             run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite

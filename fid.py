@@ -968,9 +968,9 @@ def make_row(pictures, said, reference, classifier, args):
         facts["own"] = f"{classifier.accuracy:.4f}"
         row |= figures_of(classifier, said)
         if pictures.asked is not None:
-            shares = np.bincount(pictures.asked, minlength=len(classifier.counts)) / pictures.count
-            moved = float((torch.from_numpy(shares) - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
-            if moved > 0.1:
+            counts = torch.bincount(torch.from_numpy(pictures.asked), minlength=len(classifier.counts))
+            moved = float((counts / counts.sum() - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
+            if moved > 0.1:  # the share of the pictures that would have to be of another class
                 say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images: FD and "
                     "modes compare that too")
     row |= {kind: float(said[kind].mean(dtype=np.float64)) for kind in PROMPTED if kind in said}

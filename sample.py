@@ -267,7 +267,7 @@ def save_samples(model, labels, path, rank, world, batch, **how):
     there = [set() if Path(path).suffix or rank > 0 else set(os.listdir(path))]
     if world > 1:
         dist.broadcast_object_list(there)  # rank 0 says: it is already writing when another one looks
-    if beyond := len(there[0] - set(names) - {".drawn_by.json"}):
+    if beyond := sum(name.endswith(".png") for name in there[0].difference(names)):
         say(f"note: {path} holds {beyond} pictures of an earlier, larger --num too: who judges the folder judges them")
     starts = [i for i in range(0, len(labels), together) if not there[0].issuperset(names[i:i + together])]
     rounds = (draw_together(model, labels[i:i + together], rank, world, i, batch=batch, **how)
