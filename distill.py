@@ -43,7 +43,7 @@ from tqdm import tqdm
 from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
                   read_class_names, run_main, say_once, setup, train_indices)
 from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
-from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
+from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_products, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, need_file, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint,
                    say, schedule_tables, take, token_orders, uniform, write_json)
 from sample import draw_together, image_seeds, save_grid, steps_of
@@ -226,6 +226,8 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: distillation
 
+DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
+
 
 def distil(args, teacher, data, run, watch):
     """Distil `teacher` (frozen) to a one-step student; write student.pt; `watch` writes results.json."""
@@ -237,7 +239,8 @@ def distil(args, teacher, data, run, watch):
     pool = OwnPictures(teacher.config, 0 if data else args.batch).to(run.device)  # with data an empty one
     run.restore("student", model=student, ema=ema, critic=critic, optimizer=optimizer,
                 critic_optimizer=critic_optimizer, pool=pool)
-    prepare(args, student, critic, frozen=[teacher])
+    student.checkpoint_blocks = critic.checkpoint_blocks = args.recompute
+    bf16_weights(teacher)  # it is frozen
     gradients, critic_gradients = Gradients(student), Gradients(critic)
 
     for step in run.steps(args.steps, args.batch):
@@ -296,16 +299,6 @@ def distil(args, teacher, data, run, watch):
     watch.look("student", ema, run.step)
 
 
-def prepare(args, *trained, frozen=()):
-    """Before the first update: what saves memory and time, and changes no number but by rounding. `frozen`: networks
-    that are run and never changed."""
-    for model in trained:
-        model.checkpoint_blocks = args.recompute
-    for model in frozen:
-        if runs_bf16(next(model.parameters()).device):
-            bf16_weights(model)
-
-
 # Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
 # student of a score guided there makes frequent modes more so and loses rare ones. At low noise a score sees one mode:
 # guidance is safe, but much learning there lets frequencies drift.
@@ -349,7 +342,8 @@ def draw_in_fewer_passes(args, start, run, watch):
     ema = copy.deepcopy(student).requires_grad_(False)
     optimizer = make_optimizer(student, args.lr, (0.9, 0.99))  # a fixed target: with momentum
     run.restore("student", model=student, ema=ema, optimizer=optimizer)
-    prepare(args, student, frozen=[start])
+    student.checkpoint_blocks = args.recompute
+    bf16_weights(start)  # it is frozen
     gradients = Gradients(student)
     counts = mask_counts(student.config.seq_len, args.passes)[:-1]  # tokens masked before each AR step
 
@@ -405,7 +399,7 @@ def train_teacher(args, config, data, run):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = teacher_optimizers(model, args)
     run.restore("teacher", model=model, ema=ema, **optimizers)
-    prepare(args, model)
+    model.checkpoint_blocks = args.recompute
     gradients = Gradients(model)
 
     for step in run.steps(args.teacher_steps, args.teacher_batch):
@@ -450,7 +444,7 @@ def teacher_loss(model, tokens, labels, keys, visible, masked, draws, max_weight
     x0 = take(tokens, masked)  # (B, P, C)
     each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
     x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
-    with torch.autocast("cuda" if c.is_cuda else "cpu", torch.bfloat16, enabled=runs_bf16(c.device)):  # as MAR trains
+    with bf16_products(c.device):  # the head's too, as MAR trains
         out = model.head(x_t, t, c).float()  # (draws, B, P, 2C)
     return diffusion_loss(out, x0, x_t, t, eps, max_weight).mean()
 
@@ -790,9 +784,6 @@ def orthogonal(x):
         gram = out @ out.mT
         out = torch.baddbmm(out, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), out, beta=3.4445)
     return (out.mT if tall else out).to(x.dtype)
-
-
-DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
 
 
 @torch.no_grad()

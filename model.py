@@ -124,17 +124,12 @@ def cosine_schedule(steps=1000):
 
 
 @functools.lru_cache(maxsize=None)
-def schedule_tables(device):
-    """The 1,000-step schedule as float32 tensors on `device`, for gathers by a tensor t; alpha and sigma added."""
-    tables = dict(cosine_schedule(1000))
+def schedule_tables(device, steps=1000):
+    """The schedule as float32 tensors on `device`, alpha and sigma added. Kept: a copy from the host at each AR step
+    would wait for the GPU."""
+    tables = dict(cosine_schedule(steps))
     tables["alpha"], tables["sigma"] = np.sqrt(tables["abar"]), np.sqrt(1 - tables["abar"])
     return {name: torch.tensor(value, dtype=torch.float32, device=device) for name, value in tables.items()}
-
-
-@functools.lru_cache(maxsize=None)
-def chain_times(steps, device):
-    """cosine_schedule(steps)["t"] on `device`. Kept: a copy from the host at each AR step would wait for the GPU."""
-    return torch.as_tensor(cosine_schedule(steps)["t"], device=device)
 
 
 def alpha_sigma(t):
@@ -437,13 +432,13 @@ class MAR(nn.Module):
 
     def transformer(self, tokens, visible, labels, predict, seen=None):
         """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
-        (B, P, D) of the tokens `predict` (B, P), float32. Inside bf16 where `runs_bf16`; head and losses are float32.
+        (B, P, D) of the tokens `predict` (B, P), float32. Inside bf16 where that is fast; head and losses are float32.
         seen (B, L, C), with `passes`: the noise that unknown tokens are made of, so that those of a step can agree.
 
         In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others.
         """
         S = self.config.buffer_size
-        with torch.autocast("cuda" if tokens.is_cuda else "cpu", torch.bfloat16, enabled=runs_bf16(tokens.device)):
+        with bf16_products(tokens.device):
             x = self.decoder_embed(self.encode(tokens, visible, labels))  # (B, S + V, D)
             full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
             if seen is not None:
@@ -515,7 +510,7 @@ class MAR(nn.Module):
         guidance go through the head as one batch."""
         schedule, B, C = cosine_schedule(steps), len(x), self.config.token_dim
         y_c = self.head_net.cond_embed(c if c_null is None else torch.cat([c, c_null]))  # (B or 2B, P, W)
-        y_t = self.head_net.time_embed(chain_times(steps, x.device))  # (steps, W)
+        y_t = self.head_net.time_embed(schedule_tables(x.device, steps)["t"])  # (steps, W)
         for j in reversed(range(steps)):
             now = {name: float(value[j]) for name, value in schedule.items()}
             out = self.head_net(x if c_null is None else torch.cat([x, x]), y_t[j] + y_c)
@@ -858,14 +853,16 @@ def runs_bf16(device):
     return device.type == "cuda" if BF16 is None else BF16
 
 
-def bf16_weights(model):
-    """Store in bf16, in place, what bf16 autocast casts to it anyway: the transformer's matrices. -> the model.
+def bf16_products(device):
+    """Inside it matrix products are in bf16, where `runs_bf16`."""
+    return torch.autocast("cuda" if device.type == "cuda" else "cpu", torch.bfloat16, enabled=runs_bf16(device))
 
-    For networks that are neither trained nor saved any more. The same bits come out: autocast rounds these weights
-    (those of frozen networks at every call, its cache holds trained ones only). At batch 1 that casting moves 8 bytes
-    a weight and the product itself 2. Embeddings, norms and the head stay float32.
-    """
+
+def bf16_weights(model):
+    """Where the transformer runs in bf16, store its matrices so, in place: for networks that are neither trained nor
+    saved any more. -> the model. The same bits come out: autocast rounds the weights of frozen networks at every call,
+    which at batch 1 moves 8 bytes a weight, and the product itself 2. Embeddings, norms and the head stay float32."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith("head_net."):
+        if isinstance(module, nn.Linear) and not name.startswith("head_net.") and runs_bf16(module.weight.device):
             module.weight.data, module.bias.data = module.weight.data.bfloat16(), module.bias.data.bfloat16()
     return model

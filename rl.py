@@ -38,12 +38,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
-from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, micro_batches, prepare, read_flags,
-                     set_lr, update_ema)
+from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, micro_batches, read_flags, set_lr,
+                     update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (TRAIN, UserError, gaussian, image_keys, load_mar, mask_counts, read_checkpoint, reveal_plan, take,
-                   write_json)
+from model import (TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, read_checkpoint,
+                   reveal_plan, take, write_json)
 from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
@@ -287,7 +287,8 @@ def train(args, start, score, run, watch):
     if run.rank == 0 and not {"fd", "fid"} & row.keys():
         print("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt",
               flush=True)
-    prepare(args, student, frozen=[start])
+    student.checkpoint_blocks = args.recompute
+    bf16_weights(start)  # it is frozen
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
 
