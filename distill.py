@@ -544,7 +544,9 @@ def parse_args(argv=None):
     p.set_defaults(teacher_ema=0.9999, draws=4, max_weight=1.0, t_guided=1000, low_weight=1.0,
                    guidance_schedule="constant")
     args = read_flags(p, argv, recipe, "teacher_batch t_init teacher_head_steps")
-    args.out = args.out or os.path.join("out", name_of(args), *[f"passes_{args.passes}"] * bool(args.passes))
+    source = "imagenet" if args.teacher in PUBLIC_FILES else os.path.dirname(os.path.abspath(args.teacher or ""))
+    name = os.path.basename(os.path.normpath(args.data or source))
+    args.out = args.out or os.path.join("out", name, *[f"passes_{args.passes}"] * bool(args.passes))
     args.ar_steps = args.passes or args.ar_steps
     return args
 
@@ -582,13 +584,6 @@ def read_flags(p, argv, recipe, positive, **defaults):
 
 
 PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: what data.py --get calls it
-
-
-def name_of(args):
-    """out/<this>: the data's name, imagenet for a public teacher, else the name of the teacher's folder."""
-    if args.data or args.teacher in PUBLIC_FILES:
-        return os.path.basename(os.path.normpath(args.data or "imagenet"))
-    return os.path.basename(os.path.dirname(os.path.abspath(args.teacher)))
 
 
 def recipe(known):
@@ -683,16 +678,12 @@ def main(argv=None):
     class_names = data.class_names if data else teacher.class_names or (
         read_class_names() if config.num_classes == 1000 else [*map(str, range(config.num_classes))])
     vae = load_vae(args.vae).to(device) if args.vae else None
-    divided = ["batch"] * bool(args.steps) + ["teacher_batch"] * bool(args.teacher_steps)
-    # same: the rows of the table are of this t_init, the pool of own pictures is of this batch
-    run = Run(args, device, rank, world, ["teacher", "student"], class_names, divided,
+    # the rows of the table are of this t_init, the pool of own pictures is of this batch
+    run = Run(args, device, rank, world, ["teacher", "student"], class_names,
               same=["t_init"] + ["batch"] * (not data and not args.passes), stands_on=[args.teacher])
     run.start()
-
     if not data and config.pixels:
-        source = "start's" if args.passes else "student's own"
-        say(f"no data: it learns from the {source} pictures, {'judged by' if beside else 'not judged: no'} "
-            f"{beside or 'classifier_0.pt lies beside the teacher'}")
+        say(f"no data: figures are by {beside or 'none: no classifier_0.pt lies beside the teacher'}")
     if beside and rank == 0:
         with replacing(run.path("classifier_0.pt"), "wb") as f:  # so that rl.py and fid.py find it beside the student
             f.write(beside.read_bytes())
@@ -701,9 +692,7 @@ def main(argv=None):
         classifier = real.to(device) if beside else load_or_train_classifier(data, args.out, 0, device)
         return lambda images, labels: judge(classifier, images, labels)
 
-    watch = Watch(run, config, real, make_figures if config.pixels and real else None,
-                  shows=config.pixels or args.vae, vae=vae)
-
+    watch = Watch(run, config, real, make_figures if config.pixels and real else None, vae)
     if teacher is None:
         done = run.resumed.get("stage") == "student"
         teacher = load_mar(run.path("teacher.pt")) if done else train_teacher(args, config, data, run)
@@ -812,24 +801,23 @@ class Run:
     ends the run. `step` counts updates done; a loop's own `step` is the number of its update, from 0.
     """
 
-    def __init__(self, args, device, rank, world, stages, class_names, divided=(), same=(), stands_on=()):
-        """stages: those that the program can go on with; divided: flags that count images an update; same: flags that a
-        resumed run must have as it began; stands_on: files (None: none) that its figures hang on, which must stay as
-        they are."""
+    def __init__(self, args, device, rank, world, stages, class_names, same=(), stands_on=()):
+        """stages: those that the program can go on with; same: flags that a resumed run must have as it began;
+        stands_on: files (None: none) that its figures hang on, which must stay as they are."""
         self.args, self.class_names = args, class_names
         self.device, self.rank, self.world = device, rank, world
         self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
         self.heard = self.stopping = 0  # the signal that this process heard; that all agreed to obey
         path = self.path("resume.pt")
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) and os.path.exists(path):
-            # torchrun --max-restarts started us again after a rank died; with other flags it is another run's file
-            same, args.resume = same if args.resume else vars(args), True
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun --max-restarts, as a rank died
+        if restarted and os.path.exists(path) and not args.resume:
+            same, args.resume = vars(args), True  # all flags: with others it is another run's file
         if args.resume != os.path.exists(path):
             raise UserError(f"--resume: {path} is not there; leave --resume away to start" if args.resume else
                             f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
-        for name in divided:
-            if vars(args)[name] % (world * args.accumulate):
-                raise UserError(f"--{name} {vars(args)[name]} must be a multiple of processes x --accumulate = "
+        for steps, batch in (("steps", "batch"), ("teacher_steps", "teacher_batch")):
+            if vars(args).get(steps) and vars(args)[batch] % (world * args.accumulate):
+                raise UserError(f"--{batch} {vars(args)[batch]} must be a multiple of processes x --accumulate = "
                                 f"{world} x {args.accumulate}")
         self.stands_on = {path: file_hash(path) for path in stands_on if path}
         self.resumed = read_checkpoint(path) if args.resume else {}
@@ -917,8 +905,7 @@ class Run:
     def steps(self, total, images):
         """The steps that are left, with a bar. images: an update's, of all ranks."""
         self.total, self.images, self.sums = total, images, {}
-        self.clock, self.since = time.time(), self.step  # of images/s
-        self.logged = self.step
+        self.logged, self.clock = self.step, time.time()  # step of the last log line; since when training goes on
         say(f"{self.stage}: updates {self.step} to {total}, {images} images each on {self.world} process(es)")
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=self.stage, unit="step",
                         disable=self.rank > 0 or None, mininterval=1)
@@ -949,10 +936,10 @@ class Run:
             raise UserError(f"not finite in updates {self.logged + 1} to {self.step}: {values}: lower the learning "
                             f"rate (or mend the reward), or try another --seed; {self.what_is_kept()}")
         self.bar.set_postfix(list(values.items())[:1])  # the loss or the reward
-        self.sums, self.logged = {}, self.step
-        values["images_per_s"] = self.images * (self.step - self.since) / (time.time() - self.clock)
+        values["images_per_s"] = self.images * (self.step - self.logged) / (time.time() - self.clock)
         if self.device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.sums, self.logged = {}, self.step
         self.note(values)
 
     def note(self, values):
@@ -960,7 +947,7 @@ class Run:
         if self.rank == 0:
             with open(self.path("log.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
-        self.clock, self.since = time.time(), self.step
+        self.clock = time.time()
 
     def save(self, product, model):
         """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
@@ -973,7 +960,7 @@ class Run:
         self.kept, self.unsaved = self.step, False
         if self.stopping:
             self.leave()
-        self.clock, self.since = time.time(), self.step
+        self.clock = time.time()
 
     def write(self, name, sizes, /, **contents):
         """<name>.pt, with `ema`, weights, what sample.py, fid.py and rl.py read. sizes: a MARConfig."""
@@ -984,15 +971,13 @@ class Run:
 class Watch:
     """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
 
-    real: Data or Classifier whose mixture of classes the table has; None: alike often. make_figures: called once, on
-    rank 0; what it returns takes images uint8 (N, 3, H, W) and their labels (N,) and gives {name: number}; None: no
-    table. shows: whether there is a grid, whose rows share classes, orders and noise, so that a picture can be compared
-    with the one above.
+    real: Data or Classifier whose mixture of classes the table has; None: alike often. make_figures: None, no table; or
+    called once, on rank 0, for a function of images uint8 (N, 3, H, W) and labels (N,) -> {name: number}. Rows of the
+    grid share classes, orders and noise, so that a picture can be compared with the one above; latents need a vae.
     """
 
-    def __init__(self, run, config, real, make_figures, shows=True, vae=None):
-        self.run, self.shows, self.vae = run, shows, vae
-        self.judges = make_figures is not None
+    def __init__(self, run, config, real, make_figures, vae=None):
+        self.run, self.vae, self.judges = run, vae, make_figures is not None
         self.figures = make_figures() if self.judges and run.rank == 0 else None
         fits = real and len(real.counts) == config.num_classes
         self.labels = labels_like(real.counts if fits else torch.ones(config.num_classes), run.args.eval_images)
@@ -1013,7 +998,7 @@ class Watch:
         how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
         draw_with = lambda labels, seed: draw_together(model, labels, self.run.rank, self.run.world, seed=seed,
                                                        vae=self.vae, **how)
-        if self.shows:
+        if self.vae or model.config.pixels:
             self.grid[name] = draw_with(self.shown, seed)
         made_by = {"n": len(self.labels), "seed": seed + 1, "step": step, **how}
         if self.judges and self.rows.get(name, {}).get("made_by") != made_by:

@@ -500,8 +500,7 @@ def main(argv=None):
     config, data, vae = start.config, None, None
     vae_file = None if config.pixels else need_file(args.vae, "kl16")
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
-    run = Run(args, device, rank, world, ["rl"], names, divided=["batch"],
-              same=["reward", "watch", "prompt", "class_names", "ref", "data"],
+    run = Run(args, device, rank, world, ["rl"], names, same=["reward", "watch", "prompt", "class_names", "ref", "data"],
               stands_on=[args.ckpt, args.ref, vae_file])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
