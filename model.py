@@ -27,7 +27,7 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -589,10 +589,8 @@ def reading(path, what, advice=""):
     """Whatever a damaged or foreign file raises inside becomes one line that names it. A disk's own errors pass."""
     try:
         yield
-    except (UserError, MemoryError):
-        raise
     except Exception as error:
-        if getattr(error, "errno", None):
+        if isinstance(error, (UserError, MemoryError)) or getattr(error, "errno", None):
             raise
         reason = " ".join(str(error).split())[:100] or "truncated?"
         raise UserError(f"{path} is no whole {what} ({type(error).__name__}: {reason}){advice}") from None
@@ -623,9 +621,7 @@ def weights_in(file, ema=True):
 
 def config_of_public(state, args, heads, path):
     """MARConfig of a public state dict: sizes off the shapes; the number of heads is in no shape, so off the width."""
-    def depth(kind):
-        return len({key[len(kind):].split(".")[1] for key in state if key.startswith(kind)})
-
+    depth = lambda kind: len({key[len(kind):].split(".")[1] for key in state if key.startswith(kind)})
     args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
     width, token_dim = state["z_proj.weight"].shape
     channels, stride = args.get("vae_embed_dim") or 16, args.get("vae_stride") or 16  # released files carry no args
@@ -643,15 +639,18 @@ def config_of_public(state, args, heads, path):
                      head_depth=depth("head_net.res_blocks"), head_width=len(state["head_net.input_proj.weight"]))
 
 
-def check_config(config, path):
-    """UserError naming the first setting that no network can have."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        is_share = field.type is float  # dropout, label_drop, mask_ratio_min
-        low = 0 if is_share or field.name == "passes" else 1
-        high = 1 if is_share else 999 if field.name.endswith(("t_init", "depth")) else 1 << 16
-        if type(value) not in (int, field.type) or not low <= value <= high:
-            raise UserError(f"{path}: no network has {field.name} {value!r}")
+HIGHEST = {"dropout": 1.0, "label_drop": 1.0, "mask_ratio_min": 1.0, "guidance": math.inf, "t_init": 999,
+           "encoder_depth": 999, "decoder_depth": 999, "head_depth": 999, "teacher_head_steps": 1000}
+
+
+def check_settings(config, made, path):
+    """UserError naming the first setting of a network, or flag of its run (`made`), that none can have."""
+    of_run = {name: made[name] for name in ("ar_steps", "teacher_head_steps", "guidance") if name in made}
+    for name, value in {**asdict(config), **of_run}.items():
+        high = HIGHEST.get(name, 1 << 16)
+        low = 0 if type(high) is float or name == "passes" else 1
+        if type(value) not in (int, type(high)) or not low <= value <= high:
+            raise UserError(f"{path}: no {'run' if name in of_run else 'network'} has {name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
         if getattr(config, whole) % getattr(config, part):
             raise UserError(f"{path}: {whole} {getattr(config, whole)} must be a multiple of {part} "
@@ -667,32 +666,27 @@ def load_mar(path, ema=True, **config_overrides):
     its run; {} in public files), class_names (None where it has none).
     """
     file = read_checkpoint(path)
-    state = weights_in(file, ema)
-    public = "diffloss.net.input_proj.weight" in state
-    if not {"class_emb.weight", "z_proj.weight"} <= set(state) or not (public or "config" in file):
+    state, ours = weights_in(file, ema), "config" in file
+    layout = "head_net." if ours and "head_net.input_proj.weight" in state else "diffloss.net."  # the public name
+    if not {"class_emb.weight", "z_proj.weight", layout + "input_proj.weight"} <= set(state):
         raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}" if ema else
                         f"{path} holds no weights as trained, resume.pt does")
-    state = {name.replace("diffloss.net.", "head_net."): value for name, value in state.items()}
+    state = {name.replace(layout, "head_net."): value for name, value in state.items()}
+    stage, names = file.get("stage") or "teacher", file.get("class_names")
+    made = file["args"] if ours and isinstance(file.get("args"), dict) else {}
     with reading(path, "MAR checkpoint"):
-        config = (MARConfig(**file["config"]) if "config" in file else
+        config = (MARConfig(**file["config"]) if ours else
                   config_of_public(state, file.get("args"), config_overrides.get("heads"), path))
-        config, names = replace(config, **config_overrides), file.get("class_names")
-        check_config(config, path)
+        config = replace(config, **config_overrides)
+        check_settings(config, made, path)
         if names is not None and [type(name) for name in names] != [str] * config.num_classes:
             raise UserError(f"{path}: class_names are no text for each of its {config.num_classes} classes")
-    in_file = (lambda name: name.replace("head_net.", "diffloss.net.")) if public else str
-    model = fill_model(lambda: MAR(config), state, path, in_file)
-    model.source, model.stage, model.class_names = str(path), file.get("stage") or "teacher", names
-    model.made = file["args"] if isinstance(file.get("args"), dict) and "config" in file else {}
-    for name, kind, low, high in (("ar_steps", int, 1, 1 << 16), ("teacher_head_steps", int, 1, 1000),
-                                  ("guidance", (int, float), 0, math.inf)):
-        value = model.made.get(name, low)
-        if not isinstance(value, kind) or not low <= value <= high:
-            raise UserError(f"{path}: no run has {name} {value!r}")
-    if model.stage not in STAGES:
-        raise UserError(f"{path}: stage {model.stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
-    if "config" in file and not file.get("stage"):
+    if stage not in STAGES:
+        raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
+    if ours and not file.get("stage"):
         say(f"note: {path} names no stage, so it is taken for a teacher")
+    model = fill_model(lambda: MAR(config), state, path, lambda name: name.replace("head_net.", layout))
+    model.source, model.stage, model.made, model.class_names = str(path), stage, made, names
     return model
 
 
