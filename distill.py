@@ -291,11 +291,7 @@ def distil(args, teacher, data, run, watch):
         update_ema(ema, student, args.ema)
         run.add(grad_norm=norm, critic_norm=critic_norm)
 
-        # log and save: only here does the loop wait for the device
-        if run.due(args.log_every):
-            run.log()
-        if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema)
+        run.log_and_save("student", ema)  # where due: only here does the loop wait for the device
     watch.look("student", ema, run.step)
 
 
@@ -376,11 +372,7 @@ def draw_in_fewer_passes(args, start, run, watch):
         update_ema(ema, student, args.ema)
         run.add(grad_norm=norm)
 
-        # log and save: only here does the loop wait for the device
-        if run.due(args.log_every):
-            run.log()
-        if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema)
+        run.log_and_save("student", ema)  # where due: only here does the loop wait for the device
     watch.look("student", ema, run.step)
 
 
@@ -428,11 +420,7 @@ def train_teacher(args, config, data, run):
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
         run.add(grad_norm=norm)
 
-        # log and save: only here does the loop wait for the device
-        if run.due(args.log_every):
-            run.log()
-        if run.due(args.save_every):
-            run.save("teacher", ema)
+        run.log_and_save("teacher", ema)  # where due: only here does the loop wait for the device
     return ema
 
 
@@ -543,7 +531,7 @@ def parse_args(argv=None):
     # target is guided, and how much low t counts. guidance_schedule tells sample.py how to draw with the teacher
     p.set_defaults(teacher_ema=0.9999, draws=4, max_weight=1.0, t_guided=1000, low_weight=1.0,
                    guidance_schedule="constant")
-    args = read_flags(p, argv, recipe, "teacher_batch t_init teacher_head_steps")
+    args = read_flags(p, argv, recipe)
     source = "imagenet" if args.teacher in PUBLIC_FILES else os.path.dirname(os.path.abspath(args.teacher or ""))
     name = os.path.basename(os.path.normpath(args.data or source))
     args.out = args.out or os.path.join("out", name, *[f"passes_{args.passes}"] * bool(args.passes))
@@ -551,10 +539,9 @@ def parse_args(argv=None):
     return args
 
 
-def read_flags(p, argv, recipe, positive, **defaults):
+def read_flags(p, argv, recipe, **defaults):
     """The flags, with those that all training has and their `defaults`. They are read twice: first for what decides the
-    defaults, then with those that `recipe` makes of it (so --help shows them). positive: names of flags that 0 is
-    refused for, beside the shared ones."""
+    defaults, then with those that `recipe` makes of it (so --help shows them)."""
     flag = p.add_argument
     # optimiser
     flag("--lr", type=float, default=1e-5, help="student's learning rate")
@@ -578,8 +565,8 @@ def read_flags(p, argv, recipe, positive, **defaults):
     known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
-    check_numbers(args, one=positive + " batch accumulate ar_steps eval_every save_every log_every",
-                  two="eval_images", share="ema")  # two: a covariance needs as many
+    check_numbers(args, one="teacher_batch t_init teacher_head_steps chunk batch accumulate ar_steps eval_every "
+                  "save_every log_every", two="eval_images", share="ema")  # two: a covariance needs as many
     return args
 
 
@@ -634,10 +621,11 @@ def check_names(network, data):
     theirs, ours = network.class_names or [*map(str, range(network.config.num_classes))], list(data.class_names)
     if theirs == [*map(str, range(len(ours)))]:
         say_once(f"{network.source} names no classes: its class 0 is taken for {ours[0]}, the last for {ours[-1]}")
-    elif theirs != ours:
-        i, pair = next(x for x in enumerate(itertools.zip_longest(theirs, ours)) if x[1][0] != x[1][1])
-        raise UserError(f"class {i} of {network.source} is {pair[0]}, of {data.name} it is {pair[1]}: name its folders "
-                        "alike, or choose another")
+        return
+    for i, (name, other) in enumerate(itertools.zip_longest(theirs, ours)):
+        if name != other:
+            raise UserError(f"class {i} of {network.source} is {name}, of {data.name} it is {other}: name its folders "
+                            "alike, or choose another")
 
 
 def open_teacher(args):
@@ -796,9 +784,9 @@ class Run:
     """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN.
 
     It never sees a batch or an optimiser's step. A loop calls `restore`, goes through `steps`, and in each `add`s what
-    the log is to have and calls `log` and `save` where they are `due`. Written files are whole at any moment, so a run
-    killed in any line resumes from its last checkpoint, on a CPU bit for bit. After a signal all is due, and `save`
-    ends the run. `step` counts updates done; a loop's own `step` is the number of its update, from 0.
+    the log is to have and calls `log_and_save`. Written files are whole at any moment, so a run killed in any line
+    resumes from its last checkpoint, on a CPU bit for bit. After a signal all is due, and a save ends the run. `step`
+    counts updates done; a loop's own `step` is the number of its update, from 0.
     """
 
     def __init__(self, args, device, rank, world, stages, class_names, same=(), stands_on=()):
@@ -918,9 +906,14 @@ class Run:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def due(self, *every):
-        """Whether something is due that is done every so many updates, at the last one, and when the run is to end."""
-        return self.stopping or self.step == self.total or any(self.step % n == 0 for n in every)
+    def log_and_save(self, product, model):
+        """Log and save every so many updates, at the last one, and when the run is to end. A save comes before a look
+        too, which may be broken off."""
+        due = lambda *every: self.stopping or self.step == self.total or any(self.step % n == 0 for n in every)
+        if due(self.args.log_every):
+            self.log()
+        if due(self.args.save_every, self.args.eval_every):
+            self.save(product, model)
 
     def log(self):
         """A line of log.jsonl: means of what was added, over the updates since the last line and over the ranks, and

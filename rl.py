@@ -324,11 +324,7 @@ def train(args, start, score, run, watch):
         update_ema(ema, student, args.ema)
         run.add(grad_norm=norm)
 
-        # log and save: only here does the loop itself wait for the device
-        if run.due(args.log_every):
-            run.log()
-        if run.due(args.save_every, args.eval_every):  # before a look too, which may be broken off
-            run.save("student", ema)
+        run.log_and_save("student", ema)  # where due: only here does the loop itself wait for the device
     evaluate(run, watch, ema, run.step)
 
 
@@ -450,7 +446,7 @@ def parse_args(argv=None):
     flag("--steps", type=int, default=2000, help="updates")
     flag("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
     flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it if memory runs out")
-    args = read_flags(p, argv, recipe, "chunk", warmup=20, ema=0.99, eval_every=200, save_every=100, log_every=5)
+    args = read_flags(p, argv, recipe, warmup=20, ema=0.99, eval_every=200, save_every=100, log_every=5)
     if args.calls < 2:
         raise UserError(f"--calls {args.calls}: a direction is found by comparing rewards, two at least")
     if args.noise_std == 0:
@@ -500,8 +496,8 @@ def main(argv=None):
     config, data, vae = start.config, None, None
     vae_file = None if config.pixels else need_file(args.vae, "kl16")
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
-    run = Run(args, device, rank, world, ["rl"], names, same=["reward", "watch", "prompt", "class_names", "ref", "data"],
-              stands_on=[args.ckpt, args.ref, vae_file])
+    run = Run(args, device, rank, world, ["rl"], names, stands_on=[args.ckpt, args.ref, vae_file],
+              same=["reward", "watch", "prompt", "class_names", "ref", "data"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
     if config.pixels and args.data:
