@@ -77,11 +77,9 @@ def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
 
 
 def gsim_slope(x_t, eps, eps_q, eps_p, alpha, sigma):
-    """d loss / d x0 (..., C) for heads held fixed, and the loss (...). x_t has a graph to eps_q and eps_p.
-
-    The loss reaches the student only through x_t = alpha x0 + sigma eps, eps a constant. So it is differentiated down
-    to x_t here, and the caller pushes the result into the student's graph. The heads' weights get no gradient.
-    """
+    """d loss / d x0 (..., C) for heads held fixed, and the loss (...). x_t has a graph to eps_q and eps_p. The loss
+    reaches the student only through x_t = alpha x0 + sigma eps, eps a constant: it is differentiated down to x_t here,
+    and the caller pushes the result into the student's graph. The heads' weights get no gradient."""
     loss = gsim_loss(eps, eps_q, eps_p, alpha, sigma)
     return alpha * torch.autograd.grad(loss.sum(), x_t)[0], loss.detach()
 
@@ -131,23 +129,19 @@ def real_pictures(data, model, batch, seed, step, run):
 
 
 def episodes(config, batch, seed, step, run):
-    """Classes and noise of this rank's share of `batch` pictures to draw: labels (B,), seeds (B, 2), on the device.
-
-    Classes come in shuffled rounds of all of them, so each is drawn equally often. All of it depends on (seed, step)
-    and the place in the global batch alone.
-    """
+    """Classes and noise of this rank's share of `batch` pictures to draw: labels (B,), seeds (B, 2), on the device, by
+    (seed, step) and the place in the global batch alone. Shuffled rounds of all classes draw each equally often."""
     labels, _ = train_indices(config.num_classes, batch, step, seed, run.rank, run.world)
     seeds = image_seeds(seed, step * batch + run.rank * len(labels), len(labels))
     return run.upload(torch.from_numpy(labels)), run.upload(seeds)
 
 
 class OwnPictures(torch.nn.Module):
-    """Pictures by the student's averaged weights, contexts like real ones: the last POOL drawings, a batch each.
+    """Pictures by the student's averaged weights: the last POOL drawings, a batch each.
 
     GSIM never reads the value of a masked token, so data give it contexts only. The student's own are nearer to those
     it meets when it draws: real ones lack what guidance did to them. To learn from one's own output is safe here: the
-    loss is at rest where q = p in whatever context; which contexts come only weighs which conditionals are fitted.
-    Every rank holds the whole pool, as buffers, so that resume.pt has it too.
+    loss is at rest where q = p in whatever context. Every rank holds the whole pool, as buffers: resume.pt has it too.
     """
 
     POOL, EVERY, AR_STEPS = 16, 8, 8  # AR_STEPS transformer passes every EVERY updates: 1 an update beside GSIM's 8
@@ -184,12 +178,9 @@ class OwnPictures(torch.nn.Module):
 
 def training_batch(pictures, config, batch, seed, step, run):
     """pictures: tokens (B, L, C), labels (B,), this rank's share of `batch` -> tokens, labels, keys (B,), visible
-    (B, V), masked (B, P) on the device.
-
-    What is masked, and all noise, depend on (seed, step) and the picture's place in the global batch alone. All masked
-    tokens are predicted, though sampling reveals only some of them next: orders are random, so all are alike, and the
-    others are more signal from the same transformer pass.
-    """
+    (B, V), masked (B, P) on the device, by (seed, step) and the place in the global batch alone. All masked tokens are
+    predicted, though sampling reveals only some of them next: in a random order all are alike, and more is learned from
+    the same transformer pass."""
     tokens, labels = pictures
     keys = run.upload(image_keys(image_seeds(seed, step * batch + run.rank * len(labels), len(labels))))
     orders = token_orders(keys, config.seq_len)
@@ -212,10 +203,8 @@ def micro_batches(batch, parts, gradients, backwards=1):
 
 
 def noised(x0, keys, purpose, positions, low=0, high=999):
-    """x_t = alpha_t x0 + sigma_t eps, with a separate t per token, uniform in low..high.
-
-    x0 (B, P, C), keys (B,), positions (B, P) of the tokens -> x_t (B, P, C), t (B, P), eps (B, P, C), alpha and sigma
-    (B, P, 1)."""
+    """x_t = alpha_t x0 + sigma_t eps, each token with its own t, uniform in low..high: x0 (B, P, C), keys (B,),
+    positions (B, P) of the tokens -> x_t (B, P, C), t (B, P), eps (B, P, C), alpha and sigma (B, P, 1)."""
     span = high - low + 1
     t = low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
     eps = gaussian(keys, purpose + 64, positions, x0.shape[-1])
@@ -381,10 +370,8 @@ def draw_in_fewer_passes(args, start, run, watch):
 
 
 def train_teacher(args, config, data, run):
-    """Train a MAR of `config` on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen).
-
-    An update costs a transformer pass forward and backward, and `draws` head passes on the masked tokens.
-    """
+    """Train a MAR of `config` on `data`, write teacher.pt, return it (EMA weights, eval mode, frozen). An update costs
+    a transformer pass forward and backward, and `draws` head passes on the masked tokens."""
     torch.manual_seed(args.seed)
     model = MAR(config).to(run.device).train()  # with dropout, for sizes that have some
     # the average of the weights is the teacher: the last ones still follow their last batches
@@ -726,10 +713,7 @@ def teacher_optimizers(model, args):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose direction is made orthogonal: all singular values of a matrix's update are about 1
     (Jordan et al. 2024). Times .2 sqrt(longer side) it is as long as AdamW's, whose learning rate it takes (Liu et al.
-    2025).
-
-    Matrices of one shape go through one batched product. On a CPU that is .1 s an update at the size shapes.
-    """
+    2025). Matrices of one shape go through one batched product."""
 
     def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.02):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -981,11 +965,9 @@ class Watch:
                 self.rows = dict(json.load(f))
 
     def look(self, name, model, step=None, **how):
-        """Draw with `model` a row of the grid and one of the table. how: head_steps, guidance, ... of `generate`.
-
-        -> the row, with what it was `made_by`; it is not made again where results.json has one made alike. Cost:
-        eval_images pictures. A row of a step goes to the log too. Loops save before they look, so here a run may end.
-        """
+        """Draw with `model` a row of the grid and one of the table, which costs eval_images pictures: -> the row, with
+        what it was `made_by`; it is not made again where results.json has one made alike. how: head_steps, guidance,
+        ... of `generate`. A row of a step goes to the log too. Loops save before they look: here a run may end."""
         args, seed = self.run.args, self.run.args.seed
         self.run.unsaved = False
         how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
@@ -1071,18 +1053,19 @@ class Gradients:
     def _arrived(self, b):
         if self.waiting is not None:  # None: an earlier micro-step
             self.waiting[b] -= 1
-            self._send(lambda next_b: self.waiting[next_b] == 0)
+            self._send()
 
-    def _send(self, ready):
-        """Start the all-reduce of all buckets up to the first that is not ready, in order."""
-        while len(self.works) < len(self.flats) and ready(len(self.works)):
+    def _send(self):
+        """Start the all-reduce of the next buckets, in order, up to the first that waits for a gradient."""
+        while len(self.works) < len(self.flats) and self.waiting[len(self.works)] == 0:
             self.works.append(dist.all_reduce(self.flats[len(self.works)], async_op=True))
 
     def finish(self, clip):
         """Average over ranks and clip to the global norm `clip` (0: measure only). -> the norm before clipping, a
         0-d tensor on the device."""
         if self.world > 1:
-            self._send(lambda next_b: True)  # what is left: buckets with unused parameters
+            self.waiting = [0] * len(self.flats)  # what is left are buckets with unused parameters
+            self._send()
             for work in self.works:
                 work.wait()
             torch._foreach_div_(self.flats, self.world)

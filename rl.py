@@ -148,23 +148,13 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards: f(images (N, 3, H, W) float in [0, 1], labels (N,) long) -> (N,), on the images' device. To add one of your
-# own, add a line to REWARDS: a builder, called once with (args, data, class names, device), that returns such an f.
-# `data` is None where --data is not given or the student makes latents.
+# own, add a line to REWARDS: a builder, called once with (args, classifiers, class names, device), that returns such an
+# f. classifiers: {"classifier": , "judge": } of the data, None where not to be had, as for latents.
 
 
 def prompt_reward(kind):
     """How well a picture fits the prompt of its class, by one of fid.py's public judges."""
-    return lambda args, data, names, device: prompt_scorer(kind, names, args.prompt, args.folder, device)
-
-
-def classifier_of(args, data, seed, device):
-    """The data's classifier of this seed, from beside the student; where none is there, trained on `data`, or None.
-    None for latents too, of which it knows nothing."""
-    path = args.pixels and classifier_beside(args.ckpt, seed)
-    if data:
-        folder = os.path.dirname(args.ckpt) if path else not_shipped(args.ckpt)
-        return load_or_train_classifier(data, folder or ".", seed, device)
-    return load_classifier(path, device) if path else None
+    return lambda args, classifiers, names, device: prompt_scorer(kind, names, args.prompt, args.folder, device)
 
 
 def not_shipped(ckpt):
@@ -172,13 +162,21 @@ def not_shipped(ckpt):
     return re.sub(r"^(\./)?assets\b", "out", os.path.dirname(ckpt)) or "."
 
 
-def classifier_reward(seed):
-    """Log-probability of the class that was asked for, by the data's own classifier of this seed."""
-    def build(args, data, names, device):
-        net = classifier_of(args, data, seed, device)
+def open_classifier(ckpt, data, seed, device):
+    """The data's classifier of this seed, from beside the student; where none is there, trained on `data`, or None."""
+    path = classifier_beside(ckpt, seed)
+    if data:
+        return load_or_train_classifier(data, os.path.dirname(path) if path else not_shipped(ckpt), seed, device)
+    return load_classifier(path, device) if path else None
+
+
+def class_reward(name):
+    """Log-probability of the class that was asked for, by the data's own classifier of this name."""
+    def build(args, classifiers, names, device):
+        net = classifiers[name]
         if net is None:
-            raise UserError(f"the rewards classifier and judge want classifier_{seed}.pt beside {args.ckpt}, or the "
-                            "pixels to train it on: give --data, or use --reward clip, pickscore or imagereward")
+            raise UserError(f"the rewards classifier and judge want classifier_0.pt and _1.pt beside {args.ckpt}, or "
+                            "pixels to train them on: give --data, or use --reward clip, pickscore or imagereward")
         # net: -> features (N, F), logits (N, classes)
         return lambda images, labels: F.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
     return build
@@ -198,8 +196,8 @@ REWARDS = {
     "clip": prompt_reward("clip"),  # 100 cos(picture, prompt)
     "pickscore": prompt_reward("pickscore"),  # about 20; what people chose among pictures of one prompt
     "imagereward": prompt_reward("imagereward"),  # mean 0, variance 1; corrupts pictures when trained on: watch it
-    "classifier": classifier_reward(seed=0),  # the one distill.py shows its figures by
-    "judge": classifier_reward(seed=1),  # another one, to watch: what fools one network need not fool two
+    "classifier": class_reward("classifier"),  # the one distill.py shows its figures by
+    "judge": class_reward("judge"),  # another one, to watch: what fools one network need not fool two
     "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),  # needs nothing to be built from
     "red": lambda *_: lambda images, labels: (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)),  # the toy
 }
@@ -246,7 +244,7 @@ def guarded(name, f):
     return reward
 
 
-def build_rewards(args, config, data, names, device, rank):
+def build_rewards(args, config, classifiers, names, device, rank):
     """-> functions {name: f} of all rewards trained on or watched, weights {name: float} of those trained on.
 
     Each is tried on one picture and on two: a wrong one ends here, not after an episode. Rank 0 alone watches.
@@ -255,7 +253,7 @@ def build_rewards(args, config, data, names, device, rank):
     functions = {}
     for name in {**weights, **watched}:
         with blaming(name, "when it was built"):
-            functions[name] = guarded(name, REWARDS[name](args, data, names, device))
+            functions[name] = guarded(name, REWARDS[name](args, classifiers, names, device))
     images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
     for name, f in functions.items():
         for some in (images[:1], images):
@@ -354,13 +352,11 @@ def is_best(row, rows):
     return varied and row[distance] <= (1 + MAX_RISE) * before[distance] and row["reward"] > best["reward"]
 
 
-def make_figures(args, data, functions, weights, device):
+def make_figures(args, classifiers, functions, weights, device):
     """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward, the
     weighted sum "reward" of those trained on, "diversity", and of pixels what fid.judge says, of latents "fid"."""
-    classifier = None
-    for seed, name in ((1, "judge"), (0, "classifier")):  # none that is rewarded: it would judge itself
-        if classifier is None and name not in weights:
-            classifier = classifier_of(args, data, seed, device)
+    able = [net for name, net in classifiers.items() if net and name not in weights]  # rewarded it would judge itself
+    classifier = able[0] if able else None
     if "judge" in weights:
         print(f"judge is rewarded, so figures are {'by classifier_0.pt' if classifier else 'without FD'}", flush=True)
     if args.ref:
@@ -478,7 +474,6 @@ def open_student(args, device):
     if student.stage == "teacher":
         raise UserError(f"{args.ckpt} is a teacher's checkpoint, and an episode of 100 steps a token is out of reach: "
                         "distill it first (distill.py) and give its student.pt")
-    args.pixels = student.config.pixels  # no flag: what classifier_of goes by
     args.ar_steps = args.ar_steps or steps_of(student)
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names = student.class_names or [*map(str, range(student.config.num_classes))]
@@ -510,12 +505,13 @@ def main(argv=None):
         vae = load_vae(vae_file).to(device)
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
-    functions, weights = build_rewards(args, config, data, names, device, rank)
-    beside = [] if data else [*filter(None, (classifier_of(args, None, seed, device) for seed in (1, 0)))]
-    for classifier in beside:
+    classifiers = {name: open_classifier(args.ckpt, data, seed, device) if config.pixels else None
+                   for name, seed in (("judge", 1), ("classifier", 0))}
+    for classifier in filter(None, classifiers.values()):
         check_names(start, classifier)
-    real = data or (beside or [None])[0]
-    watch = Watch(run, config, real, lambda: make_figures(args, data, functions, weights, device), vae=vae)
+    functions, weights = build_rewards(args, config, classifiers, names, device, rank)
+    watch = Watch(run, config, data or classifiers["judge"] or classifiers["classifier"],
+                  lambda: make_figures(args, classifiers, functions, weights, device), vae)
     if rank == 0 and world > 1:
         dist.barrier()
     run.start()
