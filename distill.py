@@ -590,13 +590,12 @@ def check_fit(args, config, data):
     """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
     kind = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
     if data and kind(config) != kind(data):
-        raise UserError(f"the teacher draws {kind(config)}, --data {args.data} has {kind(data)}: choose another "
-                        "teacher")
-    if config.latent_size % config.patch_size or config.img_size % config.vae_stride:
-        raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of "
-                        f"{config.vae_stride * config.patch_size} px: bring them to a multiple of it")
+        raise UserError(f"the teacher draws {kind(config)}, --data {args.data} has {kind(data)}: choose another")
+    token = config.vae_stride * config.patch_size
+    if config.img_size % token:
+        raise UserError(f"--data {args.data}: pictures of {config.img_size} px cannot be cut into tokens of {token} px")
     if args.vae and config.pixels:
-        raise UserError("--vae: these pictures are trained on as pixels, no VAE has a part in it: leave it out")
+        raise UserError("--vae: these pictures are trained on as pixels: leave it out")
     mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     if args.t_init and args.t_init > T_MAX:
         raise UserError(f"--t_init {args.t_init} must lie in 1..{T_MAX}: beyond, eps errors grow 25-fold and more")
@@ -611,8 +610,7 @@ def check_names(network, data):
         return
     for i, (name, other) in enumerate(itertools.zip_longest(theirs, ours)):
         if name != other:
-            raise UserError(f"class {i} of {network.source} is {name}, of {data.name} it is {other}: name its folders "
-                            "alike, or choose another")
+            raise UserError(f"class {i} of {network.source} is {name}, of {data.name} it is {other}: name them alike")
 
 
 def open_teacher(args):
@@ -624,8 +622,7 @@ def open_teacher(args):
         raise UserError(f"--passes {args.passes}: --teacher must be a student of any order that draws in more, not "
                         f"{args.teacher} (stage {teacher.stage}, {steps_of(teacher)} AR steps)")
     if teacher.stage != "teacher" and not args.passes:
-        raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}, its head knows one time step only: "
-                        "give the teacher.pt it was distilled from")
+        raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}: give its own teacher, a teacher.pt")
     return teacher
 
 
@@ -633,11 +630,10 @@ def main(argv=None):
     """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
     if bool(args.teacher) == bool(args.teacher_steps):  # without --data there is always a --teacher
-        raise UserError("a teacher is read or trained: give either --teacher FILE (python data.py --get mar_base "
-                        "fetches the public one), or --data and --teacher_steps N")
+        raise UserError("give either --teacher FILE (the public one: data.py --get mar_base), or --data and "
+                        "--teacher_steps N")
     if args.passes and (args.data or args.t_init):
-        raise UserError("--passes learns from the pictures of a student, --teacher FILE, alone: leave out --data and "
-                        "--t_init")
+        raise UserError("--passes learns from a student, --teacher FILE, alone: leave out --data and --t_init")
     device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
     teacher = open_teacher(args)
@@ -721,7 +717,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for _, same in itertools.groupby(sorted(group["params"], key=lambda p: p.shape), key=lambda p: p.shape):
+        shape = lambda p: p.shape
+        for _, same in itertools.groupby(sorted(group["params"], key=shape), key=shape):
             matrices = list(same)
             for p in matrices:
                 if p not in self.state:
@@ -789,8 +786,7 @@ class Run:
                             f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
         for steps, batch in (("steps", "batch"), ("teacher_steps", "teacher_batch")):
             if vars(args).get(steps) and vars(args)[batch] % (world * args.accumulate):
-                raise UserError(f"--{batch} {vars(args)[batch]} must be a multiple of processes x --accumulate = "
-                                f"{world} x {args.accumulate}")
+                raise UserError(f"--{batch} must be a multiple of {world} processes x --accumulate {args.accumulate}")
         self.stands_on = {path: file_hash(path) for path in stands_on if path}
         self.resumed = read_checkpoint(path) if args.resume else {}
         if self.resumed:
@@ -809,7 +805,7 @@ class Run:
                       for path, sha256 in self.stands_on.items() if sha256 not in self.resumed.get("sha256", [])]
         if wrong:
             raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give "
-                            "what it had, or start another run with another --out")
+                            "what it had, or another --out")
         if changed:
             say(f"resumed with other flags: {', '.join(changed.values())}")
 

@@ -104,7 +104,7 @@ SIZES = {
 
 @functools.lru_cache(maxsize=None)
 def cosine_schedule(steps=1000):
-    """The 1,000-step cosine schedule (Nichol & Dhariwal 2021), respaced to `steps`.
+    """The 1,000-step cosine schedule (Nichol & Dhariwal 2021), respaced to `steps`, two or more.
 
     -> a dict of float64 arrays of length `steps`: t (the index the network sees), beta, abar (cumulative alpha),
     abar_prev, log_beta, log_post_var (the two bounds of the learned variance), coef_x0, coef_xt (posterior mean).
@@ -112,12 +112,12 @@ def cosine_schedule(steps=1000):
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     abar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
     # round(i * stride) and not linspace: the public code's rounding decides which steps "100" means
-    t = np.array([round(i * 999 / (steps - 1)) for i in range(steps)]) if steps > 1 else np.array([0])
+    t = np.array([round(i * 999 / (steps - 1)) for i in range(steps)])
     abar = abar[t]
     abar_prev = np.append(1.0, abar[:-1])
     beta = 1 - abar / abar_prev  # so that products of 1 - beta are the kept abar
     post_var = beta * (1 - abar_prev) / (1 - abar)  # 0 at index 0: its logarithm is that of index 1, as in MAR
-    log_post_var = np.log(np.append(post_var[1] if steps > 1 else beta[0], post_var[1:]))
+    log_post_var = np.log(np.append(post_var[1], post_var[1:]))
     return {"t": t, "beta": beta, "abar": abar, "abar_prev": abar_prev, "log_beta": np.log(beta),
             "log_post_var": log_post_var, "coef_x0": beta * np.sqrt(abar_prev) / (1 - abar),
             "coef_xt": (1 - abar_prev) * np.sqrt(1 - beta) / (1 - abar)}
@@ -163,10 +163,10 @@ def image_keys(seeds, device="cpu"):
 
 
 def _bits(keys, purpose, positions, channels):
-    """(B,) keys, (B, P) positions -> (B, P, channels) int64 hashes."""
+    """(B,) keys, positions (B, P), or (P,) alike for all -> (B, P, channels) int64 hashes."""
     keys = splitmix(keys ^ splitmix(torch.tensor(purpose + 1)).item())[:, None, None]
     channel = torch.arange(channels, device=keys.device)
-    return splitmix(keys + positions[:, :, None] * 0x100000 + channel)  # (B, P, channels)
+    return splitmix(keys + positions[..., None] * 0x100000 + channel)
 
 
 def uniform(keys, purpose, positions, channels=1):
@@ -193,7 +193,7 @@ def token_orders(keys, seq_len, kind="random"):
     row, column = place // side, place % side
     from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
     rank = {"random": torch.zeros_like(place), "raster": place, "outward": from_centre, "inward": -from_centre}[kind]
-    return (uniform(keys, ORDER, place.expand(len(keys), -1))[:, :, 0] - rank).argsort(dim=1, stable=True)
+    return (uniform(keys, ORDER, place)[:, :, 0] - rank).argsort(dim=1, stable=True)
 
 
 def mask_counts(seq_len, ar_steps):
@@ -202,7 +202,8 @@ def mask_counts(seq_len, ar_steps):
         raise UserError(f"ar_steps {ar_steps} must lie in 1..{seq_len}, the number of tokens to draw")
     counts = [seq_len]
     for k in range(1, ar_steps):
-        counts.append(max(1, min(counts[-1] - 1, math.floor(seq_len * math.cos(math.pi / 2 * k / ar_steps)))))
+        masked = math.floor(seq_len * math.cos(math.pi / 2 * k / ar_steps))
+        counts.append(max(1, min(counts[-1] - 1, masked)))
     return counts + [0]
 
 
@@ -406,10 +407,6 @@ class MAR(nn.Module):
         x = tokens.reshape(len(tokens), side, side, -1, p, p).permute(0, 3, 1, 4, 2, 5)  # (B, c, side, p, side, p)
         return x.reshape(len(tokens), -1, side * p, side * p)
 
-    def class_vectors(self, labels):
-        """(B,) long -> (B, D); a label of -1 is the null class. No host sync: both are computed, one is chosen."""
-        return torch.where(labels[:, None] < 0, self.fake_latent, self.class_emb(labels.clamp(min=0)))
-
     def run_blocks(self, blocks, x):
         for block in blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -426,7 +423,9 @@ class MAR(nn.Module):
         S = self.config.buffer_size
         x = self.z_proj(take(tokens, visible))  # (B, V, D)
         x = x + take(self.encoder_pos_embed_learned[:, S:].expand(len(x), -1, -1), visible)
-        buffer = self.class_vectors(labels)[:, None] + self.encoder_pos_embed_learned[:, :S]  # (B, S, D)
+        # a label of -1 is the null class. No host sync: both are computed, one is chosen
+        classes = torch.where(labels[:, None] < 0, self.fake_latent, self.class_emb(labels.clamp(min=0)))  # (B, D)
+        buffer = classes[:, None] + self.encoder_pos_embed_learned[:, :S]  # (B, S, D)
         x = self.z_proj_ln(torch.cat([buffer, x], dim=1))  # (B, S + V, D)
         return self.encoder_norm(self.run_blocks(self.encoder_blocks, x))
 
@@ -501,7 +500,7 @@ class MAR(nn.Module):
         L, C = self.config.seq_len, self.config.token_dim
         if not self.config.passes:
             return gaussian(keys, START, predict, C), None
-        n = gaussian(keys, START, torch.arange(L, device=keys.device).expand(len(keys), -1), C)
+        n = gaussian(keys, START, torch.arange(L, device=keys.device), C)
         return take(n, predict), n
 
     def denoise(self, x, c, c_null, guidance, steps, temperature, noise):
@@ -540,7 +539,7 @@ class MAR(nn.Module):
         how = ar_steps, head_steps, guidance, orders, redraw
         if self.config.passes and how != (self.config.passes, 1, 1, "random", None):
             raise UserError(f"this student draws whole pictures in {self.config.passes} AR steps, one head step each, "
-                            "without guidance, in its own order: all else is for the student that it learned from")
+                            "without guidance, in its own order, and in no other way")
         if isinstance(orders, str):
             orders = self.orders(keys, orders)
         tokens, masked = torch.zeros(B, L, C, device=labels.device), L
@@ -611,8 +610,8 @@ def weights_in(file, ema=True):
     """The state dict of a network in a checkpoint, wherever people keep it: averaged or not, Lightning's, or the file
     itself; without what DDP, torch.compile and Lightning put before the names."""
     places = ["model_ema", "ema"] * ema + ["model", "state_dict"]
-    place = next((p for p in places if isinstance(file.get(p), dict) and any(map(torch.is_tensor, file[p].values()))),
-                 None)
+    holds = lambda place: isinstance(file.get(place), dict) and any(map(torch.is_tensor, file[place].values()))
+    place = next(filter(holds, places), None)
     if ema and place == "model" and {"model_ema", "ema"} & set(file):
         say("note: the averaged weights cannot be read, so the last ones are")
     return {re.sub(r"^((module|model|_orig_mod)\.)+|_orig_mod\.", "", str(name)): value
@@ -622,16 +621,15 @@ def weights_in(file, ema=True):
 def config_of_public(state, args, heads, path):
     """MARConfig of a public state dict: sizes off the shapes; the number of heads is in no shape, so off the width."""
     depth = lambda kind: len({key[len(kind):].split(".")[1] for key in state if key.startswith(kind)})
-    args = args if isinstance(args, dict) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    args = getattr(args, "__dict__", args) or {}  # a Namespace, a dict, or nothing
     width, token_dim = state["z_proj.weight"].shape
     channels, stride = args.get("vae_embed_dim") or 16, args.get("vae_stride") or 16  # released files carry no args
     patch, tokens = math.isqrt(token_dim // channels), state["diffusion_pos_embed_learned"].shape[1]
     if patch**2 * channels != token_dim:
         raise UserError(f"{path}: tokens of {token_dim} numbers are no square of latents of {channels} channels")
-    heads = heads or {size.width: size.heads for size in (SIZES["base"], SIZES["large"], SIZES["huge"])}.get(width)
+    heads = heads or {768: 12, 1024: 16, 1280: 16}.get(width)  # MAR-B, L, H
     if not heads:
-        raise UserError(f"{path}: width {width} is none of MAR-B, L, H, and the number of attention heads is in no "
-                        "shape: load_mar(..., heads=N) takes it")
+        raise UserError(f"{path}: width {width} is none of MAR-B, L, H, heads are in no shape: load_mar(..., heads=N)")
     return MARConfig(img_size=math.isqrt(tokens) * patch * stride, vae_stride=stride, patch_size=patch,
                      vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width, heads=heads,
                      encoder_depth=depth("encoder_blocks"), decoder_depth=depth("decoder_blocks"),
@@ -652,9 +650,9 @@ def check_settings(config, made, path):
         if type(value) not in (int, type(high)) or not low <= value <= high:
             raise UserError(f"{path}: no {'run' if name in of_run else 'network'} has {name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
-        if getattr(config, whole) % getattr(config, part):
-            raise UserError(f"{path}: {whole} {getattr(config, whole)} must be a multiple of {part} "
-                            f"{getattr(config, part)}")
+        a, b = getattr(config, whole), getattr(config, part)
+        if a % b:
+            raise UserError(f"{path}: {whole} {a} must be a multiple of {part} {b}")
 
 
 def load_mar(path, ema=True, **config_overrides):
@@ -735,9 +733,8 @@ def fill_model(build, state, path, in_file=str):
              for name in sorted({**wanted, **found}, key=found.__contains__)  # what is missing comes first
              if found.get(name) != wanted.get(name)]
     if wrong:
-        some = "; ".join(wrong[:4])
-        raise UserError(f"{path} is no {type(model).__name__} file that fits: {some}{' ...' * (len(wrong) > 4)} "
-                        f"({len(wrong)} in all)")
+        some = "; ".join(wrong[:4] + ["..."] * (len(wrong) > 4))
+        raise UserError(f"{path} is no {type(model).__name__} file that fits: {some} ({len(wrong)} in all)")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -766,8 +763,8 @@ def read_safetensors(path):
 def need_file(path, get=None):
     """The path, if it is a file; else a UserError, which says how to --get it."""
     if not os.path.isfile(path):
-        raise UserError(f"{'that is a folder' if os.path.isdir(path) else 'no such file'}: {path}"
-                        + (f"; get it by: python data.py --get {get}" if get else ""))
+        what = "that is a folder" if os.path.isdir(path) else "no such file"
+        raise UserError(f"{what}: {path}" + (f"; get it by: python data.py --get {get}" if get else ""))
     return path
 
 
@@ -785,9 +782,8 @@ def read_checkpoint(path):
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen kinds for a bad file; two of them tell the user something
         foreign = re.search(r"(?:GLOBAL|class|global|type) ([\w.]+\.\w+)", str(error))
-        raise UserError(f"{path} cannot be read as a checkpoint: " + (
-            f"it holds an object of {foreign[1]}, which could run code; save tensors, numbers and text alone" if foreign
-            else "truncated, or not a torch file")) from None
+        what = f"it holds an object of {foreign[1]}, which could run code" if foreign else "truncated, or no torch file"
+        raise UserError(f"{path} cannot be read as a checkpoint: {what}") from None
     if not isinstance(file, dict):
         raise UserError(f"{path} holds no checkpoint but a {type(file).__name__}")
     return file
@@ -812,8 +808,7 @@ def replacing(path, mode="w"):
         if not isinstance(error, OSError) and type(error) is not RuntimeError:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason} (disk full or no permission?); the previous file is "
-                        "untouched") from None
+        raise UserError(f"cannot write {path}: {reason} (disk full? no permission?); the old file is kept") from None
 
 
 def save_checkpoint(file, path):

@@ -67,7 +67,7 @@ def orthogonal_noise(keys, N, m):
     groups = -(-N // n)
     if device.type == "mps":  # which has no QR in PyTorch before 2.11, and a slow one since
         keys = keys.cpu()
-    z = gaussian(keys, EXPLORE, torch.arange(groups * n, device=keys.device).expand(len(keys), -1), m)
+    z = gaussian(keys, EXPLORE, torch.arange(groups * n, device=keys.device), m)
     z = z.unflatten(1, (groups, n))  # (B, groups, n, m)
     q, r = torch.linalg.qr(z.mT)  # (B, groups, m, n) and (..., n, n), whose signs are the algorithm's, not chance's
     lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, n)
@@ -226,12 +226,11 @@ def blaming(name, when):
     """What a reward's own code raises becomes one line that names it."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"reward {name} failed {when} ({place.filename}:{place.lineno}): {type(error).__name__}: "
-                        f"{str(error)[:200]}") from error
+        raise UserError(f"reward {name} failed {when} ({place.filename}:{place.lineno}): {error!r:.200}") from error
 
 
 def guarded(name, f):
@@ -390,7 +389,8 @@ def diversity(images, labels):
     squares, freedom = 0.0, 0
     for label in labels.unique():
         x = images[labels == label].double() / 127.5
-        squares, freedom = squares + (x - x.mean(0)).square().mean((1, 2, 3)).sum().item(), freedom + len(x) - 1
+        squares += (x - x.mean(0)).square().mean((1, 2, 3)).sum().item()
+        freedom += len(x) - 1
     return (squares / max(1, freedom)) ** 0.5
 
 
@@ -472,8 +472,7 @@ def open_student(args, device):
         raise UserError(f"no student at {args.ckpt}: make one by distill.py first, or give --ckpt")
     student = load_mar(args.ckpt).to(device)
     if student.stage == "teacher":
-        raise UserError(f"{args.ckpt} is a teacher's checkpoint, and an episode of 100 steps a token is out of reach: "
-                        "distill it first (distill.py) and give its student.pt")
+        raise UserError(f"{args.ckpt} is a teacher's, of 100 steps a token: distill it first (distill.py)")
     args.ar_steps = args.ar_steps or steps_of(student)
     mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names = student.class_names or [*map(str, range(student.config.num_classes))]
@@ -494,12 +493,11 @@ def main(argv=None):
     run = Run(args, device, rank, world, ["rl"], names, stands_on=[args.ckpt, args.ref, vae_file],
               same=["reward", "watch", "prompt", "class_names", "ref", "data"])
     if config.pixels and args.ref:
-        raise UserError("--ref is for students of latents; pixels are judged by a classifier of the data: leave it out")
+        raise UserError("--ref is for students of latents, and this one draws pixels: leave it out")
     if config.pixels and args.data:
         data = open_data(args.data, img_size=config.img_size, pixels=True)
         if data.num_classes != config.num_classes:
-            raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
-                            "give --data as distill.py had it")
+            raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}")
         check_names(start, data)
     if vae_file:
         vae = load_vae(vae_file).to(device)
