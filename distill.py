@@ -21,8 +21,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
    data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 then loses its classes: there, on a CPU's size, guidance
    ends at 700 and all t count alike. For ImageNet, where this is untried, the target is the paper's at all t.
 
-Below: the losses, a batch, stage 1 (`distil`), fewer passes, stage 0 (`train_teacher`), flags and `main`; last what all
-of them and rl.py train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data parallelism by hand.
+Last stands what all loops, rl.py's too, train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data
+parallelism by hand.
 """
 import copy
 import itertools
@@ -152,25 +152,21 @@ class OwnPictures(torch.nn.Module):
         self.register_buffer("tokens", torch.zeros(self.POOL * batch, config.seq_len, config.token_dim))
         self.register_buffer("labels", torch.zeros(self.POOL * batch, dtype=torch.long))
 
-    @torch.no_grad()
-    def draw(self, model, seed, drawing, run):
-        """Replace the oldest `batch` pictures by new ones of `model`, which ranks tell each other."""
-        labels, seeds = episodes(model.config, self.batch, seed, drawing, run)
-        # one head call a token; so the very first pictures are those of the undistilled network in one step
-        tokens = model.patchify(model.generate(labels, self.ar_steps, seeds=seeds))  # (B, L, C), this rank's
-        start = drawing % self.POOL * self.batch
-        for mine, pool in ((tokens, self.tokens), (labels, self.labels)):
-            parts = list(pool[start:start + self.batch].chunk(run.world))  # views: written in place
-            if run.world > 1:
-                dist.all_gather(parts, mine.contiguous())
-            else:
-                parts[0].copy_(mine)
-
     def pictures(self, model, seed, step, run):
-        """As real_pictures, but any of the pool. In every EVERY-th step `model` draws some first."""
+        """As real_pictures, but any of the pool, whose oldest `batch` pictures `model` draws anew every EVERY steps."""
+        drawing = step // self.EVERY
         if step % self.EVERY == 0:
-            self.draw(model, seed, step // self.EVERY, run)
-        filled = min(step // self.EVERY + 1, self.POOL) * self.batch
+            labels, seeds = episodes(model.config, self.batch, seed, drawing, run)
+            # one head call a token; so the very first pictures are those of the undistilled network in one step
+            tokens = model.patchify(model.generate(labels, self.ar_steps, seeds=seeds))  # (B, L, C), this rank's
+            start = drawing % self.POOL * self.batch
+            for mine, pool in ((tokens, self.tokens), (labels, self.labels)):
+                parts = list(pool[start:start + self.batch].chunk(run.world))  # of all ranks; views, written in place
+                if run.world > 1:
+                    dist.all_gather(parts, mine.contiguous())
+                else:
+                    parts[0].copy_(mine)
+        filled = min(drawing + 1, self.POOL) * self.batch
         picks = np.random.default_rng([seed, step, 1]).integers(filled, size=self.batch)
         picks = run.upload(torch.as_tensor(np.array_split(picks, run.world)[run.rank]))
         return self.tokens[picks], self.labels[picks]
@@ -319,7 +315,6 @@ def draw_in_fewer_passes(args, start, run, watch):
     picture by its start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it
     step by step, in one order, and say it at once. This is a regression: where it cannot tell yet which of two modes
     the noise means it draws their mean, but nothing pulls it to the frequent one, as a loss on distributions would.
-    An update costs as many passes of start as it draws in, and --passes of the student with their backward.
     """
     K = steps_of(start)
     student = MAR(replace(start.config, passes=args.passes)).to(run.device).eval()
@@ -465,18 +460,17 @@ def discretised_log_likelihood(x, mean, log_scale):
 # What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(
-        size="shapes", teacher=None, teacher_optimizer="muon", teacher_steps=1300, teacher_batch=64, teacher_lr=1e-3,
+        size="shapes", teacher_optimizer="muon", teacher_steps=1300, teacher_batch=64, teacher_lr=1e-3,
         teacher_ema=0.995, draws=2, max_weight=5.0,
         steps=1000, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_weight=0.1,
         ar_steps=8, eval_every=500, eval_images=1024, save_every=200),
     "cifar10": dict(
-        size="cifar10", teacher=None, teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995,
-        max_weight=5.0,
+        size="cifar10", teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995, max_weight=5.0,
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
-        size="cifar10_cpu", teacher=None, teacher_optimizer="muon", teacher_steps=7000, teacher_batch=64,
-        teacher_lr=1e-3, teacher_ema=0.999, draws=2, max_weight=5.0,
+        size="cifar10_cpu", teacher_optimizer="muon", teacher_steps=7000, teacher_batch=64, teacher_lr=1e-3,
+        teacher_ema=0.999, draws=2, max_weight=5.0,
         steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100, t_guided=700,
         ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
 }
@@ -492,12 +486,10 @@ def parse_args(argv=None):
     flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
-    flag("--teacher", default=None, help="teacher's file, which has its size (left out: one is trained, or the public "
-         "MAR-B where nothing says how)")
+    flag("--teacher", default=None, help="its file, which has its size (left out: one is trained, or the public MAR-B)")
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
-    flag("--teacher_optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for small data; MAR used adamw")
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
@@ -505,8 +497,7 @@ def parse_args(argv=None):
          "student --teacher that learns to draw its pictures, in one order")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
-    flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's, 755 for "
-         "ImageNet); higher: noisier start, larger eps errors")
+    flag("--t_init", type=int, default=None, help="t where the student starts (left out: the size's, 755 for ImageNet)")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
@@ -516,8 +507,8 @@ def parse_args(argv=None):
     # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
     # cheap where the head is small, and how much the highest t count there (diffusion_loss); where in t the student's
     # target is guided, and how much low t counts. guidance_schedule tells sample.py how to draw with the teacher
-    p.set_defaults(teacher_ema=0.9999, draws=4, max_weight=1.0, t_guided=1000, low_weight=1.0,
-                   guidance_schedule="constant")
+    p.set_defaults(teacher_optimizer="adamw", teacher_ema=0.9999, draws=4, max_weight=1.0, t_guided=1000,
+                   low_weight=1.0, guidance_schedule="constant")
     args = read_flags(p, argv, recipe)
     source = "imagenet" if args.teacher in PUBLIC_FILES else os.path.dirname(os.path.abspath(args.teacher or ""))
     name = os.path.basename(os.path.normpath(args.data or source))
@@ -553,7 +544,7 @@ def read_flags(p, argv, recipe, **defaults):
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
     check_numbers(args, one="teacher_batch t_init teacher_head_steps chunk batch accumulate ar_steps eval_every "
-                  "save_every log_every", two="eval_images", share="ema")  # two: a covariance needs as many
+                  "save_every log_every", two="eval_images calls", share="ema")  # one has no covariance, and no mean
     return args
 
 
@@ -562,13 +553,14 @@ PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: w
 
 def recipe(known):
     """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
-    given, teacher = known.teacher or not known.data, known.teacher or PUBLIC["mar_base"][1]
+    given = known.teacher or not known.data
+    teacher = known.teacher or PUBLIC["mar_base"][1]
     file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # not there: open_teacher says so
-    found = {"teacher": teacher, **defaults_of(DEFAULTS, file, known.data, known.size, known.pixels)}
-    if given:  # none is trained, whatever the data's default
-        found.update(teacher=teacher, teacher_steps=0)
-    elif known.teacher_steps:  # one is to be trained: none is read, whatever the data's default
-        found.update(teacher=None)
+    found = dict(defaults_of(DEFAULTS, file, known.data, known.size, known.pixels))
+    trained = not given and (known.teacher_steps or found)  # a flag or the size says for how long
+    found["teacher"] = None if trained else teacher
+    if given:
+        found["teacher_steps"] = 0
     made = file.get("args")  # the flags of its run; in public files no dict
     if not known.data and isinstance(made, dict) and "ar_steps" in made:
         found["ar_steps"] = made["ar_steps"]
@@ -697,8 +689,8 @@ def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
 
 
 def teacher_optimizers(model, args):
-    """{name: optimiser} of stage 0: AdamW with MAR's betas and weight decay; or, with --teacher_optimizer muon, Muon
-    for the matrices of all blocks, the head's too, which on small data needs half the updates, and AdamW for others."""
+    """{name: optimiser} of stage 0: AdamW with MAR's betas and weight decay; where the size says muon, Muon for the
+    matrices of all blocks, the head's too, which on small data needs half the updates, and AdamW for others."""
     blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
     if args.teacher_optimizer == "adamw":
         return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02)}
@@ -798,14 +790,12 @@ class Run:
         changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
                    if name != "resume" and was.get(name, value) != value}
         wrong = [text for name, text in changed.items() if name in same]
+        wrong += [f"this {path} (by its SHA-256 another file than at the start)"
+                  for path, sha256 in self.stands_on.items() if sha256 not in self.resumed.get("sha256", [])]
         if stage not in stages:
             wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]
-        else:
-            wrong += [f"this {path} (by its SHA-256 another file than at the start)"
-                      for path, sha256 in self.stands_on.items() if sha256 not in self.resumed.get("sha256", [])]
         if wrong:
-            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give "
-                            "what it had, or another --out")
+            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}")
         if changed:
             say(f"resumed with other flags: {', '.join(changed.values())}")
 
@@ -846,13 +836,9 @@ class Run:
         if self.world > 1:
             dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
         if self.rank == 0:
-            name = signal.Signals(self.stopping).name
-            os.write(1, f"stopped by {name} at step {self.kept}; {self.what_is_kept()}\n".encode())
+            kept = "--resume goes on" if os.path.exists(self.path("resume.pt")) else "nothing was to be saved yet"
+            os.write(1, f"stopped by {signal.Signals(self.stopping).name} at step {self.kept}; {kept}\n".encode())
         raise SystemExit(SIGNALS[self.stopping])
-
-    def what_is_kept(self):
-        path = self.path("resume.pt")
-        return f"--resume goes on from {path}" if os.path.exists(path) else "nothing was to be saved yet"
 
     def restore(self, stage, **state):
         """A stage begins: load what resume.pt holds of it under the names of `state` into these networks and
@@ -907,7 +893,7 @@ class Run:
         values = dict(zip(self.sums, (sums / (self.world * (self.step - self.logged))).tolist()))
         if not all(map(math.isfinite, values.values())):  # a sum stays what one of its terms was
             raise UserError(f"not finite in updates {self.logged + 1} to {self.step}: {values}: lower the learning "
-                            f"rate (or mend the reward), or try another --seed; {self.what_is_kept()}")
+                            f"rate or mend the reward; --resume goes on from step {self.kept}")
         self.bar.set_postfix(list(values.items())[:1])  # the loss or the reward
         values["images_per_s"] = self.images * (self.step - self.logged) / (time.time() - self.clock)
         if self.device.type == "cuda":
@@ -980,9 +966,11 @@ class Watch:
             self.rows[name] = {**row, "seconds_per_image": seconds, "made_by": made_by}
         row = self.rows.get(name, {})
         self.show(step or 0)
-        if self.judges and step is not None:  # the log's "reward" is of pictures trained on, this of the EMA's
-            self.run.note({"step": step, **{"eval_reward" if key == "reward" else key: value for key, value in
-                                            row.items() if key not in ("seconds_per_image", "made_by")}})
+        if self.judges and step is not None:
+            figures = {name: value for name, value in row.items() if name not in ("seconds_per_image", "made_by")}
+            if "reward" in figures:  # of the EMA's pictures; the log's own is of those trained on
+                figures["eval_reward"] = figures.pop("reward")
+            self.run.note({"step": step, **figures})
         self.run.unsaved = step is not None  # in a loop: what follows is not saved yet
         return row
 
@@ -1006,8 +994,8 @@ class Watch:
 class Gradients:
     """Data parallelism by hand: gradients live in a few flat buffers, averaged over the ranks while backward runs.
 
-    Each parameter's .grad is a view into a bucket. Autograd adds into the views; when the last gradient of a bucket has
-    arrived, its all-reduce starts, beside the backward of the layers below. One object a network, one cycle a step:
+    Each parameter's .grad is a view into a bucket, whose all-reduce starts when its last gradient has arrived, beside
+    the backward of the layers below. One object a network, one cycle a step:
 
         gradients.zero()
         loss_1.backward() ... loss_{m-1}.backward()                   # micro-steps: no communication

@@ -104,11 +104,9 @@ SIZES = {
 
 @functools.lru_cache(maxsize=None)
 def cosine_schedule(steps=1000):
-    """The 1,000-step cosine schedule (Nichol & Dhariwal 2021), respaced to `steps`, two or more.
-
-    -> a dict of float64 arrays of length `steps`: t (the index the network sees), beta, abar (cumulative alpha),
-    abar_prev, log_beta, log_post_var (the two bounds of the learned variance), coef_x0, coef_xt (posterior mean).
-    """
+    """The 1,000-step cosine schedule (Nichol & Dhariwal 2021), respaced to `steps`, two or more: -> float64 arrays of
+    that length, t (the index the network sees), beta, abar (cumulative alpha), abar_prev, log_beta, log_post_var (the
+    two bounds of the learned variance), coef_x0, coef_xt (posterior mean)."""
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     abar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
     # round(i * stride) and not linspace: the public code's rounding decides which steps "100" means
@@ -416,10 +414,8 @@ class MAR(nn.Module):
         return x
 
     def encode(self, tokens, visible, labels):
-        """Known tokens only: tokens (B, L, C), visible (B, V) ascending, labels (B,) -> (B, S + V, D).
-
-        V is a shape, known to the host, so nothing has to be counted on the device. Masked tokens never enter.
-        """
+        """Known tokens only: tokens (B, L, C), visible (B, V) ascending, labels (B,) -> (B, S + V, D). V is a shape,
+        known to the host, so nothing has to be counted on the device. Masked tokens never enter."""
         S = self.config.buffer_size
         x = self.z_proj(take(tokens, visible))  # (B, V, D)
         x = x + take(self.encoder_pos_embed_learned[:, S:].expand(len(x), -1, -1), visible)
@@ -433,9 +429,7 @@ class MAR(nn.Module):
         """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
         (B, P, D) of the tokens `predict` (B, P), float32. Inside bf16 where that is fast; head and losses are float32.
         seen (B, L, C), with `passes`: the noise that unknown tokens are made of, so that those of a step can agree.
-
-        In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others.
-        """
+        In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others."""
         S = self.config.buffer_size
         with bf16_products(tokens.device):
             x = self.decoder_embed(self.encode(tokens, visible, labels))  # (B, S + V, D)
@@ -656,12 +650,11 @@ def check_settings(config, made, path):
 
 
 def load_mar(path, ema=True, **config_overrides):
-    """A MAR in eval mode on the CPU from a public LTH14/mar checkpoint or one of ours.
+    """A MAR in eval mode on the CPU from a public LTH14/mar checkpoint or one of ours; UserError where that cannot be.
 
     ema: the averaged weights (what every published number uses), where there are some. config_overrides: fields of
-    MARConfig to set against the file. UserError when the file is missing, truncated, no MAR, or its tensors do not fit.
-    The model tells what the file says of it: source (the path), stage (of STAGES), made (the flags of
-    its run; {} in public files), class_names (None where it has none).
+    MARConfig to set against the file. The model tells what the file says of it: source (the path), stage (of STAGES),
+    made (the flags of its run; {} in public files), class_names (None where it has none).
     """
     file = read_checkpoint(path)
     state, ours = weights_in(file, ema), "config" in file
@@ -690,12 +683,10 @@ def load_mar(path, ema=True, **config_overrides):
 
 def load_network(build, path, get, names=(), drop=(), turned=()):
     """A public network on the CPU, in eval mode, frozen, float32: build(state), given the file's {name: tensor}, makes
-    it. UserError, in the file's own names, where the tensors of the two differ.
-
-    get: what data.py --get calls the file. names: substitutions (pattern, replacement), done in order, that turn
-    our name into the file's; where it is a.{q,k,v}.b, the file has three parts, which are put together. drop: how
-    names begin that are left out. turned: the file's names of what it has transposed.
-    """
+    it. UserError, in the file's own names, where the tensors of the two differ. get: what data.py --get calls the file.
+    names: substitutions (pattern, replacement), done in order, that turn our name into the file's; where it is
+    a.{q,k,v}.b, the file has three parts, which are put together. drop: how names begin that are left out. turned: the
+    file's names of what it has transposed."""
     state = {name: value for name, value in weights_in(read_checkpoint(need_file(path, get))).items()
              if torch.is_tensor(value) and not name.startswith(tuple(drop))}
     ours, in_file = {}, {}

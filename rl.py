@@ -88,8 +88,8 @@ def reinforce_direction(score, x, labels, keys, args):
     """
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
-    f = math.ceil((N / channels) ** 0.5) if args.frequencies is None else args.frequencies or side
-    f = min(f, side)
+    f = math.ceil((N / channels) ** 0.5) if args.frequencies is None else args.frequencies
+    f = min(f or side, side)  # 0: all
     waves = cosines(side, f, x.device)  # (f, side): Q's rows are products
     spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, f, f)), waves, waves)
     z = orthogonal_noise(keys, N, channels * f * f)  # (B, N, c f f)
@@ -244,23 +244,22 @@ def guarded(name, f):
 
 
 def build_rewards(args, config, classifiers, names, device, rank):
-    """-> functions {name: f} of all rewards trained on or watched, weights {name: float} of those trained on.
-
-    Each is tried on one picture and on two: a wrong one ends here, not after an episode. Rank 0 alone watches.
-    """
+    """-> functions {name: f} of all rewards trained on or, by rank 0 alone, watched, weights {name: float} of those
+    trained on. Each is tried on one picture and on two: a wrong one ends here, not after an episode."""
     weights, watched = parse_rewards(args.reward), parse_rewards(args.watch) if rank == 0 else {}
     functions = {}
     for name in {**weights, **watched}:
         with blaming(name, "when it was built"):
             functions[name] = guarded(name, REWARDS[name](args, classifiers, names, device))
     images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
+    labels = torch.tensor([0, config.num_classes - 1], device=device)
     for name, f in functions.items():
-        for some in (images[:1], images):
-            some = some.clone().requires_grad_(args.estimator == "pathwise" and name in weights)
-            r = f(some, torch.tensor([0, config.num_classes - 1], device=device)[:len(some)])
+        differentiated = args.estimator == "pathwise" and name in weights
+        for n in (1, 2):
+            r = f(images[:n].clone().requires_grad_(differentiated), labels[:n])
             if not torch.isfinite(r).all():
                 raise UserError(f"reward {name} is not finite: {r.tolist()} for pictures of grey levels")
-        if args.estimator == "pathwise" and name in weights and not r.requires_grad:
+        if differentiated and not r.requires_grad:
             raise UserError(f"reward {name} has no gradient: --estimator pathwise needs one, reinforce does not")
     return functions, weights
 
@@ -270,11 +269,9 @@ def build_rewards(args, config, classifiers, names, device, rank):
 
 
 def train(args, start, score, run, watch):
-    """Post-train a copy of the frozen `start`; write student.pt (the last), best.pt and results.json.
-
-    An update costs, an image, K passes of the student for the episode, then K of the student and K of the start with
-    their backwards; and --calls + 1 decodings and reward calls (pathwise: one, with its backward).
-    """
+    """Post-train a copy of the frozen `start`; write student.pt (the last), best.pt and results.json. An update costs,
+    an image, K passes of the student for the episode, then K of the student and K of the start with their backwards;
+    and --calls + 1 decodings and reward calls (pathwise: one, with its backward)."""
     # all in eval mode: dropout would be noise that the policy knows nothing of, and no chain could be run again
     student, ema = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start)
     # no weight decay, which pulls towards 0: the KL pulls towards the start
@@ -364,12 +361,10 @@ def make_figures(args, classifiers, functions, weights, device):
 
     @torch.no_grad()
     def figures(images, labels):
-        def mean(f):  # of what was saved, 8 bits a channel
-            return score_in_chunks(lambda part, part_labels: f(part.to(device).float() / 255, part_labels), images,
-                                   labels.to(device), args.chunk).mean().item()
-
-        row = {name: mean(f) for name, f in functions.items()}
-        for name in row:
+        row = {}
+        for name, f in functions.items():  # of what was saved, 8 bits a channel
+            score = lambda part, part_labels: f(part.to(device).float() / 255, part_labels)
+            row[name] = score_in_chunks(score, images, labels.to(device), args.chunk).mean().item()
             if not math.isfinite(row[name]):
                 raise UserError(f"reward {name} is {row[name]} on pictures of the student: mend it, then --resume")
         reward = sum(weight * row[name] for name, weight in weights.items())
@@ -398,13 +393,14 @@ def diversity(images, labels):
 # The command
 
 # What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md, "Tried".
+PIXELS = dict(reward=["classifier"], watch=["judge", "jpeg"], log_every=10, chunk=2048)
 DEFAULTS = {
-    "shapes": dict(reward=["classifier"], watch=["judge", "jpeg", "red"], steps=120, batch=16, lr=1e-4, ema=0.97,
-                   warmup=0, eval_every=40, save_every=40, log_every=10, chunk=2048),
-    "cifar10": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=500, batch=32, calls=256, lr=2e-5, ema=0.99,
-                    warmup=10, eval_every=100, save_every=100, log_every=10, chunk=2048),
-    "cifar10_cpu": dict(reward=["classifier"], watch=["judge", "jpeg"], steps=60, batch=32, calls=64, lr=2e-5, ema=0.97,
-                        warmup=10, kl=0.2, eval_every=60, eval_images=500, save_every=30, log_every=10, chunk=2048),
+    "shapes": dict(PIXELS, watch=["judge", "jpeg", "red"], steps=120, batch=16, lr=1e-4, ema=0.97, warmup=0,
+                   eval_every=40, save_every=40),
+    "cifar10": dict(PIXELS, steps=500, batch=32, calls=256, lr=2e-5, ema=0.99, warmup=10,
+                    eval_every=100, save_every=100),
+    "cifar10_cpu": dict(PIXELS, steps=60, batch=32, calls=64, lr=2e-5, ema=0.97, warmup=10, kl=0.2,
+                        eval_every=60, eval_images=500, save_every=30),
 }
 
 
@@ -413,8 +409,7 @@ def parse_args(argv=None):
     p = Parser("Post-train a one-step student with rewards.")
     flag = p.add_argument
     # files and data
-    flag("--data", default=None, help="what distill.py was run on: shapes, cifar10, a folder; left out, the "
-         "classifiers are those beside --ckpt")
+    flag("--data", default=None, help="what distill.py was run on; left out, the classifiers are those beside --ckpt")
     flag("--ckpt", default=None, help="the student (default out/<name of the data, or imagenet>/student.pt)")
     flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
     flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
@@ -427,12 +422,11 @@ def parse_args(argv=None):
          help=f"what to raise, several are added up, jpeg:-1 lowers: {' '.join(REWARDS)}")
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
-    flag("--kl", type=float, default=None, help="pull towards the student of the start: the reward that one nat a "
-         "dimension costs; raise it when FD rises or modes go (jpeg: 5), lower it when the reward does not move (left "
-         "out: 0.5 for classifier alone, else 0.2; at the size cifar10_cpu 0.2)")
+    flag("--kl", type=float, default=None, help="pull towards the start: the reward that one nat a dimension costs; "
+         "more when FD rises or modes go (jpeg: 5), less when the reward does not move (left out: 0.5 for classifier "
+         "alone, else 0.2)")
     # its gradient
-    flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
-         help="pathwise: differentiate the reward; less noise, differentiable rewards only")
+    flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"], help="pathwise: by dr/dx, if r has one")
     flag("--calls", type=int, default=128, help="rewards from which a picture's direction is found, 2 or more")
     flag("--frequencies", type=int, default=None, help="side of the square of lowest frequencies that REINFORCE tries; "
          "0: all, for rewards of fine texture (left out: as many as --calls can tell apart, with jpeg 0)")
@@ -443,8 +437,6 @@ def parse_args(argv=None):
     flag("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
     flag("--chunk", type=int, default=32, help="images decoded and scored at once: lower it if memory runs out")
     args = read_flags(p, argv, recipe, warmup=20, ema=0.99, eval_every=200, save_every=100, log_every=5)
-    if args.calls < 2:
-        raise UserError(f"--calls {args.calls}: a direction is found by comparing rewards, two at least")
     if args.noise_std == 0:
         raise UserError("--noise_std 0: a policy without noise tries nothing; 0.1 is a good start")
     names = list(parse_rewards(args.reward))

@@ -1520,7 +1520,7 @@ def test_the_student_in_assets_draws_the_classes_and_so_do_its_own_contexts():
     rows = [fid.judge(classifier, draw(model, labels, ar_steps=8), labels) for model in (student, teacher)]
     assert rows[0]["accuracy"] > 0.6 and rows[0]["fd"] < 35 < 100 < rows[1]["fd"], rows  # the teacher: in one step
     pool = distill.OwnPictures(student.config, 40)
-    pool.draw(student, 0, 0, one_of())
+    pool.pictures(student, 0, 0, one_of())
     assert pool.labels[:40].bincount().tolist() == [4] * 10
     assert fid.judge(classifier, to_uint8(student.unpatchify(pool.tokens[:40])), pool.labels[:40])["accuracy"] > 0.5
     return "; ".join(f"{who} FD {row['fd']:.1f}, accuracy {row['accuracy']:.3f}"
