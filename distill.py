@@ -18,8 +18,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. for shapes the teacher is guided at t < 500 only and t < 400 counts a tenth: else the student loses modes of the
-   data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 then loses its classes: there, on a CPU's size, guidance
-   ends at 700 and all t count alike. For ImageNet, where this is untried, the target is the paper's at all t.
+   data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there, on a CPU, guidance ends
+   at 700, and all t count alike. For ImageNet, untried, the target is the paper's.
 
 Last stands what all loops, rl.py's too, train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data
 parallelism by hand.
@@ -137,12 +137,10 @@ def episodes(config, batch, seed, step, run):
 
 
 class OwnPictures(torch.nn.Module):
-    """Pictures by the student's averaged weights: the last POOL drawings, a batch each.
-
-    GSIM never reads the value of a masked token, so data give it contexts only. The student's own are nearer to those
-    it meets when it draws: real ones lack what guidance did to them. To learn from one's own output is safe here: the
-    loss is at rest where q = p in whatever context. Every rank holds the whole pool, as buffers: resume.pt has it too.
-    """
+    """Pictures by the student's averaged weights: the last POOL drawings, a batch each. GSIM never reads the value of a
+    masked token, so data give it contexts only. The student's own are nearer to those it meets when it draws: real ones
+    lack what guidance did to them. To learn from one's own output is safe here: the loss is at rest where q = p in
+    whatever context. Every rank holds the whole pool, as buffers: resume.pt has it too."""
 
     POOL, EVERY, AR_STEPS = 16, 8, 8  # AR_STEPS transformer passes every EVERY updates: 1 an update beside GSIM's 8
 
@@ -383,9 +381,9 @@ def train_teacher(args, config, data, run):
         # dropout's generator starts anew each step: so a resumed run drops the same
         torch.manual_seed(hash((args.seed, step, run.rank)) & 0x7FFFFFFF)
 
-        # real pictures, of which every update masks another share: the values there are what is learned
+        # real pictures, of which every update masks another share: the values there are what is learned. Masks and
+        # noise go by (seed, step, place): alike on any number of ranks, and after a resume
         pictures = real_pictures(data, model, args.teacher_batch, args.seed, step, run)
-        # tokens are masked and noise is drawn by (seed, step, place): alike on any number of ranks, and after a resume
         batch = training_batch(pictures, config, args.teacher_batch, args.seed, step, run)
         # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         for part in micro_batches(batch, args.accumulate, [gradients]):
@@ -420,13 +418,11 @@ def teacher_loss(model, tokens, labels, keys, visible, masked, draws, max_weight
 
 
 def diffusion_loss(out, x0, x_t, t, eps, max_weight=1.0):
-    """MAR's training loss of the head for each token: eps error + the whole variational bound in bits.
-
-    out (..., 2C) the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021,
-    eq. 16, as LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance.
-    max_weight above 1, ours: the eps error counts as the error of v = alpha eps - sigma x0, 1 / alpha^2 times as much
-    (Salimans & Ho 2022), up to this. Of eps alone it is easy to be right at high noise, where pictures are decided.
-    """
+    """MAR's training loss of the head for each token: eps error + the whole variational bound in bits. out (..., 2C)
+    the head's eps and variance, x0, x_t, eps (..., C), t (...) -> (...). Source: Nichol & Dhariwal 2021, eq. 16, as
+    LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance. max_weight
+    above 1, ours: the eps error counts as the error of v = alpha eps - sigma x0, 1 / alpha^2 times as much (Salimans &
+    Ho 2022), up to this. Of eps alone it is easy to be right at high noise, where pictures are decided."""
     eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
     tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each
     frac = (v + 1) / 2
@@ -691,9 +687,9 @@ def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
 def teacher_optimizers(model, args):
     """{name: optimiser} of stage 0: AdamW with MAR's betas and weight decay; where the size says muon, Muon for the
     matrices of all blocks, the head's too, which on small data needs half the updates, and AdamW for others."""
-    blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
     if args.teacher_optimizer == "adamw":
         return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02)}
+    blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
     return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02, without=blocks),
             "muon": Muon(blocks.values(), args.teacher_lr)}
 
@@ -754,13 +750,11 @@ SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 class Run:
-    """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN.
-
-    It never sees a batch or an optimiser's step. A loop calls `restore`, goes through `steps`, and in each `add`s what
-    the log is to have and calls `log_and_save`. Written files are whole at any moment, so a run killed in any line
-    resumes from its last checkpoint, on a CPU bit for bit. After a signal all is due, and a save ends the run. `step`
-    counts updates done; a loop's own `step` is the number of its update, from 0.
-    """
+    """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN. It never sees a
+    batch or an optimiser's step. A loop calls `restore`, goes through `steps`, and in each `add`s what the log is to
+    have and calls `log_and_save`. Written files are whole at any moment, so a run killed in any line resumes from its
+    last checkpoint, on a CPU bit for bit. After a signal all is due, and a save ends the run. `step` counts updates
+    done; a loop's own `step` is the number of its update, from 0."""
 
     def __init__(self, args, device, rank, world, stages, class_names, same=(), stands_on=()):
         """stages: those that the program can go on with; same: flags that a resumed run must have as it began;
@@ -929,11 +923,9 @@ class Run:
 
 class Watch:
     """What a run is watched by: pictures of a network, drawn on all ranks and judged on rank 0; a table and a grid.
-
     real: Data or Classifier whose mixture of classes the table has; None: alike often. make_figures: None, no table; or
     called once, on rank 0, for a function of images uint8 (N, 3, H, W) and labels (N,) -> {name: number}. Rows of the
-    grid share classes, orders and noise, so that a picture can be compared with the one above; latents need a vae.
-    """
+    grid share classes, orders and noise, so that a picture can be compared with the one above; latents need a vae."""
 
     def __init__(self, run, config, real, make_figures, vae=None):
         self.run, self.vae, self.judges = run, vae, make_figures is not None
@@ -1002,8 +994,8 @@ class Gradients:
         gradients.begin(); loss_m.backward()                          # the last micro-step communicates
         norm = gradients.finish(clip=1.0)                             # wait, average, clip; then optimizer.step()
 
-    Buckets start in one fixed order on every rank, so ranks cannot cross over; a parameter that got no gradient keeps
-    zeros and its bucket is sent by finish(). Clipping costs a handful of kernels, no host sync.
+    Buckets start in one fixed order on every rank, so ranks cannot cross over; that of a parameter which got no
+    gradient, zeros, is sent by finish(). Clipping costs a handful of kernels, no host sync.
     """
 
     def __init__(self, model, bucket_bytes=25 << 20):  # 25 MB: big enough for bandwidth, small enough to overlap
@@ -1014,8 +1006,7 @@ class Gradients:
         params = [p for p in model.parameters() if p.requires_grad][::-1]  # gradients arrive from the last layer down
         ends = itertools.accumulate(4 * p.numel() for p in params)
         bucket_of = {p: end // bucket_bytes for p, end in zip(params, ends)}
-        self.flats, self.sizes, self.waiting, self.works = [], [], None, []
-        self.views = []  # all .grad
+        self.flats, self.views, self.sizes, self.waiting, self.works = [], [], [], None, []  # views: all .grad
         for b, (_, group) in enumerate(itertools.groupby(params, bucket_of.get)):
             group = list(group)
             flat = torch.zeros(sum(p.numel() for p in group), device=group[0].device)

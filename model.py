@@ -83,19 +83,18 @@ class MARConfig:
         return self.vae_channels * self.patch_size**2
 
 
+PIXELS = dict(vae_stride=1, patch_size=4, vae_channels=3, t_init=625)  # no VAE: a token is 4 x 4 pixels
 SIZES = {
     "base": MARConfig(),
     "large": MARConfig(width=1024, heads=16, encoder_depth=16, decoder_depth=16, head_depth=8, head_width=1280),
     "huge": MARConfig(width=1280, heads=16, encoder_depth=20, decoder_depth=20, head_depth=12, head_width=1536),
-    "shapes": MARConfig(img_size=16, vae_stride=1, patch_size=4, vae_channels=3, num_classes=8, width=96, heads=3,
-                        encoder_depth=3, decoder_depth=3, buffer_size=4, head_depth=3, head_width=192, dropout=0.0,
-                        mask_ratio_min=0.1, t_init=625),
-    "cifar10": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=384, heads=6,
-                         encoder_depth=6, decoder_depth=6, buffer_size=16, head_depth=4, head_width=512,
-                         mask_ratio_min=0.5, t_init=625),
-    "cifar10_cpu": MARConfig(img_size=32, vae_stride=1, patch_size=4, vae_channels=3, num_classes=10, width=128,
-                             heads=4, encoder_depth=4, decoder_depth=4, buffer_size=8, head_depth=3, head_width=192,
-                             dropout=0.0, mask_ratio_min=0.1, t_init=625),
+    "shapes": MARConfig(**PIXELS, img_size=16, num_classes=8, width=96, heads=3, encoder_depth=3, decoder_depth=3,
+                        buffer_size=4, head_depth=3, head_width=192, dropout=0.0, mask_ratio_min=0.1),
+    "cifar10": MARConfig(**PIXELS, img_size=32, num_classes=10, width=384, heads=6, encoder_depth=6, decoder_depth=6,
+                         buffer_size=16, head_depth=4, head_width=512, mask_ratio_min=0.5),
+    "cifar10_cpu": MARConfig(**PIXELS, img_size=32, num_classes=10, width=128, heads=4, encoder_depth=4,
+                             decoder_depth=4, buffer_size=8, head_depth=3, head_width=192, dropout=0.0,
+                             mask_ratio_min=0.1),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,8 +137,8 @@ def alpha_sigma(t):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Noise as a function. Every random number that shapes a picture is a hash of (seed, index of the picture, purpose,
-# token, channel) and not a draw from a generator's state. So a picture does not depend on the batch it is drawn in, on
-# the rank that draws it or on the device, and a resumed run needs no saved generator.
+# token, channel), no draw of a generator: so a picture does not depend on the batch it is drawn in, on the rank that
+# draws it or on the device, and a resumed run needs no saved state.
 
 ORDER, START, CHAIN = 0, 1, 2  # purposes while sampling; chain step j of AR step k uses CHAIN + 1000 * k + j
 TRAIN = 1 << 20  # purposes from here on belong to training (distill.py, rl.py)

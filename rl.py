@@ -18,8 +18,8 @@ tokens that follow. Let v be a direction in which the reward of the finished pic
 x_k are the tokens of AR step k; ref_k what the start (the student before its first update) would put there, from the
 same noise and after the same earlier tokens of the student; dims numbers make a picture; s is --noise_std. Ours are:
 1. the default v needs no gradient of the reward: REINFORCE, with a Gaussian policy on the finished picture (one action
-   an episode), in the low frequencies that the generator can follow. Beside it `pathwise_direction`, the paper's;
-   The textbook form, a Gaussian on each revealed token at each AR step, is left out: it hardly moved;
+   an episode), in the low frequencies that the generator can follow. The textbook form, a Gaussian on each revealed
+   token at each AR step, is left out: it hardly moved. Beside it `pathwise_direction`, the paper's;
 2. KL_path, the KL, a dimension, of Gaussians of width s around the tokens of both, given the same context. Finished
    pictures drawn from one noise have little in common once one early token differs: pulling those together blurs them;
 3. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
@@ -43,7 +43,7 @@ from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, 
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
 from model import (TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, read_checkpoint,
-                   reveal_plan, take, write_json)
+                   reveal_plan, say, take, write_json)
 from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
@@ -170,16 +170,13 @@ def open_classifier(ckpt, data, seed, device):
     return load_classifier(path, device) if path else None
 
 
-def class_reward(name):
-    """Log-probability of the class that was asked for, by the data's own classifier of this name."""
-    def build(args, classifiers, names, device):
-        net = classifiers[name]
-        if net is None:
-            raise UserError(f"the rewards classifier and judge want classifier_0.pt and _1.pt beside {args.ckpt}, or "
-                            "pixels to train them on: give --data, or use --reward clip, pickscore or imagereward")
-        # net: -> features (N, F), logits (N, classes)
-        return lambda images, labels: F.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
-    return build
+def class_reward(net):
+    """Log-probability of the class that was asked for, by one of the data's classifiers."""
+    if net is None:
+        raise UserError("the rewards classifier and judge want classifier_0.pt and _1.pt beside --ckpt, or pixels to "
+                        "train them on: give --data, or use --reward clip, pickscore or imagereward")
+    # net: -> features (N, F), logits (N, classes)
+    return lambda images, labels: F.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
 
 
 def jpeg_bytes(images, quality=95):
@@ -196,8 +193,8 @@ REWARDS = {
     "clip": prompt_reward("clip"),  # 100 cos(picture, prompt)
     "pickscore": prompt_reward("pickscore"),  # about 20; what people chose among pictures of one prompt
     "imagereward": prompt_reward("imagereward"),  # mean 0, variance 1; corrupts pictures when trained on: watch it
-    "classifier": class_reward("classifier"),  # the one distill.py shows its figures by
-    "judge": class_reward("judge"),  # another one, to watch: what fools one network need not fool two
+    "classifier": lambda args, nets, *_: class_reward(nets["classifier"]),  # the one distill.py shows its figures by
+    "judge": lambda args, nets, *_: class_reward(nets["judge"]),  # another, to watch: what fools one may not fool two
     "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),  # needs nothing to be built from
     "red": lambda *_: lambda images, labels: (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)),  # the toy
 }
@@ -278,9 +275,8 @@ def train(args, start, score, run, watch):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     run.restore("rl", model=student, ema=ema, optimizer=optimizer)
     row = watch.look("before", start)  # which all later ones are compared with
-    if run.rank == 0 and not {"fd", "fid"} & row.keys():
-        print("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt",
-              flush=True)
+    if not {"fd", "fid"} & row.keys():
+        say("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt")
     student.checkpoint_blocks = args.recompute
     bf16_weights(start)  # it is frozen
     gradients = Gradients(student)
@@ -329,7 +325,7 @@ def evaluate(run, watch, ema, step):
         watch.rows["best"] = row
         run.write("best", ema.config, step=step, ema=ema.state_dict())
         write_json(run.path("results.json"), watch.rows)
-        print(f"best.pt is now that of step {step}", flush=True)
+        say(f"best.pt is now that of step {step}")
 
 
 MAX_RISE, MAX_LOSS = 0.2, 0.1  # shares of the start's by which, in best.pt, a distance may rise and modes be lost
@@ -354,7 +350,7 @@ def make_figures(args, classifiers, functions, weights, device):
     able = [net for name, net in classifiers.items() if net and name not in weights]  # rewarded it would judge itself
     classifier = able[0] if able else None
     if "judge" in weights:
-        print(f"judge is rewarded, so figures are {'by classifier_0.pt' if classifier else 'without FD'}", flush=True)
+        say(f"judge is rewarded, so figures are {'by classifier_0.pt' if classifier else 'without FD'}")
     if args.ref:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
         reference = statistics_in(args.ref, read_npz(args.ref))
@@ -393,13 +389,12 @@ def diversity(images, labels):
 # The command
 
 # What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md, "Tried".
-PIXELS = dict(reward=["classifier"], watch=["judge", "jpeg"], log_every=10, chunk=2048)
+COMMON = dict(reward=["classifier"], watch=["judge", "jpeg"], log_every=10, chunk=2048)
 DEFAULTS = {
-    "shapes": dict(PIXELS, watch=["judge", "jpeg", "red"], steps=120, batch=16, lr=1e-4, ema=0.97, warmup=0,
+    "shapes": dict(COMMON, watch=["judge", "jpeg", "red"], steps=120, batch=16, lr=1e-4, ema=0.97, warmup=0,
                    eval_every=40, save_every=40),
-    "cifar10": dict(PIXELS, steps=500, batch=32, calls=256, lr=2e-5, ema=0.99, warmup=10,
-                    eval_every=100, save_every=100),
-    "cifar10_cpu": dict(PIXELS, steps=60, batch=32, calls=64, lr=2e-5, ema=0.97, warmup=10, kl=0.2,
+    "cifar10": dict(COMMON, steps=500, batch=32, calls=256, lr=2e-5, warmup=10, eval_every=100),
+    "cifar10_cpu": dict(COMMON, steps=60, batch=32, calls=64, lr=2e-5, ema=0.97, warmup=10, kl=0.2,
                         eval_every=60, eval_images=500, save_every=30),
 }
 
@@ -479,7 +474,7 @@ def main(argv=None):
     args = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
     start, names = open_student(args, device)
-    config, data, vae = start.config, None, None
+    config, data = start.config, None
     vae_file = None if config.pixels else need_file(args.vae, "kl16")
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
     run = Run(args, device, rank, world, ["rl"], names, stands_on=[args.ckpt, args.ref, vae_file],
@@ -491,8 +486,7 @@ def main(argv=None):
         if data.num_classes != config.num_classes:
             raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}")
         check_names(start, data)
-    if vae_file:
-        vae = load_vae(vae_file).to(device)
+    vae = load_vae(vae_file).to(device) if vae_file else None
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     classifiers = {name: open_classifier(args.ckpt, data, seed, device) if config.pixels else None
