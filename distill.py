@@ -7,8 +7,7 @@ Needed before: nothing for shapes; for ImageNet the public teacher (data.py --ge
     python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
     python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
     python distill.py --teacher out/shapes/student.pt --passes 1     # afterwards: a whole picture in one pass
-    torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B, no data
-    torchrun --nproc_per_node=8 distill.py --resume                  # goes on from the last checkpoint
+    torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B, no data; or --resume
 
 The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop,
 `gsim_loss` the loss. Here
@@ -200,7 +199,7 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
     """x_t = alpha_t x0 + sigma_t eps, each token with its own t, uniform in low..high: x0 (B, P, C), keys (B,),
     positions (B, P) of the tokens -> x_t (B, P, C), t (B, P), eps (B, P, C), alpha and sigma (B, P, 1)."""
     span = high - low + 1
-    t = low + (uniform(keys, purpose, positions)[:, :, 0] * span).long().clamp(max=span - 1)  # float32 may round up
+    t = low + (uniform(keys, purpose, positions) * span).long().clamp(max=span - 1)  # float32 may round up
     eps = gaussian(keys, purpose + 64, positions, x0.shape[-1])
     alpha, sigma = alpha_sigma(t)
     return alpha * x0 + sigma * eps, t, eps, alpha, sigma
@@ -307,13 +306,11 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 
 
 def draw_in_fewer_passes(args, start, run, watch):
-    """Teach a copy of the student `start` to draw the same pictures in --passes AR steps; write student.pt.
-
-    Tokens of one AR step are drawn independently: with few steps they contradict each other. But chance enters a
-    picture by its start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it
-    step by step, in one order, and say it at once. This is a regression: where it cannot tell yet which of two modes
-    the noise means it draws their mean, but nothing pulls it to the frequent one, as a loss on distributions would.
-    """
+    """Teach a copy of the student `start` to draw the same pictures in --passes AR steps; write student.pt. Tokens of
+    one AR step are drawn independently: with few steps they contradict each other. But chance enters a picture by its
+    start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it step by step, in
+    one order, and say it at once. This is a regression: where it cannot tell yet which of two modes the noise means it
+    draws their mean, but nothing pulls it to the frequent one, as a loss on distributions would."""
     K = steps_of(start)
     student = MAR(replace(start.config, passes=args.passes)).to(run.device).eval()
     student.load_state_dict(start.state_dict(), strict=False)  # noise_proj is new, and 0: at first it sees no noise
@@ -407,8 +404,9 @@ def train_teacher(args, config, data, run):
 def teacher_loss(model, tokens, labels, keys, visible, masked, draws, max_weight=1.0):
     """MAR's own training loss, mean over masked tokens and `draws` of (t, noise) each. One transformer pass.
     max_weight: see diffusion_loss."""
-    dropped = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0, 0] < model.config.label_drop  # one per picture
-    c = model.transformer(tokens, visible, labels.masked_fill(dropped, -1), masked)  # (B, P, D)
+    chance = uniform(keys, DROP, torch.zeros_like(masked[:, :1]))[:, 0]  # one per picture
+    labels = labels.masked_fill(chance < model.config.label_drop, -1)
+    c = model.transformer(tokens, visible, labels, masked)  # (B, P, D)
     x0 = take(tokens, masked)  # (B, P, C)
     each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
     x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
@@ -551,7 +549,7 @@ def recipe(known):
     """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
     given = known.teacher or not known.data
     teacher = known.teacher or PUBLIC["mar_base"][1]
-    file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # not there: open_teacher says so
+    file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # not there: main says so
     found = dict(defaults_of(DEFAULTS, file, known.data, known.size, known.pixels))
     trained = not given and (known.teacher_steps or found)  # a flag or the size says for how long
     found["teacher"] = None if trained else teacher
@@ -574,8 +572,13 @@ def defaults_of(defaults, file, data, size=None, pixels=False):
     return defaults.get(size, defaults.get(by_data, {}))
 
 
-def check_fit(args, config, data):
-    """The teacher, the data (None: there are none) and the flags must speak of the same pictures."""
+def check_fit(args, teacher, config, data):
+    """The teacher, the data (of both one may be None) and the flags must speak of the same pictures."""
+    if teacher and not args.passes and teacher.stage != "teacher":
+        raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}: give its own teacher, a teacher.pt")
+    if args.passes and (teacher.stage == "teacher" or teacher.config.passes or args.passes >= steps_of(teacher)):
+        raise UserError(f"--passes {args.passes}: --teacher must be a student of any order that draws in more, not "
+                        f"{args.teacher} (stage {teacher.stage}, {steps_of(teacher)} AR steps)")
     kind = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
     if data and kind(config) != kind(data):
         raise UserError(f"the teacher draws {kind(config)}, --data {args.data} has {kind(data)}: choose another")
@@ -601,19 +604,6 @@ def check_names(network, data):
             raise UserError(f"class {i} of {network.source} is {name}, of {data.name} it is {other}: name them alike")
 
 
-def open_teacher(args):
-    """--teacher -> the frozen network, or None where one is to be trained."""
-    if not args.teacher:
-        return None
-    teacher = load_mar(need_file(args.teacher, PUBLIC_FILES.get(args.teacher)))
-    if args.passes and (teacher.stage == "teacher" or teacher.config.passes or args.passes >= steps_of(teacher)):
-        raise UserError(f"--passes {args.passes}: --teacher must be a student of any order that draws in more, not "
-                        f"{args.teacher} (stage {teacher.stage}, {steps_of(teacher)} AR steps)")
-    if teacher.stage != "teacher" and not args.passes:
-        raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}: give its own teacher, a teacher.pt")
-    return teacher
-
-
 def main(argv=None):
     """Check everything that can be checked, train a teacher or load one, look at it, distil it."""
     args = parse_args(argv)
@@ -624,10 +614,10 @@ def main(argv=None):
         raise UserError("--passes learns from a student, --teacher FILE, alone: leave out --data and --t_init")
     device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
-    teacher = open_teacher(args)
+    teacher = load_mar(need_file(args.teacher, PUBLIC_FILES.get(args.teacher))) if args.teacher else None
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
-    check_fit(args, config, data)
+    check_fit(args, teacher, config, data)
     # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
     # --vae, and not judged: that is fid.py's job
     beside = None if data or not config.pixels else classifier_beside(args.teacher)
@@ -712,8 +702,9 @@ class Muon(torch.optim.Optimizer):
                 if p not in self.state:
                     self.state[p]["momentum"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum"] for p in matrices]
-            torch._foreach_lerp_(momenta, [p.grad for p in matrices], 1 - group["momentum"])
-            ahead = torch._foreach_lerp([p.grad for p in matrices], momenta, group["momentum"])
+            gradients = [p.grad for p in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
             update = orthogonal(torch.stack(ahead))  # (n, rows, columns)
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, list(update), alpha=-0.2 * max(update.shape[1:])**0.5 * group["lr"])
@@ -884,12 +875,14 @@ class Run:
             dist.all_reduce(heard, op=dist.ReduceOp.MAX)  # what one rank heard all obey
             self.stopping = int(heard)
             dist.all_reduce(sums)
-        values = dict(zip(self.sums, (sums / (self.world * (self.step - self.logged))).tolist()))
+        updates = self.step - self.logged
+        means = (sums / (self.world * updates)).tolist()
+        values = dict(zip(self.sums, means))
         if not all(map(math.isfinite, values.values())):  # a sum stays what one of its terms was
             raise UserError(f"not finite in updates {self.logged + 1} to {self.step}: {values}: lower the learning "
                             f"rate or mend the reward; --resume goes on from step {self.kept}")
         self.bar.set_postfix(list(values.items())[:1])  # the loss or the reward
-        values["images_per_s"] = self.images * (self.step - self.logged) / (time.time() - self.clock)
+        values["images_per_s"] = self.images * updates / (time.time() - self.clock)
         if self.device.type == "cuda":
             values["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.sums, self.logged = {}, self.step
@@ -928,7 +921,8 @@ class Watch:
     grid share classes, orders and noise, so that a picture can be compared with the one above; latents need a vae."""
 
     def __init__(self, run, config, real, make_figures, vae=None):
-        self.run, self.vae, self.judges = run, vae, make_figures is not None
+        self.run, self.vae = run, vae
+        self.judges = make_figures is not None
         self.figures = make_figures() if self.judges and run.rank == 0 else None
         fits = real and len(real.counts) == config.num_classes
         self.labels = labels_like(real.counts if fits else torch.ones(config.num_classes), run.args.eval_images)
@@ -1006,7 +1000,8 @@ class Gradients:
         params = [p for p in model.parameters() if p.requires_grad][::-1]  # gradients arrive from the last layer down
         ends = itertools.accumulate(4 * p.numel() for p in params)
         bucket_of = {p: end // bucket_bytes for p, end in zip(params, ends)}
-        self.flats, self.views, self.sizes, self.waiting, self.works = [], [], [], None, []  # views: all .grad
+        self.flats, self.views, self.sizes = [], [], []  # buckets; all .grad; how many parameters a bucket has
+        self.waiting, self.works = None, []  # gradients that a bucket waits for; all-reduces on their way
         for b, (_, group) in enumerate(itertools.groupby(params, bucket_of.get)):
             group = list(group)
             flat = torch.zeros(sum(p.numel() for p in group), device=group[0].device)

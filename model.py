@@ -166,9 +166,10 @@ def _bits(keys, purpose, positions, channels):
     return splitmix(keys + positions[..., None] * 0x100000 + channel)
 
 
-def uniform(keys, purpose, positions, channels=1):
-    """Uniform numbers in (0, 1], one for each (picture, position, channel): -> (B, P, channels) float32."""
-    return (((_bits(keys, purpose, positions, channels) >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+def uniform(keys, purpose, positions):
+    """Uniform numbers in (0, 1], one for each (picture, position): -> (B, P) float32."""
+    bits = _bits(keys, purpose, positions, 1)[:, :, 0]
+    return (((bits >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
 
 
 def gaussian(keys, purpose, positions, channels):
@@ -190,7 +191,7 @@ def token_orders(keys, seq_len, kind="random"):
     row, column = place // side, place % side
     from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
     rank = {"random": torch.zeros_like(place), "raster": place, "outward": from_centre, "inward": -from_centre}[kind]
-    return (uniform(keys, ORDER, place)[:, :, 0] - rank).argsort(dim=1, stable=True)
+    return (uniform(keys, ORDER, place) - rank).argsort(dim=1, stable=True)
 
 
 def mask_counts(seq_len, ar_steps):
@@ -288,13 +289,13 @@ class Head(nn.Module):
 
 
 def take(x, index):
-    """Rows of each picture: x (B, T, D), index (B, Q) -> (B, Q, D)."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    """Rows of each picture: x (B, T, D), or (1, T, D) alike for all, index (B, Q) -> (B, Q, D)."""
+    return x.take_along_dim(index[:, :, None], dim=1)
 
 
 def put(x, index, rows):
     """x (B, T, D) with `rows` (B, Q, D) written at index (B, Q), as a new tensor that gradients flow through."""
-    return x.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), rows.to(x.dtype))
+    return x.scatter(1, index[:, :, None].expand_as(rows), rows.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -417,7 +418,7 @@ class MAR(nn.Module):
         known to the host, so nothing has to be counted on the device. Masked tokens never enter."""
         S = self.config.buffer_size
         x = self.z_proj(take(tokens, visible))  # (B, V, D)
-        x = x + take(self.encoder_pos_embed_learned[:, S:].expand(len(x), -1, -1), visible)
+        x = x + take(self.encoder_pos_embed_learned[:, S:], visible)
         # a label of -1 is the null class. No host sync: both are computed, one is chosen
         classes = torch.where(labels[:, None] < 0, self.fake_latent, self.class_emb(labels.clamp(min=0)))  # (B, D)
         buffer = classes[:, None] + self.encoder_pos_embed_learned[:, :S]  # (B, S, D)
@@ -438,7 +439,7 @@ class MAR(nn.Module):
             x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
             x = self.run_blocks(self.decoder_blocks[:-1], x + self.decoder_pos_embed_learned)
             x = self.decoder_norm(self.decoder_blocks[-1](x, ask=predict + S))  # (B, P, D)
-            x = x + take(self.diffusion_pos_embed_learned.expand(len(x), -1, -1), predict)
+            x = x + take(self.diffusion_pos_embed_learned, predict)
         return x.float()
 
     def conditions(self, tokens, visible, labels, predict, guidance, seen=None):
@@ -630,15 +631,13 @@ def config_of_public(state, args, heads, path):
                      head_depth=depth("head_net.res_blocks"), head_width=len(state["head_net.input_proj.weight"]))
 
 
-HIGHEST = {"dropout": 1.0, "label_drop": 1.0, "mask_ratio_min": 1.0, "guidance": math.inf, "t_init": 999,
-           "encoder_depth": 999, "decoder_depth": 999, "head_depth": 999, "teacher_head_steps": 1000}
-
-
 def check_settings(config, made, path):
     """UserError naming the first setting of a network, or flag of its run (`made`), that none can have."""
+    highest = {"dropout": 1.0, "label_drop": 1.0, "mask_ratio_min": 1.0, "guidance": math.inf, "t_init": 999,
+               "encoder_depth": 999, "decoder_depth": 999, "head_depth": 999, "teacher_head_steps": 1000}
     of_run = {name: made[name] for name in ("ar_steps", "teacher_head_steps", "guidance") if name in made}
     for name, value in {**asdict(config), **of_run}.items():
-        high = HIGHEST.get(name, 1 << 16)
+        high = highest.get(name, 1 << 16)
         low = 0 if type(high) is float or name == "passes" else 1
         if type(value) not in (int, type(high)) or not low <= value <= high:
             raise UserError(f"{path}: no {'run' if name in of_run else 'network'} has {name} {value!r}")
@@ -650,11 +649,9 @@ def check_settings(config, made, path):
 
 def load_mar(path, ema=True, **config_overrides):
     """A MAR in eval mode on the CPU from a public LTH14/mar checkpoint or one of ours; UserError where that cannot be.
-
     ema: the averaged weights (what every published number uses), where there are some. config_overrides: fields of
     MARConfig to set against the file. The model tells what the file says of it: source (the path), stage (of STAGES),
-    made (the flags of its run; {} in public files), class_names (None where it has none).
-    """
+    made (the flags of its run; {} in public files), class_names (None where it has none)."""
     file = read_checkpoint(path)
     state, ours = weights_in(file, ema), "config" in file
     layout = "head_net." if ours and "head_net.input_proj.weight" in state else "diffloss.net."  # the public name

@@ -6,8 +6,7 @@ Must exist: a student from distill.py; for rewards by CLIP, PickScore, ImageRewa
     python rl.py --data shapes --reward jpeg --out out/shapes/jpeg   # smaller files: no gradient, no network
     python rl.py --data shapes --reward classifier --estimator pathwise        # the reward's own gradient
     python rl.py --reward clip --ckpt out/imagenet/student.pt        # one GPU
-    torchrun --nproc_per_node=8 rl.py                                # ImageNet 256, PickScore (paper: pathwise)
-    torchrun --nproc_per_node=8 rl.py --resume                       # goes on from the last checkpoint, bit for bit
+    torchrun --nproc_per_node=8 rl.py                                # ImageNet 256, PickScore; or --resume
 
 The paper (MARVAL, arXiv 2511.15190) makes a whole picture in K fast AR steps, scores it, and follows the gradient of
 the score. Single steps are never scored: half a picture has no CLIP score, and what a token is worth is decided by the
@@ -182,7 +181,8 @@ def class_reward(net):
 def jpeg_bytes(images, quality=95):
     """Size of each image as a JPEG file, in hundreds of bytes. Quality: as DDPO's (Black et al. 2023)."""
     sizes = []
-    for image in (images.detach() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():  # (H, W, 3) each
+    pixels = (images.detach() * 255).round().byte()
+    for image in pixels.permute(0, 2, 3, 1).cpu().numpy():  # (H, W, 3) each
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=quality)
         sizes.append(file.tell() / 100)
@@ -417,16 +417,14 @@ def parse_args(argv=None):
          help=f"what to raise, several are added up, jpeg:-1 lowers: {' '.join(REWARDS)}")
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
-    flag("--kl", type=float, default=None, help="pull towards the start: the reward that one nat a dimension costs; "
-         "more when FD rises or modes go (jpeg: 5), less when the reward does not move (left out: 0.5 for classifier "
-         "alone, else 0.2)")
+    flag("--kl", type=float, default=None, help="pull towards the start, in reward a nat a dimension; raise it when FD "
+         "rises or modes go (jpeg: 5) (left out: 0.5 for classifier alone, else 0.2)")
     # its gradient
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"], help="pathwise: by dr/dx, if r has one")
     flag("--calls", type=int, default=128, help="rewards from which a picture's direction is found, 2 or more")
     flag("--frequencies", type=int, default=None, help="side of the square of lowest frequencies that REINFORCE tries; "
          "0: all, for rewards of fine texture (left out: as many as --calls can tell apart, with jpeg 0)")
-    flag("--noise_std", type=float, default=0.1, help="s, of the policy in each of its frequencies, and of the KL; "
-         "pixels lie in [-1, 1], latents have std 1")
+    flag("--noise_std", type=float, default=0.1, help="s, of the policy and of the KL; pixels lie in [-1, 1]")
     flag("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
     flag("--steps", type=int, default=2000, help="updates")
     flag("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
@@ -446,35 +444,29 @@ def parse_args(argv=None):
 def recipe(known):
     """The defaults: those of the size of the student, else of the data."""
     ckpt = known.ckpt or os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
-    file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # not there: open_student says so
+    file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # not there: main says so
     found = {"ckpt": ckpt, **defaults_of(DEFAULTS, file, known.data)}
     if not known.data and not classifier_beside(ckpt, 1):  # the judge cannot be had
         found["watch"] = [name for name in found.get("watch", ["clip", "imagereward"]) if name != "judge"]
     return found
 
 
-def open_student(args, device):
-    """--ckpt -> (the frozen student, class names); flags that were left out take the student's values."""
-    if not os.path.isfile(args.ckpt):
-        raise UserError(f"no student at {args.ckpt}: make one by distill.py first, or give --ckpt")
-    student = load_mar(args.ckpt).to(device)
-    if student.stage == "teacher":
-        raise UserError(f"{args.ckpt} is a teacher's, of 100 steps a token: distill it first (distill.py)")
-    args.ar_steps = args.ar_steps or steps_of(student)
-    mask_counts(student.config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
-    names = student.class_names or [*map(str, range(student.config.num_classes))]
-    wanted = {**parse_rewards(args.reward), **parse_rewards(args.watch)}
-    if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
-        names = read_class_names(args.class_names, names)  # words, which those of folders need not be
-    return student, names
-
-
 def main(argv=None):
     """Check everything that can be checked, open the student and the rewards, train."""
     args = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
-    start, names = open_student(args, device)
+    if not os.path.isfile(args.ckpt):
+        raise UserError(f"no student at {args.ckpt}: make one by distill.py first, or give --ckpt")
+    start = load_mar(args.ckpt).to(device)
     config, data = start.config, None
+    if start.stage == "teacher":
+        raise UserError(f"{args.ckpt} is a teacher's, of 100 steps a token: distill it first (distill.py)")
+    args.ar_steps = args.ar_steps or steps_of(start)
+    mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
+    names = start.class_names or [*map(str, range(config.num_classes))]
+    wanted = {**parse_rewards(args.reward), **parse_rewards(args.watch)}
+    if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
+        names = read_class_names(args.class_names, names)  # words, which those of folders need not be
     vae_file = None if config.pixels else need_file(args.vae, "kl16")
     # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
     run = Run(args, device, rank, world, ["rl"], names, stands_on=[args.ckpt, args.ref, vae_file],
