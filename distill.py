@@ -451,6 +451,7 @@ def discretised_log_likelihood(x, mean, log_scale):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
+PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: what data.py --get calls it
 # What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
 DEFAULTS = {
     "shapes": dict(
@@ -542,9 +543,6 @@ def read_flags(p, argv, recipe, **defaults):
     return args
 
 
-PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: what data.py --get calls it
-
-
 def recipe(known):
     """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
     given = known.teacher or not known.data
@@ -618,8 +616,7 @@ def main(argv=None):
     config = teacher.config if teacher else replace(SIZES[args.size], img_size=data.img_size,
                                                     num_classes=data.num_classes)
     check_fit(args, teacher, config, data)
-    # without data, figures are by a classifier that lies beside the teacher, if one does. Latents are shown, with
-    # --vae, and not judged: that is fid.py's job
+    # without data figures are by a classifier beside the teacher; latents are shown, with --vae: fid.py judges them
     beside = None if data or not config.pixels else classifier_beside(args.teacher)
     real = data or beside and load_classifier(beside)
     if real and teacher:
@@ -662,6 +659,9 @@ def main(argv=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What training needs, here and in rl.py: optimiser, averages, the run's folder, data parallelism
+
+# signal -> exit code once the checkpoint is written. 0, or torchrun --max-restarts would start a stopped run again
+SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
@@ -734,10 +734,6 @@ def set_lr(optimizer, peak, step, total, warmup, decay):
     lr = peak * min(1.0, (step + 1) / (warmup + 1), (total - step) / max(1.0, decay * total))
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-# signal -> exit code once the checkpoint is written. 0, or torchrun --max-restarts would start a stopped run again
-SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 class Run:
@@ -846,8 +842,7 @@ class Run:
         self.total, self.images, self.sums = total, images, {}
         self.logged, self.clock = self.step, time.time()  # step of the last log line; since when training goes on
         say(f"{self.stage}: updates {self.step} to {total}, {images} images each on {self.world} process(es)")
-        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, desc=self.stage, unit="step",
-                        disable=self.rank > 0 or None, mininterval=1)
+        self.bar = tqdm(range(self.step, total), self.stage, total, initial=self.step, disable=self.rank > 0 or None)
         for step in self.bar:
             self.step, self.unsaved = step + 1, True  # updates done when the loop's body ends
             yield step

@@ -726,12 +726,10 @@ def fill_model(build, state, path, in_file=str):
     return model.eval().requires_grad_(False)
 
 
-SAFE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-
-
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers."""
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
     with reading(path, "safetensors file"):
         data = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))  # copy on write: the file itself is never touched
         size = int.from_bytes(bytes(data[:8].tolist()), "little")
@@ -739,10 +737,10 @@ def read_safetensors(path):
         body, out = data[8 + size:], {}
         for name, entry in header.items():
             if name != "__metadata__":
-                if entry["dtype"] not in SAFE_TYPES:
-                    raise UserError(f"{path}: {name} is of dtype {entry['dtype']}; read are {', '.join(SAFE_TYPES)}")
+                if entry["dtype"] not in kinds:
+                    raise UserError(f"{path}: {name} is of dtype {entry['dtype']}; read are {', '.join(kinds)}")
                 start, stop = entry["data_offsets"]
-                numbers = body[start:stop].clone().view(SAFE_TYPES[entry["dtype"]])  # clone: offsets may be odd
+                numbers = body[start:stop].clone().view(kinds[entry["dtype"]])  # clone: offsets may be odd
                 out[name] = numbers.reshape(entry["shape"])  # raises where the file ends too early
         return out
 

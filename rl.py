@@ -47,7 +47,6 @@ from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # v, the direction in which the reward of a finished picture rises: the one thing in which the estimators differ.
 # Both: score(x (n, c, h, w), labels (n,)) -> (n,); x (B, c, h, w), keys (B,) of its noise -> v like x, rewards (B,).
@@ -124,13 +123,11 @@ def score_in_chunks(score, x, labels, chunk):
 def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
     """Backpropagate <slope, x> + kl * KL_path, summed over the pictures, into the student's .grad; -> the mean KL_path,
     nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the seeds.
-
     The finished picture is all that had to be kept: no token is ever changed, so it holds the context of every step.
     The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens is dL / dx_k
     but for the step's own KL: what the caller gave, plus what these tokens do, as context, to later x_j and ref_j. For
     ref_k is no constant: the start, itself frozen, reads tokens that move with the student. This is exact
-    backpropagation through both chains, in the memory of one step whatever K is, for a forward and backward of each.
-    """
+    backpropagation through both chains, in the memory of one step whatever K is, for a forward and backward of each."""
     L, C = student.config.seq_len, student.config.token_dim
     tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
     for visible, predict in reversed(list(reveal_plan(student.orders(keys), ar_steps))):
@@ -264,6 +261,8 @@ def build_rewards(args, config, classifiers, names, device, rank):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
+MAX_RISE, MAX_LOSS = 0.2, 0.1  # shares of the start's by which, in best.pt, a distance may rise and modes be lost
+
 
 def train(args, start, score, run, watch):
     """Post-train a copy of the frozen `start`; write student.pt (the last), best.pt and results.json. An update costs,
@@ -326,9 +325,6 @@ def evaluate(run, watch, ema, step):
         run.write("best", ema.config, step=step, ema=ema.state_dict())
         write_json(run.path("results.json"), watch.rows)
         say(f"best.pt is now that of step {step}")
-
-
-MAX_RISE, MAX_LOSS = 0.2, 0.1  # shares of the start's by which, in best.pt, a distance may rise and modes be lost
 
 
 def is_best(row, rows):
