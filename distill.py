@@ -264,7 +264,7 @@ def distil(args, teacher, data, run, watch):
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
             slope = slope * weight_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over masked tokens
             x0.backward(slope)
-            run.add(loss=loss_theta.mean() / args.accumulate, critic_loss=loss_q.mean() / args.accumulate)
+            run.add(args.accumulate, loss=loss_theta.mean(), critic_loss=loss_q.mean())
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         critic_norm, norm = critic_gradients.finish(CLIP), gradients.finish(CLIP)
@@ -453,21 +453,21 @@ def discretised_log_likelihood(x, mean, log_scale):
 
 PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: what data.py --get calls it
 # What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
+ON_CPU = dict(teacher_optimizer="muon", teacher_batch=64, teacher_lr=1e-3, draws=2, max_weight=5.0,
+              steps=1000, lr=5e-4, critic_lr=1e-3, ema=0.99, ar_steps=8)
 DEFAULTS = {
     "shapes": dict(
-        size="shapes", teacher_optimizer="muon", teacher_steps=1300, teacher_batch=64, teacher_lr=1e-3,
-        teacher_ema=0.995, draws=2, max_weight=5.0,
-        steps=1000, batch=32, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=2.0, warmup=0, t_guided=500, low_weight=0.1,
-        ar_steps=8, eval_every=500, eval_images=1024, save_every=200),
+        ON_CPU, size="shapes", teacher_steps=1300, teacher_ema=0.995,
+        batch=32, guidance=2.0, warmup=0, t_guided=500, low_weight=0.1,
+        eval_every=500, eval_images=1024, save_every=200),
     "cifar10": dict(
         size="cifar10", teacher_steps=60000, teacher_batch=128, teacher_lr=4e-4, teacher_ema=0.9995, max_weight=5.0,
         steps=8000, batch=128, lr=5e-5, critic_lr=1e-4, ema=0.999, guidance=2.0,
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
-        size="cifar10_cpu", teacher_optimizer="muon", teacher_steps=7000, teacher_batch=64, teacher_lr=1e-3,
-        teacher_ema=0.999, draws=2, max_weight=5.0,
-        steps=1000, batch=16, lr=5e-4, critic_lr=1e-3, ema=0.99, guidance=3.0, warmup=100, t_guided=700,
-        ar_steps=8, eval_every=1000, eval_images=500, save_every=100),
+        ON_CPU, size="cifar10_cpu", teacher_steps=7000, teacher_ema=0.999,
+        batch=16, guidance=3.0, t_guided=700,
+        eval_every=1000, eval_images=500, save_every=100),
 }
 
 
@@ -476,12 +476,12 @@ def parse_args(argv=None):
     p = Parser("Train a MAR teacher where there is none, and distil it to one step.")
     flag = p.add_argument
     # files and data
-    flag("--data", default=None, help="shapes, cifar10, folder with train/<class>/*, data.py cache; left out: no data")
+    flag("--data", default=None, help="shapes, cifar10, folder with train/<class>/*, cache; left out: no data")
     flag("--pixels", action="store_true", help="use a folder's images as pixels, whatever their size")
     flag("--out", default=None, help="folder of the run (default out/<name of the data or of the teacher>)")
     flag("--vae", default=None, help="KL-16 file, to show pictures of latents while training")
     # stage 0, the teacher
-    flag("--teacher", default=None, help="its file, which has its size (left out: one is trained, or the public MAR-B)")
+    flag("--teacher", default=None, help="its file (left out: one is trained, or the public MAR-B)")
     flag("--size", default="base", choices=list(SIZES), help="network of a teacher trained here")
     flag("--teacher_steps", type=int, default=0, help="updates of stage 0; 0 = --teacher is needed")
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
@@ -492,7 +492,7 @@ def parse_args(argv=None):
          "student --teacher that learns to draw its pictures, in one order")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
-    flag("--t_init", type=int, default=None, help="t where the student starts (left out: the size's, 755 for ImageNet)")
+    flag("--t_init", type=int, default=None, help="t where the student starts (left out: the size's)")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
@@ -847,10 +847,11 @@ class Run:
             self.step, self.unsaved = step + 1, True  # updates done when the loop's body ends
             yield step
 
-    def add(self, **values):
-        """Add to the sums over the updates since the last log line: 0-d tensors by name. No host sync."""
+    def add(self, parts=1, **values):
+        """Add to the sums over the updates since the last log line: 0-d tensors by name, of one of `parts` of a batch.
+        No host sync."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value.detach() / parts
 
     def log_and_save(self, product, model):
         """Log and save every so many updates, at the last one, and when the run is to end. A save comes before a look
@@ -984,8 +985,7 @@ class Gradients:
         norm = gradients.finish(clip=1.0)                             # wait, average, clip; then optimizer.step()
 
     Buckets start in one fixed order on every rank, so ranks cannot cross over; that of a parameter which got no
-    gradient, zeros, is sent by finish(). Clipping costs a handful of kernels, no host sync.
-    """
+    gradient, zeros, is sent by finish(). Clipping costs a handful of kernels, no host sync."""
 
     def __init__(self, model, bucket_bytes=25 << 20):  # 25 MB: big enough for bandwidth, small enough to overlap
         self.world = dist.get_world_size() if dist.is_initialized() else 1

@@ -563,8 +563,7 @@ class MAR(nn.Module):
         not; temperature scales the chain's noise, or in one step the start noise; seeds (B,) ints or (B, 2) pairs
         (seed, index) fix noise and order of each picture whatever the batch; orders one of ORDERS, or (B, L) long.
         To redraw part of a picture: its tokens given (1 or B, L, C) and redraw (L,) bool on the host, at least K True.
-        Cost: K transformer passes and K * head_steps of the head, twice with guidance.
-        """
+        Cost: K transformer passes and K * head_steps of the head, twice with guidance."""
         for tokens, _, _ in self.unmask(labels, ar_steps, head_steps, guidance, **how):
             pass
         return self.unpatchify(tokens)

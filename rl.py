@@ -82,8 +82,7 @@ def reinforce_direction(score, x, labels, keys, args):
     (gradient of the reward smoothed by this noise), unbiased in the subspace. The baseline is the picture's own mean
     reward, for pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the
     mean too. The generator passes little but low frequencies on to its weights, and N calls cannot tell more than N
-    numbers apart: so f is the least with c f f >= N, unless --frequencies says it. N + 1 reward calls a picture.
-    """
+    numbers apart: so f is the least with c f f >= N, unless --frequencies says it. N + 1 reward calls a picture."""
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
     f = math.ceil((N / channels) ** 0.5) if args.frequencies is None else args.frequencies
@@ -304,8 +303,7 @@ def train(args, start, score, run, watch):
             kl = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
                                 args.ar_steps)
             # reward_std is that within a part
-            run.add(reward=r.mean() / args.accumulate, reward_std=r.std(correction=0) / args.accumulate,
-                    kl=kl / args.accumulate)
+            run.add(args.accumulate, reward=r.mean(), reward_std=r.std(correction=0), kl=kl)
 
         # the update: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         norm = gradients.finish(clip=1.0)
