@@ -507,7 +507,7 @@ def parse_args(argv=None):
     args = read_flags(p, argv, recipe)
     source = "imagenet" if args.teacher in PUBLIC_FILES else os.path.dirname(os.path.abspath(args.teacher or ""))
     name = os.path.basename(os.path.normpath(args.data or source))
-    args.out = args.out or os.path.join("out", name, *[f"passes_{args.passes}"] * bool(args.passes))
+    args.out = args.out or f"out/{name}" + f"/passes_{args.passes}" * bool(args.passes)
     args.ar_steps = args.passes or args.ar_steps
     return args
 

@@ -682,8 +682,8 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
     names: substitutions (pattern, replacement), done in order, that turn our name into the file's; where it is
     a.{q,k,v}.b, the file has three parts, which are put together. drop: how names begin that are left out. turned: the
     file's names of what it has transposed."""
-    state = {name: value for name, value in weights_in(read_checkpoint(need_file(path, get))).items()
-             if torch.is_tensor(value) and not name.startswith(tuple(drop))}
+    file = read_checkpoint(need_file(path, get))
+    state = {name: value for name, value in weights_in(file).items() if not name.startswith(tuple(drop))}
     ours, in_file = {}, {}
     with reading(path, f"{get} file", f"; python data.py --get {get} fetches it"), torch.device("meta"):
         model = build(state)

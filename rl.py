@@ -341,8 +341,8 @@ def is_best(row, rows):
 def make_figures(args, classifiers, functions, weights, device):
     """-> figures(images uint8 (N, 3, H, W), labels (N,)) -> {name: number} for the Watch: the mean of each reward, the
     weighted sum "reward" of those trained on, "diversity", and of pixels what fid.judge says, of latents "fid"."""
-    able = [net for name, net in classifiers.items() if net and name not in weights]  # rewarded it would judge itself
-    classifier = able[0] if able else None
+    # one that is rewarded would judge itself
+    classifier = next((net for name, net in classifiers.items() if net and name not in weights), None)
     if "judge" in weights:
         say(f"judge is rewarded, so figures are {'by classifier_0.pt' if classifier else 'without FD'}")
     if args.ref:
@@ -437,7 +437,8 @@ def parse_args(argv=None):
 
 def recipe(known):
     """The defaults: those of the size of the student, else of the data."""
-    ckpt = known.ckpt or os.path.join("out", os.path.basename(os.path.normpath(known.data or "imagenet")), "student.pt")
+    name = os.path.basename(os.path.normpath(known.data or "imagenet"))
+    ckpt = known.ckpt or f"out/{name}/student.pt"
     file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # not there: main says so
     found = {"ckpt": ckpt, **defaults_of(DEFAULTS, file, known.data)}
     if not known.data and not classifier_beside(ckpt, 1):  # the judge cannot be had
