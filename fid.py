@@ -23,7 +23,6 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SHAPE_MODES, Parser, check_numbers, find_images, load_vae, open_data, read_class_names,
-                  read_image, run_main, sequence, setup, shape_modes, train_indices)
+from data import (PUBLIC, SHAPE_MODES, Data, Parser, check_numbers, find_images, load_vae, open_data,
+                  read_class_names, read_image, run_main, sequence, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, printable, read_checkpoint,
                    reading, replacing, runs_bf16, save_checkpoint, say, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
@@ -755,17 +754,16 @@ def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
 
 
 @dataclass
-class Pictures:
-    """uint8 pictures by number, so that each rank takes a part."""
-    name: str
-    side: int  # px
-    labels: np.ndarray  # (N,) numbers of class_names
-    class_names: list  # [""]: nobody says what they show; None: labels are numbers of the judges' classes
-    read: Callable  # numbers (n,) -> uint8 (n, 3, side, side)
+class Pictures(Data):
+    """Pictures to be judged. Labels are -1 where nobody says what they show, and without class_names (None) they are
+    numbers of the judges' classes."""
     made_by: dict = field(default_factory=dict)  # {setting: value} of what is drawn here
-    asked: np.ndarray = None  # (N,) labels as numbers of the judges' classes, where these are known
 
-    count = property(lambda self: len(self.labels))
+    labelled = property(lambda self: self.labels[0] >= 0)
+
+    def __post_init__(self):
+        if len(self) < 10:
+            raise UserError(f"{self.name}: {len(self)} image(s) are no distribution: 10 at least")
 
 
 def read_npz(path):
@@ -787,16 +785,18 @@ def npz_pictures(path, arrays):
                         f"{', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())}")
     labels = arrays.get("labels", arrays.get("arr_1"))
     names = arrays["class_names"].tolist() if "class_names" in arrays else None
-    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any():
-        labels, names = np.zeros(len(images), np.int64), [""]
+    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        labels = np.full(len(images), -1)
     again = functools.cache(lambda: read_npz(path)["arr_0"])
-    return Pictures(str(path), images.shape[1], labels, names,
+    return Pictures(str(path), names, images.shape[1], labels,
                     lambda numbers: torch.from_numpy(again()[numbers].transpose(0, 3, 1, 2).copy()))  # NHWC -> NCHW
 
 
 def folder_pictures(path, size=None):
     """Every image below a folder. size: crop to it as ADM does; None: as they are, all of one size."""
-    class_names, files, labels = find_images(path)
+    names, files, labels = find_images(path)
+    if len(names) == 1:
+        names, labels = None, labels - 1
     side = size or read_image(files[0]).shape[2]
 
     def one(number):
@@ -810,8 +810,7 @@ def folder_pictures(path, size=None):
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
             return torch.from_numpy(np.stack(list(pool.map(one, numbers))))
 
-    name = f"{path} (ADM centre crop to {size} px)" if size else str(path)
-    return Pictures(name, side, labels, class_names if len(class_names) > 1 else [""], read)
+    return Pictures(f"{path} (ADM centre crop to {size} px)" if size else str(path), names, side, labels, read)
 
 
 def checkpoint_pictures(path, args, device, vae, real=None):
@@ -835,25 +834,26 @@ def checkpoint_pictures(path, args, device, vae, real=None):
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
-    return [Pictures(f"{path} ({said(how)})", model.config.img_size, labels, model.class_names,
-                     functools.partial(read, how), how) for how in ways_to_draw(args, model)]
+    return [Pictures(f"{path} ({said(how)})", model.class_names, model.config.img_size, labels,
+                     functools.partial(read, how), made_by=how) for how in ways_to_draw(args, model)]
 
 
 def agree_on_classes(sources, real, wanted):
     """-> the names of the judges' classes: those of `real`, Data or Classifier; else the first that a source has; else
-    ImageNet's. The sources' labels become `asked`, numbers of these; UserError where that is `wanted` and cannot be."""
-    named = [one.class_names for one in (real, *sources) if one and one.class_names not in (None, [""])]
-    names = named[0] if named else read_class_names()
-    if wanted and any(one.class_names is None for one in sources):
-        say(f"labels without names are taken for numbers of these classes: {names[0]}, {names[1]}, ... ({len(names)})")
+    ImageNet's. The sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
+    names = next((one.class_names for one in (real, *sources) if one and one.class_names), None) or read_class_names()
     for source in sources:
         own = source.class_names or names
-        if set(own) <= set(names) and source.labels.max() < len(own):
-            source.asked = np.array([names.index(name) for name in own])[source.labels]
+        if set(own) <= set(names) and source.labels.min() >= 0 and source.labels.max() < len(own):
+            source.labels = np.array([names.index(name) for name in own])[source.labels]
         elif wanted:
             raise UserError(f"{source.name} has no labels, or others than {names[0]}, ... ({len(names)} classes), and "
                             "an image is compared with the prompt of its class: give an .npz with labels, or a folder "
                             "with one of each class in it, and other classes in another call")
+        else:
+            source.labels = np.full(len(source), -1)
+    if wanted and any(source.class_names is None for source in sources):
+        say(f"labels without names are taken for numbers of these classes: {names[0]}, {names[1]}, ... ({len(names)})")
     return names
 
 
@@ -915,11 +915,11 @@ def collect(pictures, ask, batch, rank, world):
 
     A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
     """
-    mine, parts = np.array_split(np.arange(pictures.count), world)[rank], []
+    mine, parts = np.array_split(np.arange(len(pictures)), world)[rank], []
     name = printable(pictures.name[:40])
     for start in tqdm(range(0, len(mine), batch), name, unit="batch", disable=rank > 0 or None):
         numbers = mine[start:start + batch]
-        labels = None if pictures.asked is None else torch.from_numpy(pictures.asked[numbers])
+        labels = torch.from_numpy(pictures.labels[numbers]) if pictures.labelled else None
         said = ask(pictures.read(numbers), labels)
         parts.append({what: as_features(values).numpy() for what, values in said.items()})
     if world > 1:
@@ -949,14 +949,14 @@ FIGURES = {  # what a row's figures say
 
 def make_row(pictures, said, reference, classifier, args):
     """One row of the table from what the judges said of every picture: what was judged, its figures, their meaning."""
-    row = {"name": pictures.name, "n": pictures.count, "made_by": pictures.made_by}
+    row = {"name": pictures.name, "n": len(pictures), "made_by": pictures.made_by}
     facts = {"prompt": repr(args.prompt), "classifier": args.classifier or f"the classifier of {args.data}"}
     if "pool" in said:
         row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
         mu, sigma = mean_and_covariance(said["pool"])
         if args.save_stats:
             with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
-                np.savez(file, n=pictures.count, made_from=pictures.name, mu=mu.float().numpy(), sigma=sigma.numpy())
+                np.savez(file, n=len(pictures), made_from=pictures.name, mu=mu.float().numpy(), sigma=sigma.numpy())
     if reference:
         facts["reference"] = f"mu, sigma of {args.ref}, n = {reference['n'] or 'not in the file'}"
         row["fid"] = frechet_distance(mu, sigma, reference["mu"], reference["sigma"])
@@ -967,14 +967,14 @@ def make_row(pictures, said, reference, classifier, args):
     if classifier:
         facts["own"] = f"{classifier.accuracy:.4f}"
         row |= figures_of(classifier, said)
-        if pictures.asked is not None:
-            counts = torch.bincount(torch.from_numpy(pictures.asked), minlength=len(classifier.counts))
+        if pictures.labelled:
+            counts = torch.bincount(torch.from_numpy(pictures.labels), minlength=len(classifier.counts))
             moved = float((counts / counts.sum() - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
             if moved > 0.1:  # the share of the pictures that would have to be of another class
                 say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images: FD and "
                     "modes compare that too")
     row |= {kind: float(said[kind].mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
-    few = min(pictures.count, reference.get("n") or pictures.count)
+    few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
             "the images, and KID scatters: compare with equal n only")
@@ -1049,14 +1049,12 @@ def main(argv=None):
         sources += checkpoint_pictures(path, args, device, vae, real)
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
-    other = [pictures for pictures in sources if pictures.side != sources[0].side]
-    if other and os.path.isdir(args.ref or ""):  # which is cropped like the samples
-        raise UserError(f"--ref {args.ref} is cropped to {sources[0].side} px, {other[0].name} has {other[0].side} px: "
+    size = sources[0].img_size  # a folder for --ref is cropped like the samples
+    other = [pictures for pictures in sources if pictures.img_size != size]
+    if other and os.path.isdir(args.ref or ""):
+        raise UserError(f"--ref {args.ref} is cropped to {size} px, {other[0].name} has {other[0].img_size} px: "
                         "give samples of one size in a call")
-    reference, images = open_reference(args.ref, sources[0].side) if args.ref else ({}, None)
-    for pictures in [*sources, images] if images else sources:
-        if pictures.count < 10:
-            raise UserError(f"{pictures.name}: {pictures.count} image(s) are no distribution: 10 at least")
+    reference, images = open_reference(args.ref, size) if args.ref else ({}, None)
     names = agree_on_classes(sources, real, wanted=any(kind in args.judges for kind in PROMPTED))
     results = Path(args.out) / "results.json"
     rows_in(results)  # complains now, not after the work
@@ -1070,7 +1068,7 @@ def main(argv=None):
         if rank == 0:
             pool = said["pool"]
             mu, sigma = mean_and_covariance(pool)
-            reference = {"mu": mu, "sigma": sigma, "n": images.count, **reference, "features": pool[evenly(pool)]}
+            reference = {"mu": mu, "sigma": sigma, "n": len(images), **reference, "features": pool[evenly(pool)]}
     rows = []
     while sources:
         pictures = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory

@@ -3040,7 +3040,7 @@ def test_judged_labels_have_the_shares_of_the_data(folder):
             assert 8 * drawn[0]["fd"] < drawn[1]["fd"], drawn
         seeing.counts = net.counts
         for labels, noted in ((watch(pictures).numpy(), False), (watch(None).numpy(), True)):  # of an .npz of others
-            given = fid.Pictures("a.npz", 32, labels, None, None, asked=labels)
+            given = fid.Pictures("a.npz", None, 32, labels, None)
             said = heard(lambda: fid.make_row(given, fid.examine(seeing, real(labels, 80000), labels), {}, seeing,
                                               fid.parse_args(["x"])))
             assert ("a.npz mixes its classes as the data do not, by 45% of" in said) == noted, said
