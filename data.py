@@ -5,10 +5,9 @@ Three kinds of data, one class (`Data`):
   cifar10    the official binary files               python data.py --get cifar10
   PATH       any image folder, PATH/train/<class>/*  (and PATH/test, PATH/val or PATH/validation for the other split)
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
-    python data.py --get kl16
-    python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt                              # one process
-    torchrun --nproc_per_node=8 data.py --data PATH --vae pretrained_models/vae/kl16.ckpt         # all GPUs
-Killed at any moment, the same command goes on where it stopped. Nothing is downloaded unless --get names it.
+    python data.py --get kl16                                          # nothing is downloaded that it does not name
+    python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
+Killed at any moment, the same command goes on where it stopped.
 """
 import argparse
 import contextlib
@@ -75,10 +74,7 @@ def index_uniform(index, stream):
 
 def draw_shapes(index, img_size=16):
     """Images number `index` (N,) of the endless shapes data, of class index % 8. -> uint8 (N, 3, img_size, img_size).
-
-    The picture depends on its index alone, not on the batch. Every class is symmetric under a mirror, so random
-    flips in training leave the distribution as it is.
-    """
+    Every class is symmetric under a mirror: random flips in training leave the distribution as it is."""
     index = np.asarray(index)
     draw = lambda stream, low, high: low + (high - low) * index_uniform(index, stream)
     cx, cy, radius = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float(), draw(2, 0.56, 0.72).float()
@@ -441,13 +437,10 @@ def open_images(name, split, img_size):
     """The pictures of a folder, in memory -> Data. Every process decodes all of them at each start and holds
     N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a minute and 154 MB."""
     class_names, files, labels = find_images(split_folder(name, split), need_classes=True)
-    images = np.empty((len(files), 3, img_size, img_size), np.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
-        decoded = pool.map(lambda file: read_image(file, img_size), files)
-        bar = tqdm(decoded, printable(f"decoding {name}"), len(files), leave=False,
-                   disable=int(os.environ.get("RANK") or 0) > 0 or None)
-        for i, image in enumerate(bar):
-            images[i] = image
+        decoded = tqdm(pool.map(lambda file: read_image(file, img_size), files), printable(f"decoding {name}"),
+                       len(files), leave=False, disable=int(os.environ.get("RANK") or 0) > 0 or None)
+        images = np.fromiter(decoded, np.dtype((np.uint8, (3, img_size, img_size))), len(files))
     return Data(name, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
 
 
@@ -497,12 +490,10 @@ def read_class_names(path=None, of_data=None):
     path = path or Path(__file__).parent / "assets/imagenet_class_names.json"
     with reading(path, "list of class names", ": wanted is a name a line, or a JSON list of names"):
         text = Path(path).read_text("utf-8-sig")  # some editors of Windows begin a file by a mark
-        names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
-        if isinstance(names, dict):
-            raise ValueError("no list")
-        names = [re.sub(r"^n\d{8}\s+", "", name.strip()) for name in names]  # "n01440764 tench"
-        if not names or not all(names):  # an empty line would shift all that follow
-            raise ValueError("no names, or an empty one")
+        lines = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
+        names = [re.sub(r"^n\d{8}\s+", "", line.strip()) for line in lines]  # "n01440764 tench"
+        if isinstance(lines, dict) or not names or not all(names):  # an empty line would shift all that follow
+            raise ValueError("no list, or an empty name in it")
     if of_data and len(of_data) != len(names):
         raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)} ({of_data[0]}, ...): give "
                         "--class_names")

@@ -2,7 +2,7 @@
 ImageReward. What they say agrees with the public implementations, which test_all.py checks.
 
 Needs samples (a folder of images, an .npz of sample.py --num) or checkpoints, from which they are drawn as they are
-judged; and the judges' public weights, which are fetched only when asked for:
+judged; and the judges' public weights. Rows, with what they mean, are added to OUT/results.json.
 
     python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
@@ -11,8 +11,6 @@ judged; and the judges' public weights, which are fetched only when asked for:
     python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
     python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row each
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
-
-Rows, with what they mean, are added to OUT/results.json.
 """
 import contextlib
 import functools
@@ -70,8 +68,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     With A A^T = s1 the product s1 s2 has the eigenvalues of the symmetric A^T s2 A, so two symmetric
     eigen-decompositions do: no general matrix root (scipy's is slower and turns complex), and a singular covariance
-    (fewer images than features) needs no special case. FID: Heusel et al. 2017, arXiv 1706.08500.
-    """
+    (fewer images than features) needs no special case. FID: Heusel et al. 2017, arXiv 1706.08500."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt()  # A, (F, F); rounding leaves some zero eigenvalues slightly negative
@@ -83,8 +80,7 @@ def inception_score(logits, splits=10, shuffle=False):
     """exp(mean KL(p(y|x) || p(y))) over contiguous splits of logits (N, classes) -> (mean, std) over the splits.
 
     shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
-    it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498.
-    """
+    it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498."""
     x = as_features(logits)
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
@@ -101,8 +97,7 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
 
     Subsets are drawn as torch-fidelity draws them, by its seed. Unlike FID it has no bias from few images, so it may
     be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
-    Binkowski et al. 2018, arXiv 1801.01401.
-    """
+    Binkowski et al. 2018, arXiv 1801.01401."""
     a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
@@ -121,8 +116,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
 
     A set's manifold is the union of balls around its features, each reaching to the k-th nearest other one.
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
-    generated one. A collapsed generator has precision 1 and recall 0.
-    """
+    generated one. A collapsed generator has precision 1 and recall 0."""
     a, b = as_features(generated).float(), as_features(reference).float()
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
@@ -252,7 +246,6 @@ def load_inception(path):
 # A small classifier of the data set: the judge of the small runs. Inception was trained on 299 px photographs and says
 # little about 16 px shapes; a network that has learnt the data's own classes gives features that matter there, and
 # tells besides whether a picture shows the class that was asked for. Its distance is called FD, never FID.
-#
 # Its features need not see what a class leaves open, such as colours: pictures that are all yellow can have the best FD
 # and accuracy of all. So two figures look at no class. `fd_thumb` is the Frechet distance of 4 x 4 thumbnails. `modes`
 # is by a census: with q and p the shares of generated and real pictures in each of M cells, M exp(-KL(q || p)). It is M
@@ -265,8 +258,7 @@ class Classifier(nn.Module):
 
     Small enough to be trained on one CPU core in minutes. Features are the 96 averaged channels before the last layer,
     so 2,048 images determine their covariance. They are scaled to a mean variance of 1 on the training images, or the
-    size of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96.
-    """
+    size of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96."""
 
     def __init__(self, num_classes, img_size):
         super().__init__()
@@ -291,11 +283,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data, seed, device, batch=128):
-    """Train a Classifier on a data set of pixels -> it, in eval mode.
-
-    Its `.accuracy` is that on images it has not seen: the test split, or every 20th training image where there is none.
-    Its `.reference` are the statistics of up to 10,000 training images that `figures_of` compares with.
-    """
+    """Train a Classifier on a data set of pixels -> it, in eval mode. Its `.accuracy` is that on images it has not
+    seen, its `.reference` are the statistics of up to 10,000 training images that `figures_of` compares with."""
     if len(data) < 2:
         raise UserError(f"{data.name}: one picture is no data set: what is learnt from it cannot be tried on another")
     indices, test = np.arange(len(data)), None
@@ -333,11 +322,9 @@ def train_classifier(data, seed, device, batch=128):
 
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     """The Classifier of `data` (a train split of pixels), from folder/classifier_<seed>.pt, or trained and put there.
-    UserError where that file is of other pictures.
+    UserError where that file is of other pictures. One rank or all may call it: it makes no collective call.
 
-    Classifiers of two seeds are two independent judges: train against one, report the other. No collective call is made
-    here, so one rank or all ranks may call it.
-    """
+    Classifiers of two seeds are two independent judges: train against one, report the other."""
     if not data.pixels:
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
     path = Path(folder) / f"classifier_{seed}.pt"
@@ -462,10 +449,8 @@ PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 def clip_pixels(pixels, side):
     """[0,1] (N, 3, H, W) -> normalised (N, 3, side, side): short side by bicubic, centre crop, CLIP's mean and std.
-
     Differentiable. Pillow's bicubic, which the public code uses, has the same kernel and antialiasing but rounds to 8
-    bits after each direction: at most 1.2/255 apart, 0.3/255 on average (test_all.py).
-    """
+    bits after each direction: at most 1.2/255 apart, 0.3/255 on average (test_all.py)."""
     h, w = pixels.shape[2:]
     if (h, w) != (side, side):
         size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
@@ -486,9 +471,7 @@ def transformer(width, depth, heads, mlp, act, eps):
 
 class ImageTower(nn.Module):
     """[0,1] pixels (N, 3, H, W) -> normed tokens (N, 1 + patches, width), the class token first.
-
-    clip: a norm before the blocks and no bias in the patch embedding; BLIP has it the other way round.
-    """
+    clip: a norm before the blocks and no bias in the patch embedding; BLIP has it the other way round."""
 
     def __init__(self, width, depth, heads, mlp, patch, side, act, eps=1e-5, clip=True):
         super().__init__()
@@ -595,8 +578,7 @@ class Tokenizer:
     """CLIP's byte-pair encoding: Tokenizer(bpe_path)(texts) -> ids (N, 77) long.
 
     The public code cleans text with ftfy and splits it with `regex`; here the standard library does. Prompts with names
-    of classes come out alike. What differs: curly quotes and ligatures stay, U+00B2 and its like count as letters.
-    """
+    of classes come out alike. What differs: curly quotes and ligatures stay, U+00B2 and its like count as letters."""
 
     def __init__(self, path):
         with (reading(path, "merge table of CLIP", "; python data.py --get bpe fetches it"),
@@ -729,10 +711,7 @@ TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's pro
 
 def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
     """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels: rl.py's rewards.
-
-    kind: clip, pickscore or imagereward; folder: where data.py --get put the public files. The prompts of all classes
-    are read once, here.
-    """
+    kind: clip, pickscore or imagereward; folder: where data.py --get put the public files."""
     if "{class}" not in template:
         raise UserError(f"the prompt {template!r} has no {{class}} in it")
     prompts = [template.replace("{class}", name) for name in class_names]
@@ -744,7 +723,7 @@ def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
     ids = Tokenizer(place("bpe"))(prompts).to(device)
     ids = ids[:, :int(ids.argmax(1).max()) + 1]  # up to the end token, the highest id: a fifth of the work
     model = (load_clip if kind == "clip" else load_pickscore)(place(kind)).to(device)
-    with torch.no_grad():
+    with torch.no_grad():  # once
         text = torch.cat([model.encode_text(part) for part in ids.split(64)])  # (classes, E)
     return lambda pixels, labels: model.score(pixels, text[labels])
 
@@ -776,9 +755,7 @@ def read_npz(path):
 
 def npz_pictures(path, arrays):
     """arr_0 uint8 (N, H, W, 3); labels (or ADM's arr_1) and class_names if there are: of sample.py --num and ADM.
-
-    Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process.
-    """
+    Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process."""
     images = arrays.get("arr_0", np.empty(0))
     if images.dtype != np.uint8 or images.shape[3:] != (3,):
         raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are "
@@ -815,9 +792,7 @@ def folder_pictures(path, size=None):
 
 def checkpoint_pictures(path, args, device, vae, real=None):
     """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
-
-    Image i is that of (seed, i), its class by `labels_like`, as in `real`, Data or Classifier, where that knows them.
-    """
+    Image i is that of (seed, i), its class by `labels_like`, as in `real`, Data or Classifier, where that knows them."""
     model = load_mar(path)
     check_vae(model, vae)
     known = dict(zip(real.class_names, real.counts.tolist())) if real else {}
@@ -912,9 +887,7 @@ def make_judges(args, names, real, device, rank, world):
 @torch.no_grad()
 def collect(pictures, ask, batch, rank, world):
     """What `ask` says of every picture -> {what: array (N, ...)} on rank 0, None on the others.
-
-    A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
-    """
+    A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together."""
     mine, parts = np.array_split(np.arange(len(pictures)), world)[rank], []
     name = printable(pictures.name[:40])
     for start in tqdm(range(0, len(mine), batch), name, unit="batch", disable=rank > 0 or None):
