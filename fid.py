@@ -246,6 +246,7 @@ def load_inception(path):
 # A small classifier of the data set: the judge of the small runs. Inception was trained on 299 px photographs and says
 # little about 16 px shapes; a network that has learnt the data's own classes gives features that matter there, and
 # tells besides whether a picture shows the class that was asked for. Its distance is called FD, never FID.
+#
 # Its features need not see what a class leaves open, such as colours: pictures that are all yellow can have the best FD
 # and accuracy of all. So two figures look at no class. `fd_thumb` is the Frechet distance of 4 x 4 thumbnails. `modes`
 # is by a census: with q and p the shares of generated and real pictures in each of M cells, M exp(-KL(q || p)). It is M
@@ -755,7 +756,7 @@ def read_npz(path):
 
 def npz_pictures(path, arrays):
     """arr_0 uint8 (N, H, W, 3); labels (or ADM's arr_1) and class_names if there are: of sample.py --num and ADM.
-    Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process."""
+    Read to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process."""
     images = arrays.get("arr_0", np.empty(0))
     if images.dtype != np.uint8 or images.shape[3:] != (3,):
         raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are "
@@ -792,7 +793,7 @@ def folder_pictures(path, size=None):
 
 def checkpoint_pictures(path, args, device, vae, real=None):
     """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
-    Image i is that of (seed, i), its class by `labels_like`, as in `real`, Data or Classifier, where that knows them."""
+    Image i is that of (seed, i), its class by `labels_like`, as in `real` (Data or Classifier) where that knows them."""
     model = load_mar(path)
     check_vae(model, vae)
     known = dict(zip(real.class_names, real.counts.tolist())) if real else {}
