@@ -97,10 +97,8 @@ SHAPE_MODES = [f"{colour} on {ground}" for colour in ("red", "green", "blue", "y
 
 
 def shape_modes(images):
-    """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long.
-
-    Ground is what the rim has, which is ground all round; colour, what the pixels have that differ most from it.
-    """
+    """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long. Ground is what
+    the rim has, which is ground all round; colour, what the pixels have that differ most from it."""
     x = images.float()
     rim = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2).median(2).values  # (N, 3)
     ground = torch.cdist(rim, GROUNDS).argmin(1)
@@ -146,9 +144,7 @@ def find_images(folder, need_classes=False):
     """-> (class names, files, labels int64 (N,)): the one reader of image folders, for training and for judging.
 
     The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). Pictures in no
-    folder are of the class "", unless some lie in one. Sorted by class, then by name: the same on every machine, and
-    for ImageNet's wnids the usual label order.
-    """
+    folder are of the class "", unless some lie in one. Sorted by class, then by name: ImageNet's usual label order."""
     found, passed, start = {}, [], len(os.path.join(folder, ""))
     for file in walk(folder):
         name, _, below = file[start:].partition(os.sep)
@@ -208,8 +204,6 @@ def to_rgb(image):
 
 def adm_crop(image, size):
     """Centre crop to size x size exactly as ADM and MAR do it (openai/guided-diffusion image_datasets.py)."""
-    if image.size == (size, size):
-        return image  # the steps below would not change it, but cost time on data like CIFAR
     while min(image.size) >= 2 * size:  # halving by BOX first keeps the bicubic step from aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -296,8 +290,8 @@ def build_cache(args):
     barrier()
     with reading(out, "latent cache", ": delete it"):
         moments, done = (np.load(out / f"{name}.npy", "r+") for name in ("moments", "done"))
-    lacking = np.array_split(np.flatnonzero(done == LACKING), world)[rank]  # neighbours: a disk likes that better
-    barrier()  # every rank knows what is lacking before one changes it
+    mine = np.array_split(np.arange(len(files)), world)[rank]  # neighbours: a disk likes that better
+    lacking = mine[done[mine] == LACKING]
 
     def read(row):
         try:
@@ -390,10 +384,8 @@ class Data:
         return x if flip is None else torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
 
     def batch(self, indices, flip, generator=None):
-        """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64.
-
-        Pixels are in [-1, 1]. Latents are a fresh sample of the VAE's posterior, drawn with `generator`, times 0.2325.
-        """
+        """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64. Pixels are in [-1, 1];
+        latents are a fresh sample of the VAE's posterior, drawn with `generator`, times 0.2325."""
         indices, flip = np.asarray(indices), np.asarray(flip)
         labels = torch.from_numpy(self.labels[indices])
         if self.pixels:  # mirrored as bytes: a quarter of the work
@@ -406,11 +398,9 @@ class Data:
 
 
 def open_data(name, split="train", img_size=None, pixels=False):
-    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache.
-
-    split: "train" or "test". img_size: px; None: 16 for shapes, native_size for a folder. Images below 64 px, or of any
-    size with `pixels`, are decoded into memory; for others data.py must have computed the latents.
-    """
+    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache. img_size: px;
+    None: 16 for shapes, native_size for a folder. Images below 64 px, or of any size with `pixels`, are decoded into
+    memory; for others data.py must have computed the latents."""
     name = str(name)
     if name in ("shapes", "cifar10") and Path(name, "train").is_dir():
         say(f"--data {name} is data that this program knows; the folder of that name here is --data ./{name}")
@@ -467,9 +457,7 @@ def epoch_order(n, seed, epoch):
 
 def train_indices(n, batch, step, seed, rank=0, world=1):
     """The step-th batch of endless shuffled epochs over n images -> this rank's (indices, flips), each (batch/world,).
-
-    A pure function of its arguments: resuming needs no saved state, and the ranks' parts make up the one-process batch.
-    """
+    A pure function of its arguments: resuming needs no saved state, and the ranks' parts are the one-process batch."""
     if batch % world:
         raise UserError(f"--batch {batch} cannot be divided among {world} processes")
     share = batch // world

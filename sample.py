@@ -6,8 +6,7 @@ step without guidance, a teacher by its whole chain and with the guidance of its
 
     python sample.py --ckpt out/shapes/student.pt --classes 0 1 2 --out grid.png
     python sample.py --ckpt out/shapes/student.pt --ar_steps 4 8 16             # a row of pictures for each K
-    python sample.py --ckpt out/shapes/student.pt --gif unmasking.gif           # the picture appear, AR step by AR step
-    python sample.py --ckpt out/shapes/student.pt --order outward --gif outward.gif         # any order: one network
+    python sample.py --ckpt out/shapes/student.pt --order outward --gif outward.gif     # AR step by AR step, any order
     python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 pug --out dogs.png
     python sample.py --ckpt student.pt --vae kl16.ckpt --edit photo.jpg --box 64 64 192 192 --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
@@ -35,8 +34,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, read_class_names, read_image,
-                  run_main, setup)
+from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, lock_folder, read_class_names,
+                  read_image, run_main, setup)
 from model import (ORDERS, UserError, bf16_weights, load_mar, mask_counts, reading, replacing, runs_bf16,
                    save_checkpoint, say, write_json)
 
@@ -51,10 +50,8 @@ def to_uint8(x):
 
 def decode(model, latents, vae=None, chunk=16):
     """What `generate` returns (B, c, h, w) -> uint8 (B, 3, H, W), on the same device. UserError if one is not finite: a
-    NaN becomes a black pixel, and nobody could tell it from a real one later.
-
-    chunk: pictures decoded at once; one of 256 px fills hundreds of MB inside the VAE, far more than in the MAR.
-    """
+    NaN becomes a black pixel, and nobody could tell it from a real one later. chunk: pictures decoded at once; one of
+    256 px fills hundreds of MB inside the VAE, far more than in the MAR."""
     pictures, finite = [], []
     for part in latents.split(chunk):
         x = part if model.config.pixels else vae.decode(part / LATENT_SCALE)  # (chunk, 3, H, W)
@@ -94,8 +91,7 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, **how):
     """Pictures of the classes `labels` (N,), ints in any form -> uint8 (N, 3, H, W) on the CPU.
 
     Picture i depends on (model, seed, start + i, labels[i]) alone: not on `batch`, nor on who else is drawn with it.
-    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate.
-    """
+    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate."""
     check_vae(model, vae)
     labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
     pictures = []
@@ -120,11 +116,6 @@ def draw_together(model, labels, rank, world, start=0, **draw_kwargs):
     return torch.cat(parts)[:len(labels)].cpu()
 
 
-def is_student(model):
-    """Whether its head makes one step. A file that names no stage is taken for a teacher's, as the public ones are."""
-    return model.stage != "teacher"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A grid of pictures
 
@@ -138,10 +129,8 @@ def title_of(name, otherwise=""):
 
 
 def grid_image(rows):
-    """rows: list of (title, uint8 (n, 3, H, W)) -> Pillow image: one row each, titles at the left.
-
-    Small pictures are enlarged to 96 px without smoothing, so that the pixels of a 16 px picture can be told apart.
-    """
+    """rows: list of (title, uint8 (n, 3, H, W)) -> Pillow image: one row each, titles at the left. Small pictures are
+    enlarged to 96 px without smoothing, so that the pixels of a 16 px picture can be told apart."""
     font, size = ImageFont.load_default(14), rows[0][1].shape[3]
     side = size * max(1, 96 // size)  # of a picture, as it is shown
     left = max(math.ceil(font.getlength(title)) + 16 if title else GAP for title, _ in rows)
@@ -168,7 +157,7 @@ def draw_grid(model, classes, titles, ways, per_class=None, **draw_kwargs):
     drawn = [draw(model, np.repeat(classes, per_class), **how, **draw_kwargs) for how in ways]
     if len(ways) == 1:
         return list(zip(titles, drawn[0].split(per_class)))
-    guided = [f", g = {how['guidance']:g}" * (not is_student(model)) for how in ways]
+    guided = [f", g = {how['guidance']:g}" * (model.stage == "teacher") for how in ways]
     return [(f"K = {how['ar_steps']}{g}", pictures) for how, g, pictures in zip(ways, guided, drawn)]
 
 
@@ -230,9 +219,7 @@ def open_edit(model, path, box, vae=None):
 
 def save_npz(rounds, labels, class_names, side, path):
     """Pictures -> .npz with arr_0 uint8 (N, H, W, 3), labels int64 (N,) and the class_names that these are numbers of.
-
-    What a round brings is appended: whatever N is, memory holds one round.
-    """
+    What a round brings is appended: whatever N is, memory holds one round."""
     shape = (len(labels), side, side, 3)
     if shutil.disk_usage(Path(path).parent).free < math.prod(shape):
         raise UserError(f"{path} will have {math.prod(shape) / 1e9:.1f} GB, more than is free there: other --out")
@@ -255,9 +242,8 @@ def open_folder(folder, drawn_by):
         if os.listdir(folder) and (not record.exists() or json.loads(record.read_text()) != drawn_by):
             raise UserError(f"{folder} holds something else than pictures of this checkpoint, drawn in this way: --num "
                             "writes an .npz, or into a new or empty folder, or goes on with what it began")
-    for left in record.parent.glob("*.writing"):  # model.replacing's names, after a kill
-        left.unlink()
     write_json(record, drawn_by)
+    lock_folder(folder)
 
 
 def save_samples(model, labels, path, rank, world, batch, **how):
@@ -285,17 +271,15 @@ def save_samples(model, labels, path, rank, world, batch, **how):
 
 
 def export(model, path):
-    """Write a network as LTH14/mar does, whose loader wants "model" and "model_ema" under its names of weights.
-
-    The config, and what else a file of ours says, come along: so load_mar still knows a student from a teacher.
-    """
+    """Write a network as LTH14/mar does, whose loader wants "model" and "model_ema" under its names of weights. The
+    config, and what else a file of ours says, come along: so load_mar still knows a student from a teacher."""
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
     ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
     save_checkpoint({**ours, "model": state, "model_ema": state}, path)
     say(f"{path}: {model.config}")
     if model.config.passes:
         print("LTH14/mar cannot draw it: its transformer sees no noise")
-    elif is_student(model):
+    elif model.stage != "teacher":
         print(f"LTH14/mar draws a student only with README's patch of DiffLoss.sample, t = {model.config.t_init} in it")
     elif model.config.pixels:
         print("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")
@@ -357,7 +341,7 @@ def ways_to_draw(args, model):
            "guidance_schedule": args.guidance_schedule or made.get("guidance_schedule", "linear"),
            "temperature": args.temperature, "orders": args.order, "seed": args.seed}
     scales = args.guidance or [made.get("guidance", {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0))]
-    if is_student(model):
+    if model.stage != "teacher":
         how["head_steps"], scales = 1, [1.0]
     return [{"ar_steps": K, "guidance": g, **how} for K, g in itertools.product(steps, scales)]
 
@@ -396,7 +380,7 @@ def main(argv=None):
     if job == "export":
         check_output(args.export, ".pth", ".pt")
         return export(model, args.export)
-    if is_student(model) and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
+    if model.stage != "teacher" and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
         raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave --head_steps "
                         "and --guidance out")
     ways = ways_to_draw(args, model)
