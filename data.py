@@ -114,6 +114,7 @@ def shape_modes(images):
 PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
 SPLITS = {"train": ["train"], "test": ["test", "val", "validation"]}  # names of the folder, the first that is there
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .mpo .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
+say_once = functools.cache(say)  # threads that meet there may say it twice
 LAYOUT = "wanted are DATA/train/<class>/*.jpg, also where a class is called train; DATA is what --data names"
 
 # Above 90 megapixels a picture is refused by name: decoded, each thread's would take half a gigabyte and more
@@ -185,9 +186,6 @@ def is_small(path):
     with contextlib.suppress(UserError):  # a latent cache has no images; of other faults open_data speaks
         return native_size(path, "train") < PIXEL_LIMIT
     return False
-
-
-say_once = functools.cache(say)  # threads that meet here may say it twice
 
 
 def to_rgb(image):
@@ -483,8 +481,7 @@ def read_class_names(path=None, of_data=None):
         if isinstance(lines, dict) or not names or not all(names):  # an empty line would shift all that follow
             raise ValueError("no list, or an empty name in it")
     if of_data and len(of_data) != len(names):
-        raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)} ({of_data[0]}, ...): give "
-                        "--class_names")
+        raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)}: give --class_names")
     return names
 
 
@@ -493,10 +490,7 @@ def read_class_names(path=None, of_data=None):
 # Module names are nearly those of the public file (LTH14/mar models/vae.py); load_vae knows the rest.
 
 CHANNELS = (128, 128, 256, 256, 512)  # a level: full size, 1/2, 1/4, 1/8, 1/16
-
-
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -579,14 +573,8 @@ class KLVAE(nn.Module):
 
 def load_vae(path):
     """The public kl16.ckpt -> KLVAE, frozen, on the CPU. UserError when the file is another, or not whole."""
-    def build(state):
-        if "quant_conv.weight" not in state:
-            raise UserError(f"{path} is not the KL-16 VAE{' but a MAR' * ('mask_token' in state)}: "
-                            "python data.py --get kl16 gets it")
-        return KLVAE()
-
     names = [(r"(block|attn)(\d)", r"\1.\2")]
-    return load_network(build, path, "kl16", names, drop=["loss."])  # a discriminator's, in what training leaves
+    return load_network(lambda _: KLVAE(), path, "kl16", names, drop=["loss."])  # a discriminator's, of the training
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -668,8 +656,8 @@ def get(names, folder="."):
         found, count = file_hash(file, kind), file.stat().st_size
         if not found.startswith(digest) or (size and abs(count - size) > 0.01 * size):
             part.unlink(missing_ok=True)  # to go on from damaged bytes would never end well
-            raise UserError(f"{name}: {file} is damaged or another file: {kind} {found}, {count:,} bytes; wanted: "
-                            f"{wanted}; delete it and get it again")
+            raise UserError(f"{file} is damaged or another file: {kind} {found}, {count:,} bytes; wanted: {wanted}; "
+                            "delete it and get it again")
         os.replace(file, path)
         print(f"  is there: {kind} {found}, {count:,} bytes", flush=True)
         if name == "cifar10":
@@ -678,6 +666,9 @@ def get(names, folder="."):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How a command starts: flags, errors, processes. The same for all; data.py is the lowest file that is a command
+
+DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
+LOCKS = {}  # {folder of this process: its lock, open}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -738,9 +729,6 @@ def run_main(main):
     sys.exit(code)
 
 
-LOCKS = {}  # {folder of this process: its lock, open}
-
-
 def lock_folder(folder):
     """Make `folder` and keep other commands out of it until this one ends; UserError where another has it. What was
     half-written when a process was killed goes."""
@@ -764,9 +752,6 @@ def lock_folder(folder):
         left.unlink(missing_ok=True)
 
 
-DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
-
-
 def setup(device="auto", dtype="auto"):
     """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
     of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
@@ -785,7 +770,7 @@ def setup(device="auto", dtype="auto"):
     elif device == "cpu":
         torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
     elif device != "mps" or world > 1 or not torch.backends.mps.is_available():
-        raise UserError(f"--device {device}: auto, cpu or cuda (CUDA_VISIBLE_DEVICES picks one); mps in one process, "
+        raise UserError(f"--device {device}: auto, cpu, cuda (CUDA_VISIBLE_DEVICES picks one); mps in one process, "
                         "where PyTorch has it")
     if world > 1 and not dist.is_initialized():
         join_processes("nccl" if device == "cuda" else "gloo", rank, world)

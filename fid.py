@@ -41,6 +41,7 @@ from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
 PROMPTED = ["clip", "pickscore", "imagereward"]  # judges that compare a picture with the prompt of its class
 JUDGES = ["inception", *PROMPTED, "classifier"]
+TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
@@ -324,7 +325,6 @@ def train_classifier(data, seed, device, batch=128):
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     """The Classifier of `data` (a train split of pixels), from folder/classifier_<seed>.pt, or trained and put there.
     UserError where that file is of other pictures. One rank or all may call it: it makes no collective call.
-
     Classifiers of two seeds are two independent judges: train against one, report the other."""
     if not data.pixels:
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
@@ -707,9 +707,6 @@ class WordPiece:
         return ids, (ids != self.pad).long()
 
 
-TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
-
-
 def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
     """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels: rl.py's rewards.
     kind: clip, pickscore or imagereward; folder: where data.py --get put the public files."""
@@ -823,9 +820,8 @@ def agree_on_classes(sources, real, wanted):
         if set(own) <= set(names) and source.labels.min() >= 0 and source.labels.max() < len(own):
             source.labels = np.array([names.index(name) for name in own])[source.labels]
         elif wanted:
-            raise UserError(f"{source.name} has no labels, or others than {names[0]}, ... ({len(names)} classes), and "
-                            "an image is compared with the prompt of its class: give an .npz with labels, or a folder "
-                            "with one of each class in it, and other classes in another call")
+            raise UserError(f"{source.name} has no labels, or others than {names[0]}, ... ({len(names)} classes): give "
+                            "an .npz with labels, or a folder of class folders, and other classes in another call")
         else:
             source.labels = np.full(len(source), -1)
     if wanted and any(source.class_names is None for source in sources):
@@ -945,8 +941,7 @@ def make_row(pictures, said, reference, classifier, args):
             counts = torch.bincount(torch.from_numpy(pictures.labels), minlength=len(classifier.counts))
             moved = float((counts / counts.sum() - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
             if moved > 0.1:  # the share of the pictures that would have to be of another class
-                say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images: FD and "
-                    "modes compare that too")
+                say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images")
     row |= {kind: float(said[kind].mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
     few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):

@@ -2314,10 +2314,10 @@ def test_other_files_are_no_vae(tmp):
     state = {name: torch.tensor(float(i)).expand(tuple(shape))  # of each tensor a file keeps one number
              for i, (name, shape) in enumerate(about("vae")["shapes"].items())}
     part = {name: value for name, value in state.items() if name != "quant_conv.bias"}
-    refused(lambda: data.load_vae(public_mar_file()), "not the KL-16 VAE but a MAR")
+    refused(lambda: data.load_vae(public_mar_file()), "no KLVAE file", "encoder.conv_in.weight is missing")
     torch.save({"state_dict": {}, "epoch": 3}, tmp / "whole.ckpt")
     refused_files(tmp, [(data.load_vae, part, "no KLVAE file", "quant_conv.bias is missing"),
-                        (data.load_vae, {"state_dict": {}, "epoch": 3}, "not the KL-16 VAE", "--get kl16"),
+                        (data.load_vae, {"state_dict": {}, "epoch": 3}, "no KLVAE file", "is missing"),
                         (data.load_vae, (tmp / "whole.ckpt").read_bytes()[:500])], "other.ckpt")
     # plain; as latent-diffusion's training leaves it, with the discriminator; the same from several GPUs
     loss = {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
@@ -3652,7 +3652,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --ckpt nowhere.pt --num 4 --out new | no such file
         --ckpt kl16.ckpt | no MAR checkpoint
         --ckpt rl.pt | --vae
-        --ckpt student.pt --vae kl16.ckpt | not the KL-16
+        --ckpt student.pt --vae kl16.ckpt | no KLVAE file
         --ckpt student.pt --classes 9 --num 4 --out new | 0..7
         --ckpt student.pt --classes 0 8 | 0..7
         --ckpt student.pt --classes cat | ring
