@@ -78,8 +78,8 @@ def draw_shapes(index, img_size=16):
     index = np.asarray(index)
     draw = lambda stream, low, high: low + (high - low) * index_uniform(index, stream)
     cx, cy, radius = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float(), draw(2, 0.56, 0.72).float()
-    colour = COLOURS[draw(3, 0, len(COLOURS)).long()][:, :, None, None]  # (N, 3, 1, 1)
-    ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][:, :, None, None]
+    colour = COLOURS[draw(3, 0, len(COLOURS)).long()][..., None, None]  # (N, 3, 1, 1)
+    ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][..., None, None]
     grid = (torch.arange(img_size * SUB) + 0.5) * (2 / (img_size * SUB)) - 1
     # in the shape's own coordinates; the largest radius at the farthest place still leaves a rim of ground
     x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]  # (N, 1, SUB*img_size)
@@ -100,9 +100,9 @@ def shape_modes(images):
     """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long. Ground is what
     the rim has, which is ground all round; colour, what the pixels have that differ most from it."""
     x = images.float()
-    rim = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2).median(2).values  # (N, 3)
-    ground = torch.cdist(rim, GROUNDS).argmin(1)
-    far = (x - GROUNDS[ground][:, :, None, None]).norm(dim=1).flatten(1)  # (N, H * W)
+    rim = torch.cat([x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]], 2)  # (N, 3, 2 H + 2 W)
+    ground = torch.cdist(rim.median(2).values, GROUNDS).argmin(1)
+    far = (x - GROUNDS[ground][..., None, None]).norm(dim=1).flatten(1)  # (N, H * W)
     inside = far >= 0.7 * far.max(1, keepdim=True).values
     mean = (x.flatten(2) * inside[:, None]).sum(2) / inside.sum(1, keepdim=True)  # (N, 3)
     return torch.cdist(mean, COLOURS).argmin(1) * len(GROUNDS) + ground

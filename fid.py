@@ -102,10 +102,11 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
+    kernel = lambda p, q: (p @ q.T / a.shape[1] + 1) ** 3  # (size, size)
     for _ in range(subsets):
         x = a[random.choice(len(a), size, replace=False)].double()
         y = b[random.choice(len(b), size, replace=False)].double()
-        k_xx, k_yy, k_xy = (((p @ q.T) / a.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))  # (size, size)
+        k_xx, k_yy, k_xy = kernel(x, x), kernel(y, y), kernel(x, y)
         # the diagonal, a picture with itself, is what would bias the estimate
         within = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (size * (size - 1))
         values.append(float(within - 2 * k_xy.mean()))
@@ -225,9 +226,8 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"Inception reads uint8 (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: "
-                            "round float images to 0..255 first, as the published numbers do")
+        if images.dtype != torch.uint8:
+            raise UserError("Inception reads uint8: round float images to 0..255 first, as the published numbers do")
         x = resize_tf1(images.to(self.fc.weight.device).float())
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # TF32 and autocast would each move FID in the second decimal
@@ -790,7 +790,7 @@ def folder_pictures(path, size=None):
 
 def checkpoint_pictures(path, args, device, vae, real=None):
     """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
-    Image i is that of (seed, i), its class by `labels_like`, as in `real` (Data or Classifier) where that knows them."""
+    Image i is that of (seed, i), its class by `labels_like`, as in `real` (Data or Classifier) where it knows them."""
     model = load_mar(path)
     check_vae(model, vae)
     known = dict(zip(real.class_names, real.counts.tolist())) if real else {}

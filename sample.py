@@ -235,7 +235,7 @@ def save_npz(rounds, labels, class_names, side, path):
 
 
 def open_folder(folder, drawn_by):
-    """A folder for PNGs: new, empty, or one that a call which drew alike (`drawn_by`, JSON) has begun."""
+    """A folder for PNGs: new, empty, or one that a call to draw the same pictures (`drawn_by`, JSON) has begun."""
     record = Path(folder) / ".drawn_by.json"  # hidden: who reads the folder's pictures passes it over
     os.makedirs(folder, exist_ok=True)
     with reading(record, "note of how a folder's pictures are drawn", ": choose another --out"):
@@ -253,8 +253,6 @@ def save_samples(model, labels, path, rank, world, batch, **how):
     there = [set() if Path(path).suffix or rank > 0 else set(os.listdir(path))]
     if world > 1:
         dist.broadcast_object_list(there)  # rank 0 says: it is already writing when another one looks
-    if beyond := sum(name.endswith(".png") for name in there[0].difference(names)):
-        say(f"note: {path} holds {beyond} pictures of an earlier, larger --num too: who judges the folder judges them")
     starts = [i for i in range(0, len(labels), together) if not there[0].issuperset(names[i:i + together])]
     rounds = (draw_together(model, labels[i:i + together], rank, world, i, batch=batch, **how)
               for i in tqdm(starts, unit="round", disable=rank > 0 or None))
@@ -403,7 +401,7 @@ def main(argv=None):
         ways = [{**how, **part, "ar_steps": min(how["ar_steps"], tokens)} for how in ways]
     out = args.gif or args.out or ("samples.npz" if job == "num" else "grid.png")
     if rank == 0 and job == "num" and not Path(out).suffix:
-        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "classes": classes, **ways[0]})
+        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "num": args.num, "classes": classes, **ways[0]})
     elif rank == 0:
         check_output(out, {"gif": ".gif", "num": ".npz"}.get(job, ".png"))
     if job == "num":
