@@ -77,13 +77,14 @@ def draw_shapes(index, img_size=16):
     Every class is symmetric under a mirror: random flips in training leave the distribution as it is."""
     index = np.asarray(index)
     draw = lambda stream, low, high: low + (high - low) * index_uniform(index, stream)
-    cx, cy, radius = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float(), draw(2, 0.56, 0.72).float()
+    cx, cy = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float()
+    radius = draw(2, 0.56, 0.72).float()
     colour = COLOURS[draw(3, 0, len(COLOURS)).long()][..., None, None]  # (N, 3, 1, 1)
     ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][..., None, None]
     grid = (torch.arange(img_size * SUB) + 0.5) * (2 / (img_size * SUB)) - 1
     # in the shape's own coordinates; the largest radius at the farthest place still leaves a rim of ground
-    x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]  # (N, 1, SUB*img_size)
-    y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]  # (N, SUB*img_size, 1)
+    x = ((grid - cx[:, None]) / radius[:, None])[:, None]  # (N, 1, SUB*img_size)
+    y = ((grid - cy[:, None]) / radius[:, None])[..., None]  # (N, SUB*img_size, 1)
     cover = torch.empty(len(index), 1, img_size, img_size)
     for label, inside in enumerate(OUTLINES.values()):
         rows = torch.from_numpy(np.flatnonzero(index % len(SHAPES) == label))
@@ -372,7 +373,7 @@ class Data:
     def sha256(self):
         """Of labels and pixels: what tells two data sets apart. Once; a second or two for 50,000 images."""
         digest = hashlib.sha256(self.labels.tobytes())
-        for indices in np.array_split(np.arange(len(self)), -(-len(self) // 500)):
+        for indices in torch.arange(len(self)).split(500):
             digest.update(self.images(indices).numpy())
         return digest.hexdigest()
 
@@ -428,8 +429,8 @@ def open_images(name, split, img_size):
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
         decoded = tqdm(pool.map(lambda file: read_image(file, img_size), files), printable(f"decoding {name}"),
                        len(files), leave=False, disable=int(os.environ.get("RANK") or 0) > 0 or None)
-        images = np.fromiter(decoded, np.dtype((np.uint8, (3, img_size, img_size))), len(files))
-    return Data(name, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
+        images = torch.from_numpy(np.fromiter(decoded, np.dtype((np.uint8, (3, img_size, img_size))), len(files)))
+    return Data(name, class_names, img_size, labels, lambda indices: images[indices])
 
 
 def open_cifar10(split, img_size=None, root="data"):
@@ -443,9 +444,9 @@ def open_cifar10(split, img_size=None, root="data"):
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: missing or not whole ({error}): run python data.py --get cifar10 (the Python "
                         "version, cifar-10-batches-py, is a pickle, which can run code)") from None
-    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3073) -> (N, 3, 32, 32)
+    images = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32))  # (N, 3073) -> (N, 3, 32, 32)
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    return Data("cifar10", classes, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
+    return Data("cifar10", classes, 32, records[:, 0].astype(np.int64), lambda indices: images[indices])
 
 
 @functools.lru_cache(maxsize=2)  # a step can touch two epochs

@@ -123,7 +123,8 @@ def precision_recall(generated, reference, k=3, chunk=1000):
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
     def radii(x):  # (N,) distance to the k-th nearest other feature: the nearest of k + 1 is the feature itself
-        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
+        distances = (torch.cdist(part, x) for part in x.split(chunk))  # (chunk, N) each
+        return torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances])
 
     b_radius, precise, recalled = radii(b), 0, torch.zeros(len(b), dtype=torch.bool)
     for part, radius in zip(a.split(chunk), radii(a).split(chunk)):  # 50,000 x 50,000 distances at once would be 10 GB
@@ -308,7 +309,8 @@ def train_classifier(data, seed, device, batch=128):
     for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, disable=None, mininterval=1):
         picks, flips = train_indices(len(indices), batch, step, seed)
         picks = indices[picks]
-        loss = F.cross_entropy(net(data.images(picks, flips).to(device))[1], labels[picks].to(device))
+        logits = net(data.images(picks, flips).to(device))[1]
+        loss = F.cross_entropy(logits, labels[picks].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -425,12 +427,12 @@ def figures_of(classifier, seen):
     real = classifier.reference
     row = {"fd": frechet_distance(*mean_and_covariance(seen["features"]), real["mu"], real["sigma"])}
     if "accuracy" in seen:
-        row["accuracy"] = float(torch.as_tensor(seen["accuracy"]).double().mean())
+        row["accuracy"] = float(seen["accuracy"].double().mean())
     # like the classifier's features, thumbnails count as if scaled to a mean variance of 1
     row["fd_thumb"] = frechet_distance(*mean_and_covariance(seen["thumbs"]), real["thumb_mu"], real["thumb_sigma"])
     row["fd_thumb"] *= float(len(real["thumb_mu"]) / real["thumb_sigma"].trace())
     p = real["shares"]
-    q = torch.bincount(torch.as_tensor(seen["cell"]), minlength=len(p)).double() / len(seen["cell"])
+    q = torch.bincount(seen["cell"], minlength=len(p)).double() / len(seen["cell"])
     row["modes"] = len(p) * math.exp(-torch.xlogy(q, q / p).sum())
     if len(p) == len(SHAPE_MODES):
         row["census"] = dict(zip(SHAPE_MODES, q.numpy().round(4).tolist()))
@@ -601,8 +603,9 @@ class Tokenizer:
         parts = [self.byte[b] for b in word.encode(errors="replace")]  # a class's name may hold bytes of no encoding
         parts[-1] += "</w>"
         while len(parts) > 1:
-            rank, i = min((self.rank.get(pair, math.inf), i) for i, pair in enumerate(zip(parts, parts[1:])))
-            if rank == math.inf:
+            ranks = [self.rank.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+            i = ranks.index(min(ranks))
+            if ranks[i] == math.inf:
                 break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return parts
@@ -883,7 +886,7 @@ def make_judges(args, names, real, device, rank, world):
 
 @torch.no_grad()
 def collect(pictures, ask, batch, rank, world):
-    """What `ask` says of every picture -> {what: array (N, ...)} on rank 0, None on the others.
+    """What `ask` says of every picture -> {what: tensor (N, ...)} on rank 0, None on the others.
     A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together."""
     mine, parts = np.array_split(np.arange(len(pictures)), world)[rank], []
     name = printable(pictures.name[:40])
@@ -891,14 +894,14 @@ def collect(pictures, ask, batch, rank, world):
         numbers = mine[start:start + batch]
         labels = torch.from_numpy(pictures.labels[numbers]) if pictures.labelled else None
         said = ask(pictures.read(numbers), labels)
-        parts.append({what: as_features(values).numpy() for what, values in said.items()})
+        parts.append({what: as_features(values) for what, values in said.items()})
     if world > 1:
         shares = [None] * world if rank == 0 else None
         dist.gather_object(parts, shares)
         if rank > 0:
             return None
         parts = sum(shares, [])
-    return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
+    return {what: torch.cat([part[what] for part in parts]) for what in parts[0]}
 
 
 FIGURES = {  # what a row's figures say
@@ -942,7 +945,7 @@ def make_row(pictures, said, reference, classifier, args):
             moved = float((counts / counts.sum() - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
             if moved > 0.1:  # the share of the pictures that would have to be of another class
                 say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images")
-    row |= {kind: float(said[kind].mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
+    row |= {kind: float(said[kind].numpy().mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
     few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "

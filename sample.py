@@ -338,7 +338,8 @@ def ways_to_draw(args, model):
     how = {"head_steps": args.head_steps or made.get("teacher_head_steps", 100),
            "guidance_schedule": args.guidance_schedule or made.get("guidance_schedule", "linear"),
            "temperature": args.temperature, "orders": args.order, "seed": args.seed}
-    scales = args.guidance or [made.get("guidance", {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0))]
+    of_mar = {768: 2.9, 1024: 3.0, 1280: 3.2}  # by the width of B, L, H
+    scales = args.guidance or [made.get("guidance", of_mar.get(config.width, 2.0))]
     if model.stage != "teacher":
         how["head_steps"], scales = 1, [1.0]
     return [{"ar_steps": K, "guidance": g, **how} for K, g in itertools.product(steps, scales)]
@@ -346,13 +347,13 @@ def ways_to_draw(args, model):
 
 def find_classes(words, names):
     """Words -> class numbers. A name goes first: folders 0..11 are sorted as text, so that called 2 is number 4."""
-    classes = []
+    classes, numbers = [], range(len(names))
     for word in words:
-        meant = [i for i, name in enumerate(names) if name == word] or [i for i in range(len(names)) if str(i) == word]
+        meant = [i for i in numbers if names[i] == word] or [i for i in numbers if str(i) == word]
         if len(meant) != 1:
             called = " and ".join(map(str, meant)) or "none"
-            raise UserError(f"--classes {word}: {called} are called so; give a number, 0..{len(names) - 1}, or a name "
-                            f"({', '.join(names[:10])}{', ...' * (len(names) > 10)})")
+            raise UserError(f"--classes {word}: {called} are called so; give a number, 0..{len(names) - 1}, or a name: "
+                            + ", ".join(names[:10]))
         classes += meant
     return classes
 
