@@ -225,7 +225,6 @@ def read_image(path, size=None, upright=False):
 #               done.npy     uint8 (N,): LACKING, DONE once the row is on the disk, BROKEN: it cannot be decoded
 #               cache.json   what it is made of: settings, {class: how many}, a digest of names, sizes and times
 # Rows are in the order of find_images, so a cache is of one list of pictures.
-
 LACKING, DONE, BROKEN = 0, 1, 2
 
 
@@ -676,7 +675,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not None and False, which say nothing."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

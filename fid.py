@@ -38,7 +38,7 @@ from model import (UserError, bf16_weights, fill_model, load_mar, load_network, 
                    reading, replacing, runs_bf16, save_checkpoint, say, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 
-WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
+WEIGHTS = {name: file[1] for name, file in PUBLIC.items()}  # where --get puts the public files
 PROMPTED = ["clip", "pickscore", "imagereward"]  # judges that compare a picture with the prompt of its class
 JUDGES = ["inception", *PROMPTED, "classifier"]
 TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
@@ -354,7 +354,8 @@ def load_classifier(path, device="cpu"):
         made_from, reference = saved["made_from"], saved["reference"]
         net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
         net.made_from, net.reference, net.accuracy = made_from, reference, saved["accuracy"]
-        net.class_names, net.counts = made_from["classes"], reference.get("classes", torch.ones(net.num_classes))
+        net.class_names = made_from["classes"]
+        net.counts = reference.get("classes", torch.ones(net.num_classes))
     net.name = str(path)
     return net.to(device, memory_format=torch.channels_last)
 
@@ -371,7 +372,8 @@ def labels_like(counts, n):
         return torch.arange(n) % len(counts)
     ends = counts.double().cumsum(0)
     # steps of the golden ratio fill [0, 1) evenly, however many: picture i is of one class whatever n is
-    return torch.searchsorted(ends / ends[-1], torch.arange(n).double() * (5**0.5 - 1) / 2 % 1, right=True)
+    at = torch.arange(n).double() * (5**0.5 - 1) / 2 % 1
+    return torch.searchsorted(ends / ends[-1], at, right=True)
 
 
 def evenly(data, n=10000):
@@ -817,7 +819,8 @@ def checkpoint_pictures(path, args, device, vae, real=None):
 def agree_on_classes(sources, real, wanted):
     """-> the names of the judges' classes: those of `real`, Data or Classifier; else the first that a source has; else
     ImageNet's. The sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
-    names = next((one.class_names for one in (real, *sources) if one and one.class_names), None) or read_class_names()
+    named = [one.class_names for one in (real, *sources) if one and one.class_names]
+    names = [*named, read_class_names()][0]
     for source in sources:
         own = source.class_names or names
         if set(own) <= set(names) and source.labels.min() >= 0 and source.labels.max() < len(own):
@@ -835,7 +838,8 @@ def agree_on_classes(sources, real, wanted):
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
     mu, sigma = (np.asarray(arrays.get(name, 0), np.float64) for name in ("mu", "sigma"))
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not np.isfinite(mu.sum() + sigma.sum()):
+    finite = np.isfinite(mu.sum() + sigma.sum())
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not finite:
         raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; wanted are mu (2048,), here {mu.shape}, and "
                         f"sigma (2048, 2048), here {sigma.shape}, without NaN and infinity")
     return mu, sigma

@@ -107,7 +107,8 @@ def draw_together(model, labels, rank, world, start=0, **draw_kwargs):
     labels = torch.as_tensor(labels)
     share = -(-len(labels) // world)  # equal shares: the last label is drawn again to fill them
     padded = torch.cat([labels, labels[-1:].expand(share * world - len(labels))])
-    images = draw(model, padded[rank * share:(rank + 1) * share], start=start + rank * share, **draw_kwargs)
+    first = rank * share
+    images = draw(model, padded[first:first + share], start=start + first, **draw_kwargs)
     if world == 1:
         return images
     device = next(model.parameters()).device  # nccl sends nothing that lies on the CPU
