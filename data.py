@@ -126,7 +126,7 @@ def split_folder(path, split):
     for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
-    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it; {LAYOUT}")
+    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} there; {LAYOUT}")
 
 
 def walk(folder, above=()):
@@ -804,35 +804,27 @@ def join_processes(backend, rank, world):
 # Command line
 
 
-def parse_args(argv=None):
-    """The flags, contradictions refused."""
+def main(argv=None):
+    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
     # the cache
     flag("--data", help="image folder with train/<class>/*")
-    flag("--split", choices=list(SPLITS), default="train", help="test reads test, val or validation")
+    flag("--split", choices=SPLITS, default="train", help="test reads test, val or validation")
     flag("--vae", help="KL-16 VAE file (--get kl16)")
     flag("--img_size", type=int, help="px a side; default 256")
     flag("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")
     flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
     # downloads
-    flag("--get", nargs="+", default=[], choices=list(PUBLIC), metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
+    flag("--get", nargs="+", default=[], choices=PUBLIC, metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
     flag("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = p.parse_args(argv)
     check_numbers(args, one="img_size batch")
     if not args.get and not args.data:
         raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
-    return args
-
-
-def main(argv=None):
-    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
-    args = parse_args(argv)
     get(args.get, args.folder)
     if args.data:
-        if not Path(args.data).is_dir():
-            raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
         build_cache(args)
 
 

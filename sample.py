@@ -93,8 +93,8 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, **how):
     Picture i depends on (model, seed, start + i, labels[i]) alone: not on `batch`, nor on who else is drawn with it.
     Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate."""
     check_vae(model, vae)
-    labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
-    pictures = []
+    device, pictures = next(model.parameters()).device, []
+    labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
     for part in labels.split(batch):
         drawn = decode(model, model.generate(part, seeds=image_seeds(seed, start, len(part)), **how), vae)
         pictures.append(drawn.cpu())  # bytes leave the device: a quarter of the floats

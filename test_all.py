@@ -3607,7 +3607,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --get mar_tiny | invalid choice
         --data . --img_size 0 | at least 1
         --data . --img_size 256 | no folder 'train'
-        --data nowhere --vae zero.pt | no such folder
+        --data nowhere --vae zero.pt | no folder 'train'
         --data bugs --img_size 256 | --vae
         --data bugs --img_size 40 --vae x | used as pixels
         --data bugs --vae x | used as pixels
