@@ -425,10 +425,11 @@ def open_images(name, split, img_size):
     """The pictures of a folder, in memory -> Data. Every process decodes all of them at each start and holds
     N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a minute and 154 MB."""
     class_names, files, labels = find_images(split_folder(name, split), need_classes=True)
+    shape = np.dtype((np.uint8, (3, img_size, img_size)))
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
         decoded = tqdm(pool.map(lambda file: read_image(file, img_size), files), printable(f"decoding {name}"),
                        len(files), leave=False, disable=int(os.environ.get("RANK") or 0) > 0 or None)
-        images = torch.from_numpy(np.fromiter(decoded, np.dtype((np.uint8, (3, img_size, img_size))), len(files)))
+        images = torch.from_numpy(np.fromiter(decoded, shape, len(files)))
     return Data(name, class_names, img_size, labels, lambda indices: images[indices])
 
 
@@ -532,7 +533,8 @@ def middle(c):
 
 def encoder():
     """(B, 3, H, W) -> (B, 32, H/16, W/16). Attention at the deepest level only: elsewhere H*W is too many."""
-    half = lambda c: sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))  # right and below
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and below
+    half = lambda c: sequence(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2))
     down = [sequence(block0=ResnetBlock(c_in, c), block1=ResnetBlock(c, c), downsample=half(c))
             for c_in, c in zip((128, *CHANNELS), CHANNELS[:-1])]
     deepest = sequence(block0=ResnetBlock(256, 512), attn0=SelfAttention(512),

@@ -932,8 +932,9 @@ def make_row(pictures, said, reference, classifier, args):
         row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
         mu, sigma = mean_and_covariance(said["pool"])
         if args.save_stats:
-            with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
-                np.savez(file, n=len(pictures), made_from=pictures.name, mu=mu.float().numpy(), sigma=sigma.numpy())
+            kept = {"mu": mu.float().numpy(), "sigma": sigma.numpy()}  # torch-fidelity compares these types
+            with replacing(args.save_stats, "wb") as file:
+                np.savez(file, n=len(pictures), made_from=pictures.name, **kept)
     if reference:
         facts["reference"] = f"mu, sigma of {args.ref}, n = {reference['n'] or 'not in the file'}"
         row["fid"] = frechet_distance(mu, sigma, reference["mu"], reference["sigma"])

@@ -251,7 +251,8 @@ def save_samples(model, labels, path, rank, world, batch, **how):
     """Pictures of `labels` (N,) numpy, drawn by all ranks, to an .npz; or to a folder as <index>_<label>.png, where
     batches that are there already are not drawn again."""
     together, names = world * batch, [f"{i:06d}_{label}.png" for i, label in enumerate(labels)]
-    there = [set() if Path(path).suffix or rank > 0 else set(os.listdir(path))]
+    to_folder = not Path(path).suffix
+    there = [set(os.listdir(path)) if to_folder and rank == 0 else set()]
     if world > 1:
         dist.broadcast_object_list(there)  # rank 0 says: it is already writing when another one looks
     starts = [i for i in range(0, len(labels), together) if not there[0].issuperset(names[i:i + together])]
@@ -260,13 +261,13 @@ def save_samples(model, labels, path, rank, world, batch, **how):
     if rank > 0:
         for _ in rounds:  # take part in drawing and sending, write nothing
             pass
-    elif Path(path).suffix:
-        save_npz(rounds, labels, model.class_names, model.config.img_size, path)
-    else:
+    elif to_folder:
         for i, pictures in zip(starts, rounds):
             for name, picture in zip(names[i:], pictures):
                 with replacing(Path(path) / name, "wb") as file:
                     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    else:
+        save_npz(rounds, labels, model.class_names, model.config.img_size, path)
 
 
 def export(model, path):
