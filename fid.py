@@ -858,7 +858,7 @@ def open_reference(path, side):
     if not images and "made_from" not in arrays:  # neither ADM's nor --save_stats': nothing in it says whose it is
         say(f"note: {path} must come from TF1's bilinear resize, as ADM's, MAR's and torch-fidelity's do; those of "
             "pytorch-fid come from another, by which a folder has FID 112 against itself")
-    return {"mu": mu, "sigma": sigma, "n": int(arrays["n"]) if "n" in arrays else None}, images
+    return {"mu": mu, "sigma": sigma, "n": arrays.get("n")}, images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -947,7 +947,8 @@ def make_row(pictures, said, reference, classifier, args):
         row |= figures_of(classifier, said)
         if pictures.labelled:
             counts = torch.bincount(torch.from_numpy(pictures.labels), minlength=len(classifier.counts))
-            moved = float((counts / counts.sum() - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
+            real = classifier.counts / classifier.counts.sum()
+            moved = float((counts / counts.sum() - real).abs().sum()) / 2
             if moved > 0.1:  # the share of the pictures that would have to be of another class
                 say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images")
     row |= {kind: float(said[kind].numpy().mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
