@@ -5,10 +5,9 @@ Three kinds of data, one class (`Data`):
   cifar10    the official binary files               python data.py --get cifar10
   PATH       any image folder, PATH/train/<class>/*  (and PATH/test, PATH/val or PATH/validation for the other split)
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
-    python data.py --get kl16
-    python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt                              # one process
-    torchrun --nproc_per_node=8 data.py --data PATH --vae pretrained_models/vae/kl16.ckpt         # all GPUs
-Killed at any moment, the same command goes on where it stopped. Nothing is downloaded unless --get names it.
+    python data.py --get kl16                                          # nothing is downloaded that it does not name
+    python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
+Killed at any moment, the same command goes on where it stopped.
 """
 import argparse
 import contextlib
@@ -75,19 +74,17 @@ def index_uniform(index, stream):
 
 def draw_shapes(index, img_size=16):
     """Images number `index` (N,) of the endless shapes data, of class index % 8. -> uint8 (N, 3, img_size, img_size).
-
-    The picture depends on its index alone, not on the batch. Every class is symmetric under a mirror, so random
-    flips in training leave the distribution as it is.
-    """
+    Every class is symmetric under a mirror: random flips in training leave the distribution as it is."""
     index = np.asarray(index)
     draw = lambda stream, low, high: low + (high - low) * index_uniform(index, stream)
-    cx, cy, radius = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float(), draw(2, 0.56, 0.72).float()
-    colour = COLOURS[draw(3, 0, len(COLOURS)).long()][:, :, None, None]  # (N, 3, 1, 1)
-    ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][:, :, None, None]
+    cx, cy = draw(0, -0.2, 0.2).float(), draw(1, -0.2, 0.2).float()
+    radius = draw(2, 0.56, 0.72).float()
+    colour = COLOURS[draw(3, 0, len(COLOURS)).long()][..., None, None]  # (N, 3, 1, 1)
+    ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][..., None, None]
     grid = (torch.arange(img_size * SUB) + 0.5) * (2 / (img_size * SUB)) - 1
     # in the shape's own coordinates; the largest radius at the farthest place still leaves a rim of ground
-    x = ((grid - cx[:, None]) / radius[:, None])[:, None, :]  # (N, 1, SUB*img_size)
-    y = ((grid - cy[:, None]) / radius[:, None])[:, :, None]  # (N, SUB*img_size, 1)
+    x = ((grid - cx[:, None]) / radius[:, None])[:, None]  # (N, 1, SUB*img_size)
+    y = ((grid - cy[:, None]) / radius[:, None])[..., None]  # (N, SUB*img_size, 1)
     cover = torch.empty(len(index), 1, img_size, img_size)
     for label, inside in enumerate(OUTLINES.values()):
         rows = torch.from_numpy(np.flatnonzero(index % len(SHAPES) == label))
@@ -101,14 +98,12 @@ SHAPE_MODES = [f"{colour} on {ground}" for colour in ("red", "green", "blue", "y
 
 
 def shape_modes(images):
-    """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long.
-
-    Ground is what the rim has, which is ground all round; colour, what the pixels have that differ most from it.
-    """
+    """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long. Ground is what
+    the rim has, which is ground all round; colour, what the pixels have that differ most from it."""
     x = images.float()
-    rim = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2).median(2).values  # (N, 3)
-    ground = torch.cdist(rim, GROUNDS).argmin(1)
-    far = (x - GROUNDS[ground][:, :, None, None]).norm(dim=1).flatten(1)  # (N, H * W)
+    rim = torch.cat([x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]], 2)  # (N, 3, 2 H + 2 W)
+    ground = torch.cdist(rim.median(2).values, GROUNDS).argmin(1)
+    far = (x - GROUNDS[ground][..., None, None]).norm(dim=1).flatten(1)  # (N, H * W)
     inside = far >= 0.7 * far.max(1, keepdim=True).values
     mean = (x.flatten(2) * inside[:, None]).sum(2) / inside.sum(1, keepdim=True)  # (N, 3)
     return torch.cdist(mean, COLOURS).argmin(1) * len(GROUNDS) + ground
@@ -120,6 +115,7 @@ def shape_modes(images):
 PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
 SPLITS = {"train": ["train"], "test": ["test", "val", "validation"]}  # names of the folder, the first that is there
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .mpo .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
+say_once = functools.cache(say)  # threads that meet there may say it twice
 LAYOUT = "wanted are DATA/train/<class>/*.jpg, also where a class is called train; DATA is what --data names"
 
 # Above 90 megapixels a picture is refused by name: decoded, each thread's would take half a gigabyte and more
@@ -130,7 +126,7 @@ def split_folder(path, split):
     for name in SPLITS[split]:
         if (Path(path) / name).is_dir():
             return Path(path) / name
-    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} in it; {LAYOUT}")
+    raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} there; {LAYOUT}")
 
 
 def walk(folder, above=()):
@@ -150,9 +146,7 @@ def find_images(folder, need_classes=False):
     """-> (class names, files, labels int64 (N,)): the one reader of image folders, for training and for judging.
 
     The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). Pictures in no
-    folder are of the class "", unless some lie in one. Sorted by class, then by name: the same on every machine, and
-    for ImageNet's wnids the usual label order.
-    """
+    folder are of the class "", unless some lie in one. Sorted by class, then by name: ImageNet's usual label order."""
     found, passed, start = {}, [], len(os.path.join(folder, ""))
     for file in walk(folder):
         name, _, below = file[start:].partition(os.sep)
@@ -195,9 +189,6 @@ def is_small(path):
     return False
 
 
-say_once = functools.cache(say)  # threads that meet here may say it twice
-
-
 def to_rgb(image):
     """Any Pillow image -> 8-bit RGB. Transparency is laid over white: what hides under alpha 0 is often garbage."""
     if image.mode.startswith("I"):  # which Pillow's own conversion would clip at 255
@@ -212,8 +203,6 @@ def to_rgb(image):
 
 def adm_crop(image, size):
     """Centre crop to size x size exactly as ADM and MAR do it (openai/guided-diffusion image_datasets.py)."""
-    if image.size == (size, size):
-        return image  # the steps below would not change it, but cost time on data like CIFAR
     while min(image.size) >= 2 * size:  # halving by BOX first keeps the bicubic step from aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -236,7 +225,6 @@ def read_image(path, size=None, upright=False):
 #               done.npy     uint8 (N,): LACKING, DONE once the row is on the disk, BROKEN: it cannot be decoded
 #               cache.json   what it is made of: settings, {class: how many}, a digest of names, sizes and times
 # Rows are in the order of find_images, so a cache is of one list of pictures.
-
 LACKING, DONE, BROKEN = 0, 1, 2
 
 
@@ -300,8 +288,8 @@ def build_cache(args):
     barrier()
     with reading(out, "latent cache", ": delete it"):
         moments, done = (np.load(out / f"{name}.npy", "r+") for name in ("moments", "done"))
-    lacking = np.array_split(np.flatnonzero(done == LACKING), world)[rank]  # neighbours: a disk likes that better
-    barrier()  # every rank knows what is lacking before one changes it
+    mine = np.array_split(np.arange(len(files)), world)[rank]  # neighbours: a disk likes that better
+    lacking = mine[done[mine] == LACKING]
 
     def read(row):
         try:
@@ -384,7 +372,7 @@ class Data:
     def sha256(self):
         """Of labels and pixels: what tells two data sets apart. Once; a second or two for 50,000 images."""
         digest = hashlib.sha256(self.labels.tobytes())
-        for indices in np.array_split(np.arange(len(self)), -(-len(self) // 500)):
+        for indices in torch.arange(len(self)).split(500):
             digest.update(self.images(indices).numpy())
         return digest.hexdigest()
 
@@ -394,10 +382,8 @@ class Data:
         return x if flip is None else torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
 
     def batch(self, indices, flip, generator=None):
-        """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64.
-
-        Pixels are in [-1, 1]. Latents are a fresh sample of the VAE's posterior, drawn with `generator`, times 0.2325.
-        """
+        """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64. Pixels are in [-1, 1];
+        latents are a fresh sample of the VAE's posterior, drawn with `generator`, times 0.2325."""
         indices, flip = np.asarray(indices), np.asarray(flip)
         labels = torch.from_numpy(self.labels[indices])
         if self.pixels:  # mirrored as bytes: a quarter of the work
@@ -410,11 +396,9 @@ class Data:
 
 
 def open_data(name, split="train", img_size=None, pixels=False):
-    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache.
-
-    split: "train" or "test". img_size: px; None: 16 for shapes, native_size for a folder. Images below 64 px, or of any
-    size with `pixels`, are decoded into memory; for others data.py must have computed the latents.
-    """
+    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache. img_size: px;
+    None: 16 for shapes, native_size for a folder. Images below 64 px, or of any size with `pixels`, are decoded into
+    memory; for others data.py must have computed the latents."""
     name = str(name)
     if name in ("shapes", "cifar10") and Path(name, "train").is_dir():
         say(f"--data {name} is data that this program knows; the folder of that name here is --data ./{name}")
@@ -441,14 +425,12 @@ def open_images(name, split, img_size):
     """The pictures of a folder, in memory -> Data. Every process decodes all of them at each start and holds
     N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a minute and 154 MB."""
     class_names, files, labels = find_images(split_folder(name, split), need_classes=True)
-    images = np.empty((len(files), 3, img_size, img_size), np.uint8)
+    shape = np.dtype((np.uint8, (3, img_size, img_size)))
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
-        decoded = pool.map(lambda file: read_image(file, img_size), files)
-        bar = tqdm(decoded, printable(f"decoding {name}"), len(files), leave=False,
-                   disable=int(os.environ.get("RANK") or 0) > 0 or None)
-        for i, image in enumerate(bar):
-            images[i] = image
-    return Data(name, class_names, img_size, labels, lambda indices: torch.from_numpy(images[indices]))
+        decoded = tqdm(pool.map(lambda file: read_image(file, img_size), files), printable(f"decoding {name}"),
+                       len(files), leave=False, disable=int(os.environ.get("RANK") or 0) > 0 or None)
+        images = torch.from_numpy(np.fromiter(decoded, shape, len(files)))
+    return Data(name, class_names, img_size, labels, lambda indices: images[indices])
 
 
 def open_cifar10(split, img_size=None, root="data"):
@@ -462,9 +444,9 @@ def open_cifar10(split, img_size=None, root="data"):
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: missing or not whole ({error}): run python data.py --get cifar10 (the Python "
                         "version, cifar-10-batches-py, is a pickle, which can run code)") from None
-    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)  # (N, 3073) -> (N, 3, 32, 32)
+    images = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32))  # (N, 3073) -> (N, 3, 32, 32)
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    return Data("cifar10", classes, 32, records[:, 0].astype(np.int64), lambda i: torch.from_numpy(images[i]))
+    return Data("cifar10", classes, 32, records[:, 0].astype(np.int64), lambda indices: images[indices])
 
 
 @functools.lru_cache(maxsize=2)  # a step can touch two epochs
@@ -474,9 +456,7 @@ def epoch_order(n, seed, epoch):
 
 def train_indices(n, batch, step, seed, rank=0, world=1):
     """The step-th batch of endless shuffled epochs over n images -> this rank's (indices, flips), each (batch/world,).
-
-    A pure function of its arguments: resuming needs no saved state, and the ranks' parts make up the one-process batch.
-    """
+    A pure function of its arguments: resuming needs no saved state, and the ranks' parts are the one-process batch."""
     if batch % world:
         raise UserError(f"--batch {batch} cannot be divided among {world} processes")
     share = batch // world
@@ -497,15 +477,12 @@ def read_class_names(path=None, of_data=None):
     path = path or Path(__file__).parent / "assets/imagenet_class_names.json"
     with reading(path, "list of class names", ": wanted is a name a line, or a JSON list of names"):
         text = Path(path).read_text("utf-8-sig")  # some editors of Windows begin a file by a mark
-        names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
-        if isinstance(names, dict):
-            raise ValueError("no list")
-        names = [re.sub(r"^n\d{8}\s+", "", name.strip()) for name in names]  # "n01440764 tench"
-        if not names or not all(names):  # an empty line would shift all that follow
-            raise ValueError("no names, or an empty one")
+        lines = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
+        names = [re.sub(r"^n\d{8}\s+", "", line.strip()) for line in lines]  # "n01440764 tench"
+        if isinstance(lines, dict) or not names or not all(names):  # an empty line would shift all that follow
+            raise ValueError("no list, or an empty name in it")
     if of_data and len(of_data) != len(names):
-        raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)} ({of_data[0]}, ...): give "
-                        "--class_names")
+        raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)}: give --class_names")
     return names
 
 
@@ -514,10 +491,7 @@ def read_class_names(path=None, of_data=None):
 # Module names are nearly those of the public file (LTH14/mar models/vae.py); load_vae knows the rest.
 
 CHANNELS = (128, 128, 256, 256, 512)  # a level: full size, 1/2, 1/4, 1/8, 1/16
-
-
-def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
@@ -559,7 +533,8 @@ def middle(c):
 
 def encoder():
     """(B, 3, H, W) -> (B, 32, H/16, W/16). Attention at the deepest level only: elsewhere H*W is too many."""
-    half = lambda c: sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))  # right and below
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and below
+    half = lambda c: sequence(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2))
     down = [sequence(block0=ResnetBlock(c_in, c), block1=ResnetBlock(c, c), downsample=half(c))
             for c_in, c in zip((128, *CHANNELS), CHANNELS[:-1])]
     deepest = sequence(block0=ResnetBlock(256, 512), attn0=SelfAttention(512),
@@ -600,14 +575,8 @@ class KLVAE(nn.Module):
 
 def load_vae(path):
     """The public kl16.ckpt -> KLVAE, frozen, on the CPU. UserError when the file is another, or not whole."""
-    def build(state):
-        if "quant_conv.weight" not in state:
-            raise UserError(f"{path} is not the KL-16 VAE{' but a MAR' * ('mask_token' in state)}: "
-                            "python data.py --get kl16 gets it")
-        return KLVAE()
-
     names = [(r"(block|attn)(\d)", r"\1.\2")]
-    return load_network(build, path, "kl16", names, drop=["loss."])  # a discriminator's, in what training leaves
+    return load_network(lambda _: KLVAE(), path, "kl16", names, drop=["loss."])  # a discriminator's, of the training
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -689,8 +658,8 @@ def get(names, folder="."):
         found, count = file_hash(file, kind), file.stat().st_size
         if not found.startswith(digest) or (size and abs(count - size) > 0.01 * size):
             part.unlink(missing_ok=True)  # to go on from damaged bytes would never end well
-            raise UserError(f"{name}: {file} is damaged or another file: {kind} {found}, {count:,} bytes; wanted: "
-                            f"{wanted}; delete it and get it again")
+            raise UserError(f"{file} is damaged or another file: {kind} {found}, {count:,} bytes; wanted: {wanted}; "
+                            "delete it and get it again")
         os.replace(file, path)
         print(f"  is there: {kind} {found}, {count:,} bytes", flush=True)
         if name == "cifar10":
@@ -700,12 +669,16 @@ def get(names, folder="."):
 # ----------------------------------------------------------------------------------------------------------------------
 # How a command starts: flags, errors, processes. The same for all; data.py is the lowest file that is a command
 
+DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
+LOCKS = {}  # {folder of this process: its lock, open}
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not None and False, which say nothing."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -759,9 +732,6 @@ def run_main(main):
     sys.exit(code)
 
 
-LOCKS = {}  # {folder of this process: its lock, open}
-
-
 def lock_folder(folder):
     """Make `folder` and keep other commands out of it until this one ends; UserError where another has it. What was
     half-written when a process was killed goes."""
@@ -785,9 +755,6 @@ def lock_folder(folder):
         left.unlink(missing_ok=True)
 
 
-DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
-
-
 def setup(device="auto", dtype="auto"):
     """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
     of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
@@ -806,7 +773,7 @@ def setup(device="auto", dtype="auto"):
     elif device == "cpu":
         torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
     elif device != "mps" or world > 1 or not torch.backends.mps.is_available():
-        raise UserError(f"--device {device}: auto, cpu or cuda (CUDA_VISIBLE_DEVICES picks one); mps in one process, "
+        raise UserError(f"--device {device}: auto, cpu, cuda (CUDA_VISIBLE_DEVICES picks one); mps in one process, "
                         "where PyTorch has it")
     if world > 1 and not dist.is_initialized():
         join_processes("nccl" if device == "cuda" else "gloo", rank, world)
@@ -839,35 +806,27 @@ def join_processes(backend, rank, world):
 # Command line
 
 
-def parse_args(argv=None):
-    """The flags, contradictions refused."""
+def main(argv=None):
+    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
     # the cache
     flag("--data", help="image folder with train/<class>/*")
-    flag("--split", choices=list(SPLITS), default="train", help="test reads test, val or validation")
+    flag("--split", choices=SPLITS, default="train", help="test reads test, val or validation")
     flag("--vae", help="KL-16 VAE file (--get kl16)")
     flag("--img_size", type=int, help="px a side; default 256")
     flag("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")
     flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
     # downloads
-    flag("--get", nargs="+", default=[], choices=list(PUBLIC), metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
+    flag("--get", nargs="+", default=[], choices=PUBLIC, metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
     flag("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = p.parse_args(argv)
     check_numbers(args, one="img_size batch")
     if not args.get and not args.data:
         raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
-    return args
-
-
-def main(argv=None):
-    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
-    args = parse_args(argv)
     get(args.get, args.folder)
     if args.data:
-        if not Path(args.data).is_dir():
-            raise UserError(f"--data {args.data}: no such folder; shapes and cifar10 need no cache")
         build_cache(args)
 
 

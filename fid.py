@@ -2,7 +2,7 @@
 ImageReward. What they say agrees with the public implementations, which test_all.py checks.
 
 Needs samples (a folder of images, an .npz of sample.py --num) or checkpoints, from which they are drawn as they are
-judged; and the judges' public weights, which are fetched only when asked for:
+judged; and the judges' public weights. Rows, with what they mean, are added to OUT/results.json.
 
     python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
@@ -11,8 +11,6 @@ judged; and the judges' public weights, which are fetched only when asked for:
     python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
     python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row each
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
-
-Rows, with what they mean, are added to OUT/results.json.
 """
 import contextlib
 import functools
@@ -23,7 +21,6 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,15 +32,16 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (PUBLIC, SHAPE_MODES, Parser, check_numbers, find_images, load_vae, open_data, read_class_names,
-                  read_image, run_main, sequence, setup, shape_modes, train_indices)
+from data import (PUBLIC, SHAPE_MODES, Data, Parser, check_numbers, find_images, load_vae, open_data,
+                  read_class_names, read_image, run_main, sequence, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, printable, read_checkpoint,
                    reading, replacing, runs_bf16, save_checkpoint, say, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 
-WEIGHTS = {name: place for name, (_, place, _, _) in PUBLIC.items()}  # where --get puts the public files
+WEIGHTS = {name: file[1] for name, file in PUBLIC.items()}  # where --get puts the public files
 PROMPTED = ["clip", "pickscore", "imagereward"]  # judges that compare a picture with the prompt of its class
 JUDGES = ["inception", *PROMPTED, "classifier"]
+TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
@@ -71,8 +69,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     With A A^T = s1 the product s1 s2 has the eigenvalues of the symmetric A^T s2 A, so two symmetric
     eigen-decompositions do: no general matrix root (scipy's is slower and turns complex), and a singular covariance
-    (fewer images than features) needs no special case. FID: Heusel et al. 2017, arXiv 1706.08500.
-    """
+    (fewer images than features) needs no special case. FID: Heusel et al. 2017, arXiv 1706.08500."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt()  # A, (F, F); rounding leaves some zero eigenvalues slightly negative
@@ -84,8 +81,7 @@ def inception_score(logits, splits=10, shuffle=False):
     """exp(mean KL(p(y|x) || p(y))) over contiguous splits of logits (N, classes) -> (mean, std) over the splits.
 
     shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
-    it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498.
-    """
+    it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498."""
     x = as_features(logits)
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
@@ -102,15 +98,15 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
 
     Subsets are drawn as torch-fidelity draws them, by its seed. Unlike FID it has no bias from few images, so it may
     be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
-    Binkowski et al. 2018, arXiv 1801.01401.
-    """
+    Binkowski et al. 2018, arXiv 1801.01401."""
     a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
+    kernel = lambda p, q: (p @ q.T / a.shape[1] + 1) ** 3  # (size, size)
     for _ in range(subsets):
         x = a[random.choice(len(a), size, replace=False)].double()
         y = b[random.choice(len(b), size, replace=False)].double()
-        k_xx, k_yy, k_xy = (((p @ q.T) / a.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))  # (size, size)
+        k_xx, k_yy, k_xy = kernel(x, x), kernel(y, y), kernel(x, y)
         # the diagonal, a picture with itself, is what would bias the estimate
         within = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (size * (size - 1))
         values.append(float(within - 2 * k_xy.mean()))
@@ -122,13 +118,13 @@ def precision_recall(generated, reference, k=3, chunk=1000):
 
     A set's manifold is the union of balls around its features, each reaching to the k-th nearest other one.
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
-    generated one. A collapsed generator has precision 1 and recall 0.
-    """
+    generated one. A collapsed generator has precision 1 and recall 0."""
     a, b = as_features(generated).float(), as_features(reference).float()
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
     def radii(x):  # (N,) distance to the k-th nearest other feature: the nearest of k + 1 is the feature itself
-        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
+        distances = (torch.cdist(part, x) for part in x.split(chunk))  # (chunk, N) each
+        return torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances])
 
     b_radius, precise, recalled = radii(b), 0, torch.zeros(len(b), dtype=torch.bool)
     for part, radius in zip(a.split(chunk), radii(a).split(chunk)):  # 50,000 x 50,000 distances at once would be 10 GB
@@ -231,9 +227,8 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(f"Inception reads uint8 (N, 3, H, W), not {images.dtype} {tuple(images.shape)}: "
-                            "round float images to 0..255 first, as the published numbers do")
+        if images.dtype != torch.uint8:
+            raise UserError("Inception reads uint8: round float images to 0..255 first, as the published numbers do")
         x = resize_tf1(images.to(self.fc.weight.device).float())
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # TF32 and autocast would each move FID in the second decimal
@@ -266,8 +261,7 @@ class Classifier(nn.Module):
 
     Small enough to be trained on one CPU core in minutes. Features are the 96 averaged channels before the last layer,
     so 2,048 images determine their covariance. They are scaled to a mean variance of 1 on the training images, or the
-    size of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96.
-    """
+    size of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96."""
 
     def __init__(self, num_classes, img_size):
         super().__init__()
@@ -292,11 +286,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data, seed, device, batch=128):
-    """Train a Classifier on a data set of pixels -> it, in eval mode.
-
-    Its `.accuracy` is that on images it has not seen: the test split, or every 20th training image where there is none.
-    Its `.reference` are the statistics of up to 10,000 training images that `figures_of` compares with.
-    """
+    """Train a Classifier on a data set of pixels -> it, in eval mode. Its `.accuracy` is that on images it has not
+    seen, its `.reference` are the statistics of up to 10,000 training images that `figures_of` compares with."""
     if len(data) < 2:
         raise UserError(f"{data.name}: one picture is no data set: what is learnt from it cannot be tried on another")
     indices, test = np.arange(len(data)), None
@@ -318,7 +309,8 @@ def train_classifier(data, seed, device, batch=128):
     for step in tqdm(range(steps), desc=f"classifier {seed}", unit="step", leave=False, disable=None, mininterval=1):
         picks, flips = train_indices(len(indices), batch, step, seed)
         picks = indices[picks]
-        loss = F.cross_entropy(net(data.images(picks, flips).to(device))[1], labels[picks].to(device))
+        logits = net(data.images(picks, flips).to(device))[1]
+        loss = F.cross_entropy(logits, labels[picks].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -334,11 +326,8 @@ def train_classifier(data, seed, device, batch=128):
 
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     """The Classifier of `data` (a train split of pixels), from folder/classifier_<seed>.pt, or trained and put there.
-    UserError where that file is of other pictures.
-
-    Classifiers of two seeds are two independent judges: train against one, report the other. No collective call is made
-    here, so one rank or all ranks may call it.
-    """
+    UserError where that file is of other pictures. One rank or all may call it: it makes no collective call.
+    Classifiers of two seeds are two independent judges: train against one, report the other."""
     if not data.pixels:
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
     path = Path(folder) / f"classifier_{seed}.pt"
@@ -365,7 +354,8 @@ def load_classifier(path, device="cpu"):
         made_from, reference = saved["made_from"], saved["reference"]
         net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
         net.made_from, net.reference, net.accuracy = made_from, reference, saved["accuracy"]
-        net.class_names, net.counts = made_from["classes"], reference.get("classes", torch.ones(net.num_classes))
+        net.class_names = made_from["classes"]
+        net.counts = reference.get("classes", torch.ones(net.num_classes))
     net.name = str(path)
     return net.to(device, memory_format=torch.channels_last)
 
@@ -382,7 +372,8 @@ def labels_like(counts, n):
         return torch.arange(n) % len(counts)
     ends = counts.double().cumsum(0)
     # steps of the golden ratio fill [0, 1) evenly, however many: picture i is of one class whatever n is
-    return torch.searchsorted(ends / ends[-1], torch.arange(n).double() * (5**0.5 - 1) / 2 % 1, right=True)
+    at = torch.arange(n).double() * (5**0.5 - 1) / 2 % 1
+    return torch.searchsorted(ends / ends[-1], at, right=True)
 
 
 def evenly(data, n=10000):
@@ -438,12 +429,12 @@ def figures_of(classifier, seen):
     real = classifier.reference
     row = {"fd": frechet_distance(*mean_and_covariance(seen["features"]), real["mu"], real["sigma"])}
     if "accuracy" in seen:
-        row["accuracy"] = float(torch.as_tensor(seen["accuracy"]).double().mean())
+        row["accuracy"] = float(seen["accuracy"].double().mean())
     # like the classifier's features, thumbnails count as if scaled to a mean variance of 1
     row["fd_thumb"] = frechet_distance(*mean_and_covariance(seen["thumbs"]), real["thumb_mu"], real["thumb_sigma"])
     row["fd_thumb"] *= float(len(real["thumb_mu"]) / real["thumb_sigma"].trace())
     p = real["shares"]
-    q = torch.bincount(torch.as_tensor(seen["cell"]), minlength=len(p)).double() / len(seen["cell"])
+    q = torch.bincount(seen["cell"], minlength=len(p)).double() / len(seen["cell"])
     row["modes"] = len(p) * math.exp(-torch.xlogy(q, q / p).sum())
     if len(p) == len(SHAPE_MODES):
         row["census"] = dict(zip(SHAPE_MODES, q.numpy().round(4).tolist()))
@@ -463,10 +454,8 @@ PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 def clip_pixels(pixels, side):
     """[0,1] (N, 3, H, W) -> normalised (N, 3, side, side): short side by bicubic, centre crop, CLIP's mean and std.
-
     Differentiable. Pillow's bicubic, which the public code uses, has the same kernel and antialiasing but rounds to 8
-    bits after each direction: at most 1.2/255 apart, 0.3/255 on average (test_all.py).
-    """
+    bits after each direction: at most 1.2/255 apart, 0.3/255 on average (test_all.py)."""
     h, w = pixels.shape[2:]
     if (h, w) != (side, side):
         size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
@@ -487,9 +476,7 @@ def transformer(width, depth, heads, mlp, act, eps):
 
 class ImageTower(nn.Module):
     """[0,1] pixels (N, 3, H, W) -> normed tokens (N, 1 + patches, width), the class token first.
-
-    clip: a norm before the blocks and no bias in the patch embedding; BLIP has it the other way round.
-    """
+    clip: a norm before the blocks and no bias in the patch embedding; BLIP has it the other way round."""
 
     def __init__(self, width, depth, heads, mlp, patch, side, act, eps=1e-5, clip=True):
         super().__init__()
@@ -596,8 +583,7 @@ class Tokenizer:
     """CLIP's byte-pair encoding: Tokenizer(bpe_path)(texts) -> ids (N, 77) long.
 
     The public code cleans text with ftfy and splits it with `regex`; here the standard library does. Prompts with names
-    of classes come out alike. What differs: curly quotes and ligatures stay, U+00B2 and its like count as letters.
-    """
+    of classes come out alike. What differs: curly quotes and ligatures stay, U+00B2 and its like count as letters."""
 
     def __init__(self, path):
         with (reading(path, "merge table of CLIP", "; python data.py --get bpe fetches it"),
@@ -619,8 +605,9 @@ class Tokenizer:
         parts = [self.byte[b] for b in word.encode(errors="replace")]  # a class's name may hold bytes of no encoding
         parts[-1] += "</w>"
         while len(parts) > 1:
-            rank, i = min((self.rank.get(pair, math.inf), i) for i, pair in enumerate(zip(parts, parts[1:])))
-            if rank == math.inf:
+            ranks = [self.rank.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+            i = ranks.index(min(ranks))
+            if ranks[i] == math.inf:
                 break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return parts
@@ -725,15 +712,9 @@ class WordPiece:
         return ids, (ids != self.pad).long()
 
 
-TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's prompt
-
-
 def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
     """score(pixels in [0,1] (N, 3, H, W), labels (N,)) -> (N,), differentiable in the pixels: rl.py's rewards.
-
-    kind: clip, pickscore or imagereward; folder: where data.py --get put the public files. The prompts of all classes
-    are read once, here.
-    """
+    kind: clip, pickscore or imagereward; folder: where data.py --get put the public files."""
     if "{class}" not in template:
         raise UserError(f"the prompt {template!r} has no {{class}} in it")
     prompts = [template.replace("{class}", name) for name in class_names]
@@ -745,7 +726,7 @@ def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
     ids = Tokenizer(place("bpe"))(prompts).to(device)
     ids = ids[:, :int(ids.argmax(1).max()) + 1]  # up to the end token, the highest id: a fifth of the work
     model = (load_clip if kind == "clip" else load_pickscore)(place(kind)).to(device)
-    with torch.no_grad():
+    with torch.no_grad():  # once
         text = torch.cat([model.encode_text(part) for part in ids.split(64)])  # (classes, E)
     return lambda pixels, labels: model.score(pixels, text[labels])
 
@@ -755,17 +736,16 @@ def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
 
 
 @dataclass
-class Pictures:
-    """uint8 pictures by number, so that each rank takes a part."""
-    name: str
-    side: int  # px
-    labels: np.ndarray  # (N,) numbers of class_names
-    class_names: list  # [""]: nobody says what they show; None: labels are numbers of the judges' classes
-    read: Callable  # numbers (n,) -> uint8 (n, 3, side, side)
+class Pictures(Data):
+    """Pictures to be judged. Labels are -1 where nobody says what they show, and without class_names (None) they are
+    numbers of the judges' classes."""
     made_by: dict = field(default_factory=dict)  # {setting: value} of what is drawn here
-    asked: np.ndarray = None  # (N,) labels as numbers of the judges' classes, where these are known
 
-    count = property(lambda self: len(self.labels))
+    labelled = property(lambda self: self.labels[0] >= 0)
+
+    def __post_init__(self):
+        if len(self) < 10:
+            raise UserError(f"{self.name}: {len(self)} image(s) are no distribution: 10 at least")
 
 
 def read_npz(path):
@@ -778,25 +758,25 @@ def read_npz(path):
 
 def npz_pictures(path, arrays):
     """arr_0 uint8 (N, H, W, 3); labels (or ADM's arr_1) and class_names if there are: of sample.py --num and ADM.
-
-    Read once to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process.
-    """
+    Read to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process."""
     images = arrays.get("arr_0", np.empty(0))
     if images.dtype != np.uint8 or images.shape[3:] != (3,):
         raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are "
                         f"{', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())}")
     labels = arrays.get("labels", arrays.get("arr_1"))
     names = arrays["class_names"].tolist() if "class_names" in arrays else None
-    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or (labels < 0).any():
-        labels, names = np.zeros(len(images), np.int64), [""]
+    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        labels = np.full(len(images), -1)
     again = functools.cache(lambda: read_npz(path)["arr_0"])
-    return Pictures(str(path), images.shape[1], labels, names,
+    return Pictures(str(path), names, images.shape[1], labels,
                     lambda numbers: torch.from_numpy(again()[numbers].transpose(0, 3, 1, 2).copy()))  # NHWC -> NCHW
 
 
 def folder_pictures(path, size=None):
     """Every image below a folder. size: crop to it as ADM does; None: as they are, all of one size."""
-    class_names, files, labels = find_images(path)
+    names, files, labels = find_images(path)
+    if len(names) == 1:
+        names, labels = None, labels - 1
     side = size or read_image(files[0]).shape[2]
 
     def one(number):
@@ -810,15 +790,12 @@ def folder_pictures(path, size=None):
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
             return torch.from_numpy(np.stack(list(pool.map(one, numbers))))
 
-    name = f"{path} (ADM centre crop to {size} px)" if size else str(path)
-    return Pictures(name, side, labels, class_names if len(class_names) > 1 else [""], read)
+    return Pictures(f"{path} (ADM centre crop to {size} px)" if size else str(path), names, side, labels, read)
 
 
 def checkpoint_pictures(path, args, device, vae, real=None):
     """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
-
-    Image i is that of (seed, i), its class by `labels_like`, as in `real`, Data or Classifier, where that knows them.
-    """
+    Image i is that of (seed, i), its class by `labels_like`, as in `real` (Data or Classifier) where it knows them."""
     model = load_mar(path)
     check_vae(model, vae)
     known = dict(zip(real.class_names, real.counts.tolist())) if real else {}
@@ -835,32 +812,34 @@ def checkpoint_pictures(path, args, device, vae, real=None):
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
-    return [Pictures(f"{path} ({said(how)})", model.config.img_size, labels, model.class_names,
-                     functools.partial(read, how), how) for how in ways_to_draw(args, model)]
+    return [Pictures(f"{path} ({said(how)})", model.class_names, model.config.img_size, labels,
+                     functools.partial(read, how), made_by=how) for how in ways_to_draw(args, model)]
 
 
 def agree_on_classes(sources, real, wanted):
     """-> the names of the judges' classes: those of `real`, Data or Classifier; else the first that a source has; else
-    ImageNet's. The sources' labels become `asked`, numbers of these; UserError where that is `wanted` and cannot be."""
-    named = [one.class_names for one in (real, *sources) if one and one.class_names not in (None, [""])]
-    names = named[0] if named else read_class_names()
-    if wanted and any(one.class_names is None for one in sources):
-        say(f"labels without names are taken for numbers of these classes: {names[0]}, {names[1]}, ... ({len(names)})")
+    ImageNet's. The sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
+    named = [one.class_names for one in (real, *sources) if one and one.class_names]
+    names = [*named, read_class_names()][0]
     for source in sources:
         own = source.class_names or names
-        if set(own) <= set(names) and source.labels.max() < len(own):
-            source.asked = np.array([names.index(name) for name in own])[source.labels]
+        if set(own) <= set(names) and source.labels.min() >= 0 and source.labels.max() < len(own):
+            source.labels = np.array([names.index(name) for name in own])[source.labels]
         elif wanted:
-            raise UserError(f"{source.name} has no labels, or others than {names[0]}, ... ({len(names)} classes), and "
-                            "an image is compared with the prompt of its class: give an .npz with labels, or a folder "
-                            "with one of each class in it, and other classes in another call")
+            raise UserError(f"{source.name} has no labels, or others than {names[0]}, ... ({len(names)} classes): give "
+                            "an .npz with labels, or a folder of class folders, and other classes in another call")
+        else:
+            source.labels = np.full(len(source), -1)
+    if wanted and any(source.class_names is None for source in sources):
+        say(f"labels without names are taken for numbers of these classes: {names[0]}, {names[1]}, ... ({len(names)})")
     return names
 
 
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
     mu, sigma = (np.asarray(arrays.get(name, 0), np.float64) for name in ("mu", "sigma"))
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not np.isfinite(mu.sum() + sigma.sum()):
+    finite = np.isfinite(mu.sum() + sigma.sum())
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not finite:
         raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; wanted are mu (2048,), here {mu.shape}, and "
                         f"sigma (2048, 2048), here {sigma.shape}, without NaN and infinity")
     return mu, sigma
@@ -879,7 +858,7 @@ def open_reference(path, side):
     if not images and "made_from" not in arrays:  # neither ADM's nor --save_stats': nothing in it says whose it is
         say(f"note: {path} must come from TF1's bilinear resize, as ADM's, MAR's and torch-fidelity's do; those of "
             "pytorch-fid come from another, by which a folder has FID 112 against itself")
-    return {"mu": mu, "sigma": sigma, "n": int(arrays["n"]) if "n" in arrays else None}, images
+    return {"mu": mu, "sigma": sigma, "n": arrays.get("n")}, images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -911,24 +890,22 @@ def make_judges(args, names, real, device, rank, world):
 
 @torch.no_grad()
 def collect(pictures, ask, batch, rank, world):
-    """What `ask` says of every picture -> {what: array (N, ...)} on rank 0, None on the others.
-
-    A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together.
-    """
-    mine, parts = np.array_split(np.arange(pictures.count), world)[rank], []
+    """What `ask` says of every picture -> {what: tensor (N, ...)} on rank 0, None on the others.
+    A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together."""
+    mine, parts = np.array_split(np.arange(len(pictures)), world)[rank], []
     name = printable(pictures.name[:40])
     for start in tqdm(range(0, len(mine), batch), name, unit="batch", disable=rank > 0 or None):
         numbers = mine[start:start + batch]
-        labels = None if pictures.asked is None else torch.from_numpy(pictures.asked[numbers])
+        labels = torch.from_numpy(pictures.labels[numbers]) if pictures.labelled else None
         said = ask(pictures.read(numbers), labels)
-        parts.append({what: as_features(values).numpy() for what, values in said.items()})
+        parts.append({what: as_features(values) for what, values in said.items()})
     if world > 1:
         shares = [None] * world if rank == 0 else None
         dist.gather_object(parts, shares)
         if rank > 0:
             return None
         parts = sum(shares, [])
-    return {what: np.concatenate([part[what] for part in parts]) for what in parts[0]}
+    return {what: torch.cat([part[what] for part in parts]) for what in parts[0]}
 
 
 FIGURES = {  # what a row's figures say
@@ -949,14 +926,15 @@ FIGURES = {  # what a row's figures say
 
 def make_row(pictures, said, reference, classifier, args):
     """One row of the table from what the judges said of every picture: what was judged, its figures, their meaning."""
-    row = {"name": pictures.name, "n": pictures.count, "made_by": pictures.made_by}
+    row = {"name": pictures.name, "n": len(pictures), "made_by": pictures.made_by}
     facts = {"prompt": repr(args.prompt), "classifier": args.classifier or f"the classifier of {args.data}"}
     if "pool" in said:
         row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
         mu, sigma = mean_and_covariance(said["pool"])
         if args.save_stats:
-            with replacing(args.save_stats, "wb") as file:  # torch-fidelity compares these types
-                np.savez(file, n=pictures.count, made_from=pictures.name, mu=mu.float().numpy(), sigma=sigma.numpy())
+            kept = {"mu": mu.float().numpy(), "sigma": sigma.numpy()}  # torch-fidelity compares these types
+            with replacing(args.save_stats, "wb") as file:
+                np.savez(file, n=len(pictures), made_from=pictures.name, **kept)
     if reference:
         facts["reference"] = f"mu, sigma of {args.ref}, n = {reference['n'] or 'not in the file'}"
         row["fid"] = frechet_distance(mu, sigma, reference["mu"], reference["sigma"])
@@ -967,14 +945,14 @@ def make_row(pictures, said, reference, classifier, args):
     if classifier:
         facts["own"] = f"{classifier.accuracy:.4f}"
         row |= figures_of(classifier, said)
-        if pictures.asked is not None:
-            counts = torch.bincount(torch.from_numpy(pictures.asked), minlength=len(classifier.counts))
-            moved = float((counts / counts.sum() - classifier.counts / classifier.counts.sum()).abs().sum()) / 2
+        if pictures.labelled:
+            counts = torch.bincount(torch.from_numpy(pictures.labels), minlength=len(classifier.counts))
+            real = classifier.counts / classifier.counts.sum()
+            moved = float((counts / counts.sum() - real).abs().sum()) / 2
             if moved > 0.1:  # the share of the pictures that would have to be of another class
-                say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images: FD and "
-                    "modes compare that too")
-    row |= {kind: float(said[kind].mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
-    few = min(pictures.count, reference.get("n") or pictures.count)
+                say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images")
+    row |= {kind: float(said[kind].numpy().mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
+    few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
             "the images, and KID scatters: compare with equal n only")
@@ -1049,14 +1027,12 @@ def main(argv=None):
         sources += checkpoint_pictures(path, args, device, vae, real)
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
-    other = [pictures for pictures in sources if pictures.side != sources[0].side]
-    if other and os.path.isdir(args.ref or ""):  # which is cropped like the samples
-        raise UserError(f"--ref {args.ref} is cropped to {sources[0].side} px, {other[0].name} has {other[0].side} px: "
+    size = sources[0].img_size  # a folder for --ref is cropped like the samples
+    other = [pictures for pictures in sources if pictures.img_size != size]
+    if other and os.path.isdir(args.ref or ""):
+        raise UserError(f"--ref {args.ref} is cropped to {size} px, {other[0].name} has {other[0].img_size} px: "
                         "give samples of one size in a call")
-    reference, images = open_reference(args.ref, sources[0].side) if args.ref else ({}, None)
-    for pictures in [*sources, images] if images else sources:
-        if pictures.count < 10:
-            raise UserError(f"{pictures.name}: {pictures.count} image(s) are no distribution: 10 at least")
+    reference, images = open_reference(args.ref, size) if args.ref else ({}, None)
     names = agree_on_classes(sources, real, wanted=any(kind in args.judges for kind in PROMPTED))
     results = Path(args.out) / "results.json"
     rows_in(results)  # complains now, not after the work
@@ -1070,7 +1046,7 @@ def main(argv=None):
         if rank == 0:
             pool = said["pool"]
             mu, sigma = mean_and_covariance(pool)
-            reference = {"mu": mu, "sigma": sigma, "n": images.count, **reference, "features": pool[evenly(pool)]}
+            reference = {"mu": mu, "sigma": sigma, "n": len(images), **reference, "features": pool[evenly(pool)]}
     rows = []
     while sources:
         pictures = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory

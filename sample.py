@@ -6,8 +6,7 @@ step without guidance, a teacher by its whole chain and with the guidance of its
 
     python sample.py --ckpt out/shapes/student.pt --classes 0 1 2 --out grid.png
     python sample.py --ckpt out/shapes/student.pt --ar_steps 4 8 16             # a row of pictures for each K
-    python sample.py --ckpt out/shapes/student.pt --gif unmasking.gif           # the picture appear, AR step by AR step
-    python sample.py --ckpt out/shapes/student.pt --order outward --gif outward.gif         # any order: one network
+    python sample.py --ckpt out/shapes/student.pt --order outward --gif outward.gif     # AR step by AR step, any order
     python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes 207 pug --out dogs.png
     python sample.py --ckpt student.pt --vae kl16.ckpt --edit photo.jpg --box 64 64 192 192 --classes 207 --out dog.png
     torchrun --nproc_per_node=8 -- sample.py --ckpt student.pt --vae kl16.ckpt --num 50000 --out samples.npz
@@ -35,8 +34,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, read_class_names, read_image,
-                  run_main, setup)
+from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, lock_folder, read_class_names,
+                  read_image, run_main, setup)
 from model import (ORDERS, UserError, bf16_weights, load_mar, mask_counts, reading, replacing, runs_bf16,
                    save_checkpoint, say, write_json)
 
@@ -51,10 +50,8 @@ def to_uint8(x):
 
 def decode(model, latents, vae=None, chunk=16):
     """What `generate` returns (B, c, h, w) -> uint8 (B, 3, H, W), on the same device. UserError if one is not finite: a
-    NaN becomes a black pixel, and nobody could tell it from a real one later.
-
-    chunk: pictures decoded at once; one of 256 px fills hundreds of MB inside the VAE, far more than in the MAR.
-    """
+    NaN becomes a black pixel, and nobody could tell it from a real one later. chunk: pictures decoded at once; one of
+    256 px fills hundreds of MB inside the VAE, far more than in the MAR."""
     pictures, finite = [], []
     for part in latents.split(chunk):
         x = part if model.config.pixels else vae.decode(part / LATENT_SCALE)  # (chunk, 3, H, W)
@@ -94,11 +91,10 @@ def draw(model, labels, seed=0, start=0, vae=None, batch=64, **how):
     """Pictures of the classes `labels` (N,), ints in any form -> uint8 (N, 3, H, W) on the CPU.
 
     Picture i depends on (model, seed, start + i, labels[i]) alone: not on `batch`, nor on who else is drawn with it.
-    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate.
-    """
+    Runs on the model's device, where the VAE must be too. how: ar_steps, head_steps, ... for MAR.generate."""
     check_vae(model, vae)
-    labels = torch.as_tensor(labels, dtype=torch.int64, device=next(model.parameters()).device)
-    pictures = []
+    device, pictures = next(model.parameters()).device, []
+    labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
     for part in labels.split(batch):
         drawn = decode(model, model.generate(part, seeds=image_seeds(seed, start, len(part)), **how), vae)
         pictures.append(drawn.cpu())  # bytes leave the device: a quarter of the floats
@@ -111,18 +107,14 @@ def draw_together(model, labels, rank, world, start=0, **draw_kwargs):
     labels = torch.as_tensor(labels)
     share = -(-len(labels) // world)  # equal shares: the last label is drawn again to fill them
     padded = torch.cat([labels, labels[-1:].expand(share * world - len(labels))])
-    images = draw(model, padded[rank * share:(rank + 1) * share], start=start + rank * share, **draw_kwargs)
+    first = rank * share
+    images = draw(model, padded[first:first + share], start=start + first, **draw_kwargs)
     if world == 1:
         return images
     device = next(model.parameters()).device  # nccl sends nothing that lies on the CPU
     parts = [torch.empty_like(images, device=device) for _ in range(world)]
     dist.all_gather(parts, images.to(device))
     return torch.cat(parts)[:len(labels)].cpu()
-
-
-def is_student(model):
-    """Whether its head makes one step. A file that names no stage is taken for a teacher's, as the public ones are."""
-    return model.stage != "teacher"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,10 +130,8 @@ def title_of(name, otherwise=""):
 
 
 def grid_image(rows):
-    """rows: list of (title, uint8 (n, 3, H, W)) -> Pillow image: one row each, titles at the left.
-
-    Small pictures are enlarged to 96 px without smoothing, so that the pixels of a 16 px picture can be told apart.
-    """
+    """rows: list of (title, uint8 (n, 3, H, W)) -> Pillow image: one row each, titles at the left. Small pictures are
+    enlarged to 96 px without smoothing, so that the pixels of a 16 px picture can be told apart."""
     font, size = ImageFont.load_default(14), rows[0][1].shape[3]
     side = size * max(1, 96 // size)  # of a picture, as it is shown
     left = max(math.ceil(font.getlength(title)) + 16 if title else GAP for title, _ in rows)
@@ -168,7 +158,7 @@ def draw_grid(model, classes, titles, ways, per_class=None, **draw_kwargs):
     drawn = [draw(model, np.repeat(classes, per_class), **how, **draw_kwargs) for how in ways]
     if len(ways) == 1:
         return list(zip(titles, drawn[0].split(per_class)))
-    guided = [f", g = {how['guidance']:g}" * (not is_student(model)) for how in ways]
+    guided = [f", g = {how['guidance']:g}" * (model.stage == "teacher") for how in ways]
     return [(f"K = {how['ar_steps']}{g}", pictures) for how, g, pictures in zip(ways, guided, drawn)]
 
 
@@ -230,9 +220,7 @@ def open_edit(model, path, box, vae=None):
 
 def save_npz(rounds, labels, class_names, side, path):
     """Pictures -> .npz with arr_0 uint8 (N, H, W, 3), labels int64 (N,) and the class_names that these are numbers of.
-
-    What a round brings is appended: whatever N is, memory holds one round.
-    """
+    What a round brings is appended: whatever N is, memory holds one round."""
     shape = (len(labels), side, side, 3)
     if shutil.disk_usage(Path(path).parent).free < math.prod(shape):
         raise UserError(f"{path} will have {math.prod(shape) / 1e9:.1f} GB, more than is free there: other --out")
@@ -248,54 +236,50 @@ def save_npz(rounds, labels, class_names, side, path):
 
 
 def open_folder(folder, drawn_by):
-    """A folder for PNGs: new, empty, or one that a call which drew alike (`drawn_by`, JSON) has begun."""
+    """A folder for PNGs: new, empty, or one that a call to draw the same pictures (`drawn_by`, JSON) has begun."""
     record = Path(folder) / ".drawn_by.json"  # hidden: who reads the folder's pictures passes it over
     os.makedirs(folder, exist_ok=True)
     with reading(record, "note of how a folder's pictures are drawn", ": choose another --out"):
         if os.listdir(folder) and (not record.exists() or json.loads(record.read_text()) != drawn_by):
             raise UserError(f"{folder} holds something else than pictures of this checkpoint, drawn in this way: --num "
                             "writes an .npz, or into a new or empty folder, or goes on with what it began")
-    for left in record.parent.glob("*.writing"):  # model.replacing's names, after a kill
-        left.unlink()
     write_json(record, drawn_by)
+    lock_folder(folder)
 
 
 def save_samples(model, labels, path, rank, world, batch, **how):
     """Pictures of `labels` (N,) numpy, drawn by all ranks, to an .npz; or to a folder as <index>_<label>.png, where
     batches that are there already are not drawn again."""
     together, names = world * batch, [f"{i:06d}_{label}.png" for i, label in enumerate(labels)]
-    there = [set() if Path(path).suffix or rank > 0 else set(os.listdir(path))]
+    to_folder = not Path(path).suffix
+    there = [set(os.listdir(path)) if to_folder and rank == 0 else set()]
     if world > 1:
         dist.broadcast_object_list(there)  # rank 0 says: it is already writing when another one looks
-    if beyond := sum(name.endswith(".png") for name in there[0].difference(names)):
-        say(f"note: {path} holds {beyond} pictures of an earlier, larger --num too: who judges the folder judges them")
     starts = [i for i in range(0, len(labels), together) if not there[0].issuperset(names[i:i + together])]
     rounds = (draw_together(model, labels[i:i + together], rank, world, i, batch=batch, **how)
               for i in tqdm(starts, unit="round", disable=rank > 0 or None))
     if rank > 0:
         for _ in rounds:  # take part in drawing and sending, write nothing
             pass
-    elif Path(path).suffix:
-        save_npz(rounds, labels, model.class_names, model.config.img_size, path)
-    else:
+    elif to_folder:
         for i, pictures in zip(starts, rounds):
             for name, picture in zip(names[i:], pictures):
                 with replacing(Path(path) / name, "wb") as file:
                     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "PNG")
+    else:
+        save_npz(rounds, labels, model.class_names, model.config.img_size, path)
 
 
 def export(model, path):
-    """Write a network as LTH14/mar does, whose loader wants "model" and "model_ema" under its names of weights.
-
-    The config, and what else a file of ours says, come along: so load_mar still knows a student from a teacher.
-    """
+    """Write a network as LTH14/mar does, whose loader wants "model" and "model_ema" under its names of weights. The
+    config, and what else a file of ours says, come along: so load_mar still knows a student from a teacher."""
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
     ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
     save_checkpoint({**ours, "model": state, "model_ema": state}, path)
     say(f"{path}: {model.config}")
     if model.config.passes:
         print("LTH14/mar cannot draw it: its transformer sees no noise")
-    elif is_student(model):
+    elif model.stage != "teacher":
         print(f"LTH14/mar draws a student only with README's patch of DiffLoss.sample, t = {model.config.t_init} in it")
     elif model.config.pixels:
         print("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")
@@ -356,21 +340,22 @@ def ways_to_draw(args, model):
     how = {"head_steps": args.head_steps or made.get("teacher_head_steps", 100),
            "guidance_schedule": args.guidance_schedule or made.get("guidance_schedule", "linear"),
            "temperature": args.temperature, "orders": args.order, "seed": args.seed}
-    scales = args.guidance or [made.get("guidance", {768: 2.9, 1024: 3.0, 1280: 3.2}.get(config.width, 2.0))]
-    if is_student(model):
+    of_mar = {768: 2.9, 1024: 3.0, 1280: 3.2}  # by the width of B, L, H
+    scales = args.guidance or [made.get("guidance", of_mar.get(config.width, 2.0))]
+    if model.stage != "teacher":
         how["head_steps"], scales = 1, [1.0]
     return [{"ar_steps": K, "guidance": g, **how} for K, g in itertools.product(steps, scales)]
 
 
 def find_classes(words, names):
     """Words -> class numbers. A name goes first: folders 0..11 are sorted as text, so that called 2 is number 4."""
-    classes = []
+    classes, numbers = [], range(len(names))
     for word in words:
-        meant = [i for i, name in enumerate(names) if name == word] or [i for i in range(len(names)) if str(i) == word]
+        meant = [i for i in numbers if names[i] == word] or [i for i in numbers if str(i) == word]
         if len(meant) != 1:
             called = " and ".join(map(str, meant)) or "none"
-            raise UserError(f"--classes {word}: {called} are called so; give a number, 0..{len(names) - 1}, or a name "
-                            f"({', '.join(names[:10])}{', ...' * (len(names) > 10)})")
+            raise UserError(f"--classes {word}: {called} are called so; give a number, 0..{len(names) - 1}, or a name: "
+                            + ", ".join(names[:10]))
         classes += meant
     return classes
 
@@ -396,7 +381,7 @@ def main(argv=None):
     if job == "export":
         check_output(args.export, ".pth", ".pt")
         return export(model, args.export)
-    if is_student(model) and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
+    if model.stage != "teacher" and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
         raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave --head_steps "
                         "and --guidance out")
     ways = ways_to_draw(args, model)
@@ -419,7 +404,7 @@ def main(argv=None):
         ways = [{**how, **part, "ar_steps": min(how["ar_steps"], tokens)} for how in ways]
     out = args.gif or args.out or ("samples.npz" if job == "num" else "grid.png")
     if rank == 0 and job == "num" and not Path(out).suffix:
-        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "classes": classes, **ways[0]})
+        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "num": args.num, "classes": classes, **ways[0]})
     elif rank == 0:
         check_output(out, {"gif": ".gif", "num": ".npz"}.get(job, ".png"))
     if job == "num":
