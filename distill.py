@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
                   read_class_names, run_main, say_once, setup, train_indices)
 from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
-from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_products, bf16_weights, gaussian, image_keys,
+from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, need_file, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint,
                    say, schedule_tables, take, token_orders, uniform, write_json)
 from sample import draw_together, image_seeds, save_grid, steps_of
@@ -410,9 +410,7 @@ def teacher_loss(model, tokens, labels, keys, visible, masked, draws, max_weight
     x0 = take(tokens, masked)  # (B, P, C)
     each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
     x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
-    with bf16_products(c.device):  # the head's too, as MAR trains
-        out = model.head(x_t, t, c).float()  # (draws, B, P, 2C)
-    return diffusion_loss(out, x0, x_t, t, eps, max_weight).mean()
+    return diffusion_loss(model.head(x_t, t, c), x0, x_t, t, eps, max_weight).mean()
 
 
 def diffusion_loss(out, x0, x_t, t, eps, max_weight=1.0):
@@ -532,7 +530,7 @@ def read_flags(p, argv, recipe, **defaults):
     flag("--resume", action="store_true", help="go on from the run's last checkpoint")
     flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a GPU")
-    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 where it is fast")
+    flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: bfloat16 where it is fast")
     p.set_defaults(**defaults)
     argv = sys.argv[1:] if argv is None else argv
     known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])

@@ -301,7 +301,7 @@ def drawing_flags(flag):
     flag("--vae", help="kl16.ckpt, for models of latents")
     flag("--batch", type=int, default=64, help="pictures at once, a process; fewer if memory is short")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
-    flag("--dtype", default="auto", choices=DTYPES, help="of the transformer; auto: bfloat16 if it is fast")
+    flag("--dtype", default="auto", choices=DTYPES, help="of matrix products; auto: bfloat16 if it is fast")
 
 
 def parse_args(argv=None):

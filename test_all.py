@@ -1042,7 +1042,7 @@ def test_chain_with_everything_embedded_once_is_the_plain_chain():
 
 
 def test_dtype_is_decided_by_what_the_machine_is():
-    """auto: bf16 where the CPU has instructions for it, and never by a stopwatch; head and losses stay float32."""
+    """auto: bf16 where the CPU has instructions for it, and never by a stopwatch; pictures stay float32."""
     model, labels = tiny_mar(), torch.arange(4)
     wanted = {"auto": {"avx512_bf16": ({"avx512_bf16": True}, "AVX512", True), "arm": ({"bf16": True}, "DEFAULT", True),
                        "macOS": ({"bf16": True}, "DEFAULT", False),
@@ -1068,17 +1068,20 @@ def test_bf16_weights_give_the_bits_of_autocast():
     visible, predict = orders[:, 11:].sort(dim=1).values, orders[:, 4:11].sort(dim=1).values
     weight = model.decoder_blocks[0].attn.qkv.weight.requires_grad_()
     slope = lambda c: torch.autograd.grad(c.square().sum(), weight)[0]
-    plain = model.transformer(tokens, visible, labels, predict)
+    plain, slow = model.transformer(tokens, visible, labels, predict), model.generate(labels, 4, 5, 2.0)
     with mock.patch.object(model_file, "BF16", True):  # on the CPU, as on CUDA
         by_autocast = model.transformer(tokens, visible, labels, predict)
         exact = slope(plain)
         assert 1e-4 < (slope(by_autocast) - exact).norm() / exact.norm() < 0.03  # attention is written out in bf16
         assert by_autocast.dtype == torch.float32 and 1e-4 < apart({"": by_autocast}, {"": plain}) < 3e-2
+        chain = model.generate(labels, 4, 5, 2.0)
+        assert chain.dtype == torch.float32 and 1e-4 < apart({"": chain}, {"": slow}) < 3e-2
         assert bf16_weights(model) is model
         close(model.transformer(tokens, visible, labels, predict), by_autocast, 0.0)
+        close(model.generate(labels, 4, 5, 2.0), chain, 0.0)
     kept = {name.split(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert {"class_emb", "fake_latent", "mask_token", "head_net", "z_proj_ln", "decoder_norm"} <= kept
-    assert model.decoder_blocks[1].mlp.fc1.weight.dtype == model.z_proj.bias.dtype == torch.bfloat16
+    assert {"class_emb", "fake_latent", "mask_token", "z_proj_ln", "decoder_norm"} <= kept
+    assert all(m.weight.dtype == torch.bfloat16 for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
 class HostTraffic(TorchDispatchMode):

@@ -400,6 +400,62 @@ def paired():
               flush=True)
 
 
+BANDS = ((1, 4), (4, 8), (8, 16), (16, 24), (24, 46))  # of frequencies, in half waves a picture of 32 px
+
+
+def grain():
+    """Section "What FD and accuracy cannot see": rulers that nobody chose anything by. COUNT pictures of each of
+    DRAWN, "checkpoint guidance head_steps temperature; ...", against 5,000 real ones of DATA: energy of the brightness
+    in bands of the DCT, as a multiple of theirs; Frechet and kernel distance and precision / recall by the means and
+    standard deviations of three layers of random convolutions."""
+    real, count = open_data(os.environ["DATA"]), int(os.environ.get("COUNT", 1000))
+    generator = torch.Generator().manual_seed(0)
+    widths = (3, 64, 96, 128)
+    layers = [torch.randn(after, before, 3, 3, generator=generator) * (2 / 9 / before) ** 0.5
+              for before, after in zip(widths, widths[1:])]
+    layers[0] -= layers[0].mean((1, 2, 3), keepdim=True)  # blind to the brightness itself
+    waves = rl.cosines(real.img_size, real.img_size).double()
+    k = torch.arange(real.img_size).double()
+    frequency = (k[:, None] ** 2 + k**2).sqrt()
+
+    def features(images):  # uint8 (N, 3, H, W) -> (N, 576)
+        found = []
+        for part in images.split(250):
+            h, own = part.float() / 127.5 - 1, []
+            for layer in layers:
+                h = F.relu(F.conv2d(h, layer, padding=1))
+                own += [h.mean((2, 3)), h.std((2, 3))]
+                h = F.avg_pool2d(h, 2)
+            found.append(torch.cat(own, 1))
+        return torch.cat(found)
+
+    def energies(images):  # -> a number a band
+        energy = (waves @ (images.double() / 127.5 - 1).mean(1) @ waves.T).square().mean(0)  # (H, W)
+        return torch.stack([energy[(low <= frequency) & (frequency < high)].mean() for low, high in BANDS])
+
+    picks = torch.randperm(len(real), generator=generator).numpy()[:5000 + count]
+    pictures = ((real.batch(picks, np.zeros(len(picks), bool))[0] + 1) * 127.5).round().byte()
+    reference, mean, std = pictures[:5000], *(f(features(pictures[:5000]), 0) for f in (torch.mean, torch.std))
+    scaled = lambda images: (features(images) - mean) / (std + 1e-6)
+    known = scaled(reference)
+
+    def tell(name, images):
+        x = scaled(images)
+        fd = fid.frechet_distance(*fid.mean_and_covariance(x), *fid.mean_and_covariance(known))
+        precision, recall = fid.precision_recall(x, known[:1000])
+        bands = " ".join(f"{share:.2f}" for share in energies(images) / energies(reference))
+        print(f"{name}: FD {fd:.1f}, KID {fid.kernel_distance(x, known)[0]:.3f}, precision {precision:.2f}, recall "
+              f"{recall:.2f}; energy in bands {bands}", flush=True)
+
+    tell("real", pictures[5000:])
+    for drawn in os.environ["DRAWN"].split(";"):
+        path, guidance, head_steps, temperature = drawn.split()
+        model = bf16_weights(load_mar(path))
+        tell(drawn, draw(model, torch.arange(count) % model.config.num_classes, seed=1, ar_steps=8,
+                         guidance=float(guidance), guidance_schedule="constant", head_steps=int(head_steps),
+                         temperature=float(temperature)))
+
+
 STUB_VAE = """
 import sys, torch
 sys.path.insert(0, '.')
@@ -570,7 +626,7 @@ def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=1
 
 
 MEASUREMENTS = {measurement.__name__: measurement for measurement in (
-    gradient_cosine, paired, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu,
+    gradient_cosine, paired, grain, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu,
     rl_memory, shortcuts, speed, where_a_pictures_time_goes)}
 
 
