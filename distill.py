@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
                   read_class_names, run_main, say_once, setup, train_indices)
 from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
-from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_weights, gaussian, image_keys,
+from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_products, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, need_file, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint,
                    say, schedule_tables, take, token_orders, uniform, write_json)
 from sample import draw_together, image_seeds, save_grid, steps_of
@@ -410,7 +410,9 @@ def teacher_loss(model, tokens, labels, keys, visible, masked, draws, max_weight
     x0 = take(tokens, masked)  # (B, P, C)
     each = [noised(x0, keys, TEACHER + i, masked) for i in range(draws)]
     x_t, t, eps = (torch.stack([draw[i] for draw in each]) for i in range(3))  # (draws, B, P, ...)
-    return diffusion_loss(model.head(x_t, t, c), x0, x_t, t, eps, max_weight).mean()
+    with bf16_products(c.device):  # the head's too, as MAR trains
+        out = model.head(x_t, t, c).float()  # (draws, B, P, 2C)
+    return diffusion_loss(out, x0, x_t, t, eps, max_weight).mean()
 
 
 def diffusion_loss(out, x0, x_t, t, eps, max_weight=1.0):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data import (PUBLIC, SHAPE_MODES, Data, Parser, check_numbers, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, sequence, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, printable, read_checkpoint,
-                   reading, replacing, runs_bf16, save_checkpoint, say, write_json)
+                   reading, replacing, save_checkpoint, say, write_json)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 
 WEIGHTS = {name: file[1] for name, file in PUBLIC.items()}  # where --get puts the public files
@@ -805,10 +805,7 @@ def checkpoint_pictures(path, args, device, vae, real=None):
     labels = labels_like(counts, args.num).numpy()
 
     def read(how, numbers):
-        if next(model.parameters()).device != device:  # the first call; until then the file is mapped, not read
-            model.to(device)
-            if runs_bf16(device):
-                bf16_weights(model)
+        bf16_weights(model.to(device))  # at the first call; until then the file is mapped, not read
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())

@@ -21,6 +21,7 @@ Architecture and file formats: github.com/LTH14/mar (Li et al. 2024). One-step f
 """
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -427,7 +428,7 @@ class MAR(nn.Module):
 
     def transformer(self, tokens, visible, labels, predict, seen=None):
         """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
-        (B, P, D) of the tokens `predict` (B, P), float32.
+        (B, P, D) of the tokens `predict` (B, P), float32. Inside bf16 where that is fast.
         seen (B, L, C), with `passes`: the noise that unknown tokens are made of, so that those of a step can agree.
         In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others."""
         S = self.config.buffer_size
@@ -465,8 +466,7 @@ class MAR(nn.Module):
 
     def head(self, x, t, c):
         """x (..., C) noisy tokens, t (...) integer steps, c (..., D) -> (..., 2C): eps, then the variance outputs."""
-        with bf16_products(x.device):
-            return self.head_net(x, self.head_net.embed(t, c)).float()
+        return self.head_net(x, self.head_net.embed(t, c))
 
     def eps(self, x, t, c):
         """The half of the head that makes the score, -eps / sigma: (..., C). The variance outputs are no part of it."""
@@ -503,13 +503,15 @@ class MAR(nn.Module):
         chain step j -> x0 (B, P, C). Conditions and time steps are embedded once for all steps; both halves of the
         guidance go through the head as one batch."""
         schedule, B, C = cosine_schedule(steps), len(x), self.config.token_dim
-        with bf16_products(x.device):
-            y_c = self.head_net.cond_embed(c if c_null is None else torch.cat([c, c_null]))  # (B or 2B, P, W)
-            y_t = self.head_net.time_embed(schedule_tables(x.device, steps)["t"])  # (steps, W)
+        y_c = self.head_net.cond_embed(c if c_null is None else torch.cat([c, c_null]))  # (B or 2B, P, W)
+        y_t = self.head_net.time_embed(schedule_tables(x.device, steps)["t"])  # (steps, W)
+        head, dtype = self.head_net, torch.float32
+        if runs_bf16(x.device):  # as MAR samples, in half the time; cast once an AR step: autocast would at each call
+            dtype, head = torch.bfloat16, copy.deepcopy(head).bfloat16()
         for j in reversed(range(steps)):
             now = {name: float(value[j]) for name, value in schedule.items()}
-            with bf16_products(x.device):
-                out = self.head_net(x if c_null is None else torch.cat([x, x]), y_t[j] + y_c).float()
+            x_in = x if c_null is None else torch.cat([x, x])
+            out = head(x_in.to(dtype), (y_t[j] + y_c).to(dtype)).float()  # (B or 2B, P, 2C)
             eps, v = out[:B, ..., :C], out[:B, ..., C:]  # the variance is the conditional half's, as in MAR
             if c_null is not None:
                 null = out[B:, ..., :C]
@@ -830,16 +832,16 @@ def runs_bf16(device):
 
 
 def bf16_products(device):
-    """Inside it matrix products are in bf16, where `runs_bf16`, as in MAR's training and sampling. Losses, and what a
-    chain does between two calls of the head, stay outside."""
+    """Inside it matrix products are in bf16, where `runs_bf16`: those of the transformer, and of stage 0's head. The
+    head that distils stays float32: what is learned is a difference of two heads, which bf16 drowns at low noise."""
     return torch.autocast("cuda" if device.type == "cuda" else "cpu", torch.bfloat16, enabled=runs_bf16(device))
 
 
 def bf16_weights(model):
-    """Where products are in bf16, store the matrices so, in place: for networks that are neither trained nor saved any
-    more. -> the model. The same bits come out: autocast rounds the weights of frozen networks at every call, which at
-    batch 1 moves 8 bytes a weight, and the product itself 2. Embeddings and norms stay float32."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and runs_bf16(module.weight.device):
+    """Where the transformer runs in bf16, store its matrices so, in place: for networks that are neither trained nor
+    saved any more. -> the model. The same bits come out: autocast rounds the weights of frozen networks at every call,
+    which at batch 1 moves 8 bytes a weight, and the product itself 2. Embeddings, norms and the head stay float32."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("head_net.") and runs_bf16(module.weight.device):
             module.weight.data, module.bias.data = module.weight.data.bfloat16(), module.bias.data.bfloat16()
     return model

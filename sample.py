@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, lock_folder, read_class_names,
-                  read_image, run_main, setup)
-from model import (ORDERS, UserError, bf16_weights, load_mar, mask_counts, reading, replacing, runs_bf16,
-                   save_checkpoint, say, write_json)
+from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, read_class_names, read_image,
+                  run_main, setup)
+from model import (ORDERS, UserError, bf16_weights, load_mar, mask_counts, reading, replacing, save_checkpoint,
+                   say, write_json)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing: what fid.py, distill.py and rl.py use too
@@ -237,15 +237,16 @@ def save_npz(rounds, labels, class_names, side, path):
 
 
 def open_folder(folder, drawn_by):
-    """A folder for PNGs: new, empty, or one that a call to draw the same pictures (`drawn_by`, JSON) has begun."""
+    """A folder for PNGs: new, empty, or one that a call which drew alike (`drawn_by`, JSON) has begun."""
     record = Path(folder) / ".drawn_by.json"  # hidden: who reads the folder's pictures passes it over
     os.makedirs(folder, exist_ok=True)
     with reading(record, "note of how a folder's pictures are drawn", ": choose another --out"):
         if os.listdir(folder) and (not record.exists() or json.loads(record.read_text()) != drawn_by):
             raise UserError(f"{folder} holds something else than pictures of this checkpoint, drawn in this way: --num "
                             "writes an .npz, or into a new or empty folder, or goes on with what it began")
+    for left in record.parent.glob("*.writing"):  # model.replacing's names, after a kill
+        left.unlink()
     write_json(record, drawn_by)
-    lock_folder(folder)
 
 
 def save_samples(model, labels, path, rank, world, batch, **how):
@@ -256,6 +257,8 @@ def save_samples(model, labels, path, rank, world, batch, **how):
     there = [set(os.listdir(path)) if to_folder and rank == 0 else set()]
     if world > 1:
         dist.broadcast_object_list(there)  # rank 0 says: it is already writing when another one looks
+    if beyond := sum(name.endswith(".png") for name in there[0].difference(names)):
+        say(f"note: {path} holds {beyond} pictures of an earlier, larger --num too: who judges the folder judges them")
     starts = [i for i in range(0, len(labels), together) if not there[0].issuperset(names[i:i + together])]
     rounds = (draw_together(model, labels[i:i + together], rank, world, i, batch=batch, **how)
               for i in tqdm(starts, unit="round", disable=rank > 0 or None))
@@ -387,8 +390,7 @@ def main(argv=None):
                         "and --guidance out")
     ways = ways_to_draw(args, model)
     model.to(device)
-    if runs_bf16(device):
-        bf16_weights(model)
+    bf16_weights(model)
     vae = load_vae(args.vae).to(device) if args.vae else None
     check_vae(model, vae)
 
@@ -405,7 +407,7 @@ def main(argv=None):
         ways = [{**how, **part, "ar_steps": min(how["ar_steps"], tokens)} for how in ways]
     out = args.gif or args.out or ("samples.npz" if job == "num" else "grid.png")
     if rank == 0 and job == "num" and not Path(out).suffix:
-        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "num": args.num, "classes": classes, **ways[0]})
+        open_folder(out, {"ckpt_sha256": file_hash(args.ckpt), "classes": classes, **ways[0]})
     elif rank == 0:
         check_output(out, {"gif": ".gif", "num": ".npz"}.get(job, ".png"))
     if job == "num":
