@@ -1306,7 +1306,7 @@ def test_masked_share_follows_the_public_distribution():
 # ----------------------------------------------------------------------------------------------------------------------
 # distill.py: the program
 
-TINY = ("distill.py", "--data", "shapes", "--device", "cpu", "--teacher_steps", 6, "--teacher_batch", 8,
+TINY = ("--data", "shapes", "--device", "cpu", "--teacher_steps", 6, "--teacher_batch", 8,
         "--steps", 6, "--batch", 8, "--eval_images", 16, "--teacher_head_steps", 4, "--log_every", 2, "--eval_every", 4,
         "--save_every", 1, "--ar_steps", 4)
 
@@ -1338,23 +1338,24 @@ def untrained_classifier(data, seed, device="cpu"):
 
 
 @contextlib.contextmanager
-def all_tiny(said=None):
-    """Within it the network of size "shapes" is tiny, and classifiers are not trained."""
+def all_tiny():
+    """Within it the network of size "shapes" is tiny, classifiers are not trained, and what is printed is kept."""
     with (mock.patch.dict(SIZES, shapes=TINY_SHAPES), mock.patch.object(fid, "train_classifier", untrained_classifier),
-          contextlib.redirect_stdout(said or io.StringIO())):
-        yield
+          contextlib.redirect_stdout(io.StringIO()) as said):
+        yield said
 
 
-def tiny_distill(out, *flags, said=None):
-    """distill.py in this process with TINY's flags, of a tiny network."""
-    with all_tiny(said):
-        distill.main([*map(str, TINY[1:]), "--out", str(out), *map(str, flags)])
+def tiny_distill(out, *flags):
+    """distill.py in this process with TINY's flags, of a tiny network: -> what it printed."""
+    with all_tiny() as said:
+        distill.main([*map(str, TINY), "--out", str(out), *map(str, flags)])
+    return said.getvalue()
 
 
-def blind_distill(out, *flags, said=None):
+def blind_distill(out, *flags):
     """The same without its judge."""
     with mock.patch.object(distill, "Watch", Blind):
-        tiny_distill(out, *flags, said=said)
+        return tiny_distill(out, *flags)
 
 
 @once()
@@ -1680,19 +1681,17 @@ def test_classes_are_compared_by_their_names(folder):
         for stage in ("teacher", "student"):
             file = read_checkpoint(folder / f"{stage}.pt")
             save_checkpoint({**file, "class_names": names}, folder / f"{stage}_{kind}.pt")
-        said = io.StringIO()
-        teach = lambda: blind_distill(folder / data / kind, "--teacher", folder / f"teacher_{kind}.pt", "--steps", 1,
-                                      "--teacher_steps", 0, "--data", data, said=said)
-        reward = lambda: run_rl(folder, "--ckpt", folder / f"student_{kind}.pt", "--out", folder / data / f"rl_{kind}",
-                                "--steps", 1, "--data", data, said=said)
-        for data, go in itertools.product(("shapes", ""), (teach, reward)):  # "": by the classifiers beside them
-            if words != [None]:
-                refused(go, *words)
+        teach = lambda *flags: blind_distill(*flags, "--teacher", folder / f"teacher_{kind}.pt", "--teacher_steps", 0)
+        reward = lambda out, *flags: run_rl(folder, "--out", out, *flags, "--ckpt", folder / f"student_{kind}.pt")
+        for data, program in itertools.product(("shapes", ""), (teach, reward)):  # "": by the classifiers beside them
+            out = folder / f"{data}_{kind}_{program is teach}"
+            go = lambda: program(out, "--steps", 1, "--data", data)
+            if words == [None]:
+                warned = "names no classes: its class 0 is taken for disc" in go()
+                assert warned == (kind in ("none", "numbers") and data == "shapes"), (kind, data)
             else:
-                go()
-            assert (folder / data / (kind if go == teach else f"rl_{kind}")).exists() == (words == [None])
-        assert said.getvalue().count("names no classes: its class 0 is taken for disc") == 2 * (
-            kind in ("none", "numbers")), said.getvalue()
+                refused(go, *words)
+            assert out.exists() == (words == [None])
 
 
 def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
@@ -1700,22 +1699,21 @@ def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
     and holds; so is the same file under another name."""
     tiny_mar(folder, "teacher", **PIXELS_16)
     write_student(folder)
-    said, flags = io.StringIO(), ["--device", "cpu", "--steps", 1, "--out", folder / "own"]
-    own = lambda *more: mock.patch.object(distill, "Watch", Blind)(distill.main)(
-        [*map(str, ["--teacher", folder / "teacher.pt", *flags, *more])])
-    run = lambda *more: blind_distill(folder / "run", *more, said=said)
+    own = lambda *more: blind_distill(folder / "own", "--data", "", "--teacher_steps", 0, "--teacher",
+                                      folder / "teacher.pt", "--steps", 1, *more)
+    run = lambda *more: blind_distill(folder / "run", *more)
     teach = lambda name, *more: blind_distill(folder / "d", "--teacher", folder / name, "--teacher_steps", 0, *more)
     reward = lambda name, *more: run_rl(folder, "--ckpt", folder / name, "--out", folder / "r", *more)
-    heard(lambda: own("--batch", 8)), run()
+    own(), run()
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
         refused(lambda: run("--lr", "1e-5"), "--lr 1e-05 (was 0.0005)")
     for go, more, *words in ((own, ["--batch", 16], "--batch 16 (was 8)"),
-                             (own, ["--batch", 8, "--data", "shapes"], "for these flags", "OwnPictures"),
+                             (own, ["--data", "shapes"], "for these flags", "OwnPictures"),
                              (lambda *more: run_rl(folder, "--out", folder / "run", *more), [],
                               "another program (its stage is student")):
         refused(lambda: go(*more, "--resume"), *words)
-    run("--resume", "--steps", 8, "--lr", "1e-5")
-    assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said.getvalue(), said.getvalue()
+    said = run("--resume", "--steps", 8, "--lr", "1e-5")
+    assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said, said
     assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
     assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
     for stage, go, out in (("teacher", teach, "d"), ("student", reward, "r")):
@@ -1858,7 +1856,7 @@ def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
     table of a run left alone. KILLS=20 asks for that many random moments each."""
     kills, rng, said = int(os.environ.get("KILLS", 1)), np.random.default_rng(), []
     often = ["--steps", "12", "--save_every", "1", "--log_every", "1"]
-    programs = {"distill": lambda *more: distill.main([*map(str, TINY[1:]), "--log_every", "1", *more]),
+    programs = {"distill": lambda *more: distill.main([*map(str, TINY), "--log_every", "1", *more]),
                 "without data": lambda *more: distill.main(["--teacher", f"{folder}/teacher.pt", "--batch", "8", *often,
                                                             *more]),
                 "rl": lambda *more: rl.main(rl_flags(folder, *often, *more))}
@@ -1946,7 +1944,7 @@ def distil_with_accidents(folder, name, resume=False):
 
     with mock.patch.object(distill, "training_batch", batch), mock.patch.object(distill.Run, "write", told_late):
         blind_distill(f"{folder}/{name}", "--teacher_steps", 0, "--teacher", f"{folder}/teacher.pt", "--steps", 12,
-                      "--save_every", 3, "--log_every", 4, *["--resume"] * resume, said=sys.stdout)
+                      "--save_every", 3, "--log_every", 4, *["--resume"] * resume)
 
 
 def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well(folder):
@@ -3351,11 +3349,11 @@ def rl_flags(folder, *flags):
             "--eval_images", "32", "--chunk", "64", "--device", "cpu", *flags]
 
 
-def run_rl(folder, *flags, said=None):
-    """rl.py in this process, without the tables it prints and without training a classifier."""
-    with (contextlib.redirect_stdout(said or io.StringIO()),
-          mock.patch.object(fid, "train_classifier", untrained_classifier)):
+def run_rl(folder, *flags):
+    """rl.py in this process, without training a classifier: -> what it printed."""
+    with all_tiny() as said:
         rl.main(rl_flags(folder, *map(str, flags)))
+    return said.getvalue()
 
 
 def test_a_student_of_few_passes_lives_like_any_other(folder):
@@ -3485,13 +3483,12 @@ def test_rl_is_judged_by_a_classifier_that_is_not_rewarded(folder):
     look = lambda args, start, score, run, watch: seen.append(watch.figures(pictures, torch.arange(4)))
     write_student(folder)
     for names in ("red", "classifier", "judge", "classifier judge"):
-        said = io.StringIO()
         with mock.patch.object(rl, "train", look):
-            run_rl(folder, "--reward", *names.split(), "--out", folder / names, said=said)
+            said = run_rl(folder, "--reward", *names.split(), "--out", folder / names)
         by[names] = seen[-1].get("fd")
-        assert ("judge is rewarded" in said.getvalue()) == ("judge" in names), said.getvalue()
+        assert ("judge is rewarded" in said) == ("judge" in names), said
     assert by["red"] == by["classifier"] != by["judge"] and by["classifier judge"] is None, by
-    assert "without FD" in said.getvalue()
+    assert "without FD" in said
 
 
 def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders(folder):
@@ -3548,9 +3545,8 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
         run_rl(folder, *judged)
         rows = table_of(folder / "judged")
         assert rows["before"]["fid"] > 0 and set(rows["before"]) == set(rows["after"])
-        said = io.StringIO()
-        run_rl(folder, *blind, said=said)  # no --ref, no distance: nothing says what is best
-        assert not (folder / "blind/best.pt").exists() and "there will be no best.pt" in said.getvalue()
+        said = run_rl(folder, *blind)  # no --ref, no distance: nothing says what is best
+        assert not (folder / "blind/best.pt").exists() and "there will be no best.pt" in said
         for file in (vae, ref):  # rows by another decoder or reference could not be compared
             file.write_text("another")
             refused(lambda: run_rl(folder, *judged, "--resume"), f"this {file} (by its SHA-256")
