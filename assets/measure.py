@@ -254,6 +254,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_on_fake_gpu():
+    importlib.import_module("torch._dynamo")  # seconds, of the first optimiser: once, and not in each fork
     peak_of = lambda what: lambda live: print(f"{what}: alive {live.peak / 2**30:.1f} GiB")
     for size, *flags in (["base"], ["base", "--recompute"], ["large"], ["large", "--recompute"], ["huge"],
                          ["huge", "--recompute"]):
