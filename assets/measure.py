@@ -254,14 +254,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_on_fake_gpu():
+    importlib.import_module("torch._dynamo")  # seconds, of the first optimiser: once, and not in each fork
+    peak_of = lambda what: lambda live: print(f"{what}: alive {live.peak / 2**30:.1f} GiB")
     for size, *flags in (["base"], ["base", "--recompute"], ["large"], ["large", "--recompute"], ["huge"],
                          ["huge", "--recompute"]):
         flags = ("--batch", "32", "--log_every", "2", *flags)
-        live = fake_distillation("student", SIZES[size], size, *flags, mode=LiveBytes)
-        print(f"distill {' '.join([size, *flags])}: alive {live.peak / 2**30:.1f} GiB")
+        fake_distillation("student", SIZES[size], size, *flags, mode=LiveBytes,
+                          report=peak_of(f"distill {' '.join([size, *flags])}"))
     for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"], ["huge", "--recompute"]):
-        live = fake_rl(SIZES[size], "--ar_steps", "16", "--log_every", "1", *flags, mode=LiveBytes)
-        print(f"rl {' '.join([size, *flags])}: alive {live.peak / 2**30:.1f} GiB")
+        fake_rl(SIZES[size], "--ar_steps", "16", "--log_every", "1", *flags, mode=LiveBytes,
+                report=peak_of(f"rl {' '.join([size, *flags])}"))
 
 
 def cuda_memory():
