@@ -780,7 +780,7 @@ def setup(device="auto", dtype="auto"):
     fast = device == "cuda" or device == "cpu" and model.multiplies_bf16()
     model.BF16 = dtype == "bfloat16" or dtype == "auto" and fast
     if device == "cpu" and model.BF16:
-        say("matrix products are in bf16 (--dtype float32: not)")
+        say("products are in bf16, but for the head that distils (--dtype float32: not)")
         # oneDNN, which makes these products, keeps buffers for each of the last 1,024 shapes it met: gigabytes where
         # every step masks another number of tokens. Read at its first product
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

@@ -21,7 +21,6 @@ Architecture and file formats: github.com/LTH14/mar (Li et al. 2024). One-step f
 """
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -507,7 +506,8 @@ class MAR(nn.Module):
         y_t = self.head_net.time_embed(schedule_tables(x.device, steps)["t"])  # (steps, W)
         head, dtype = self.head_net, torch.float32
         if runs_bf16(x.device):  # as MAR samples, in half the time; cast once an AR step: autocast would at each call
-            dtype, head = torch.bfloat16, copy.deepcopy(head).bfloat16()
+            dtype, half = torch.bfloat16, {name: p.bfloat16() for name, p in head.named_parameters()}
+            head = lambda *x_and_y: torch.func.functional_call(self.head_net, half, x_and_y)
         for j in reversed(range(steps)):
             now = {name: float(value[j]) for name, value in schedule.items()}
             x_in = x if c_null is None else torch.cat([x, x])
