@@ -466,8 +466,8 @@ DEFAULTS = {
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
         ON_CPU, size="cifar10_cpu", teacher_steps=7000, teacher_ema=0.999,
-        batch=16, guidance=3.0, t_guided=700,
-        eval_every=1000, eval_images=500, save_every=100),
+        steps=2400, batch=16, guidance=2.0, t_guided=700,
+        eval_every=1200, eval_images=500, save_every=100),
 }
 
 
