@@ -1596,7 +1596,7 @@ def test_help_shows_the_defaults_that_hold():
                                (distill.main, "", "--steps STEPS updates of stage 1 (default: 150000)"),
                                (distill.main, f"--teacher {HERE}/assets/cifar10/teacher.pt",
                                 "scale baked into the student; 1 = none, 1.2 is the paper's: a student wants less than "
-                                "its teacher's sampler (default: 3.0)"),
+                                "its teacher's sampler (default: 2.0)"),
                                (rl.main, "--data shapes", "--steps STEPS updates (default: 120)"),
                                (rl.main, f"--ckpt {HERE}/assets/cifar10/student.pt", "--kl KL")):
         said = heard(lambda: refused(lambda: main([*argv.split(), "--help"]), by=SystemExit))
