@@ -388,7 +388,7 @@ DEFAULTS = {
     "shapes": dict(COMMON, watch=["judge", "jpeg", "red"], steps=120, batch=16, lr=1e-4, ema=0.97, warmup=0,
                    eval_every=40, save_every=40),
     "cifar10": dict(COMMON, steps=500, batch=32, calls=256, lr=2e-5, warmup=10, eval_every=100),
-    "cifar10_cpu": dict(COMMON, steps=60, batch=32, calls=64, lr=2e-5, ema=0.97, warmup=10, kl=0.2,
+    "cifar10_cpu": dict(COMMON, steps=60, batch=32, calls=64, lr=2e-5, ema=0.97, warmup=10,
                         eval_every=60, eval_images=500, save_every=30),
 }
 
@@ -412,7 +412,7 @@ def parse_args(argv=None):
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
     flag("--kl", type=float, default=None, help="pull towards the start, in reward a nat a dimension; raise it when FD "
-         "rises or modes go (jpeg: 5) (left out: 0.5 for classifier alone, else 0.2)")
+         "rises or modes go (jpeg: 20) (left out: 0.5 for classifier alone, else 0.2)")
     # its gradient
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"], help="pathwise: by dr/dx, if r has one")
     flag("--calls", type=int, default=128, help="rewards from which a picture's direction is found, 2 or more")
