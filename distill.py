@@ -139,7 +139,8 @@ class OwnPictures(torch.nn.Module):
     """Pictures by the student's averaged weights: the last POOL drawings, a batch each. GSIM never reads the value of a
     masked token, so data give it contexts only. The student's own are nearer to those it meets when it draws: real ones
     lack what guidance did to them. To learn from one's own output is safe here: the loss is at rest where q = p in
-    whatever context. Every rank holds the whole pool, as buffers: resume.pt has it too."""
+    whatever context; which contexts come only weighs which conditionals are fitted. Every rank holds the whole pool, as
+    buffers: resume.pt has it too."""
 
     POOL, EVERY, AR_STEPS = 16, 8, 8  # AR_STEPS transformer passes every EVERY updates: 1 an update beside GSIM's 8
 
@@ -310,7 +311,8 @@ def draw_in_fewer_passes(args, start, run, watch):
     one AR step are drawn independently: with few steps they contradict each other. But chance enters a picture by its
     start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it step by step, in
     one order, and say it at once. This is a regression: where it cannot tell yet which of two modes the noise means it
-    draws their mean, but nothing pulls it to the frequent one, as a loss on distributions would."""
+    draws their mean, but nothing pulls it to the frequent one, as a loss on distributions would. An update costs as
+    many passes of `start` as it draws in, and --passes of the student with their backward."""
     K = steps_of(start)
     student = MAR(replace(start.config, passes=args.passes)).to(run.device).eval()
     student.load_state_dict(start.state_dict(), strict=False)  # noise_proj is new, and 0: at first it sees no noise
@@ -492,16 +494,17 @@ def parse_args(argv=None):
          "student --teacher that learns to draw its pictures, in one order")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
-    flag("--t_init", type=int, default=None, help="t where the student starts (left out: the size's)")
+    flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's); "
+         "higher: noisier start, larger eps errors")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
     flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
     # what is shown
     flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
     flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
-    # what a size decides, and no flag: averaging of the teacher's weights a step; (t, noise) draws a token in stage 0,
-    # cheap where the head is small, and how much the highest t count there (diffusion_loss); where in t the student's
-    # target is guided, and how much low t counts. guidance_schedule tells sample.py how to draw with the teacher
+    # what a size decides, and no flag: the teacher's optimiser, and averaging of its weights a step; (t, noise) draws a
+    # token in stage 0, cheap where the head is small, and how much the highest t count there (diffusion_loss); where in
+    # t the student's target is guided, and how much low t counts. guidance_schedule: how sample.py draws the teacher
     p.set_defaults(teacher_optimizer="adamw", teacher_ema=0.9999, draws=4, max_weight=1.0, t_guided=1000,
                    low_weight=1.0, guidance_schedule="constant")
     args = read_flags(p, argv, recipe)
@@ -776,7 +779,8 @@ class Run:
         if stage not in stages:
             wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]
         if wrong:
-            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}")
+            raise UserError(f"--resume: the run in {self.args.out} cannot go on with {', with '.join(wrong)}: give "
+                            "what it had, or another --out")
         if changed:
             say(f"resumed with other flags: {', '.join(changed.values())}")
 
@@ -876,7 +880,7 @@ class Run:
         values = dict(zip(self.sums, means))
         if not all(map(math.isfinite, values.values())):  # a sum stays what one of its terms was
             raise UserError(f"not finite in updates {self.logged + 1} to {self.step}: {values}: lower the learning "
-                            f"rate or mend the reward; --resume goes on from step {self.kept}")
+                            "rate or mend the reward" + f"; --resume goes on from step {self.kept}" * (self.kept > 0))
         self.bar.set_postfix(list(values.items())[:1])  # the loss or the reward
         values["images_per_s"] = self.images * updates / (time.time() - self.clock)
         if self.device.type == "cuda":

@@ -817,7 +817,7 @@ def agree_on_classes(sources, real, wanted):
     """-> the names of the judges' classes: those of `real`, Data or Classifier; else the first that a source has; else
     ImageNet's. The sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
     named = [one.class_names for one in (real, *sources) if one and one.class_names]
-    names = [*named, read_class_names()][0]
+    names = named[0] if named else read_class_names()
     for source in sources:
         own = source.class_names or names
         if set(own) <= set(names) and source.labels.min() >= 0 and source.labels.max() < len(own):

@@ -706,10 +706,11 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
                     value = value.T
                 same = value.squeeze().shape == wanted.squeeze().shape  # dimensions of 1 are no difference
                 ours[name] = value.reshape(wanted.shape) if same else value
-    return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name))
+    advice = f"; python data.py --get {get} fetches it"
+    return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name), advice)
 
 
-def fill_model(build, state, path, in_file=str):
+def fill_model(build, state, path, in_file=str, advice=""):
     """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
     another shape or kind, by the names that in_file(name in our code) gives."""
     with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
@@ -725,7 +726,7 @@ def fill_model(build, state, path, in_file=str):
              if found.get(name) != wanted.get(name)]
     if wrong:
         some = "; ".join(wrong[:4] + ["..."] * (len(wrong) > 4))
-        raise UserError(f"{path} is no {type(model).__name__} file that fits: {some} ({len(wrong)} in all)")
+        raise UserError(f"{path} is no {type(model).__name__} file that fits: {some} ({len(wrong)} in all){advice}")
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model.eval().requires_grad_(False)
 

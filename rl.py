@@ -412,13 +412,16 @@ def parse_args(argv=None):
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
     flag("--kl", type=float, default=None, help="pull towards the start, in reward a nat a dimension; raise it when FD "
-         "rises or modes go (jpeg: 20) (left out: 0.5 for classifier alone, else 0.2)")
+         "rises or modes go (jpeg: 20), lower it when the reward does not move (left out: 0.5 for classifier alone, "
+         "else 0.2)")
     # its gradient
-    flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"], help="pathwise: by dr/dx, if r has one")
+    flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
+         help="pathwise: differentiate the reward; less noise, differentiable rewards only")
     flag("--calls", type=int, default=128, help="rewards from which a picture's direction is found, 2 or more")
     flag("--frequencies", type=int, default=None, help="side of the square of lowest frequencies that REINFORCE tries; "
          "0: all, for rewards of fine texture (left out: as many as --calls can tell apart, with jpeg 0)")
-    flag("--noise_std", type=float, default=0.1, help="s, of the policy and of the KL; pixels lie in [-1, 1]")
+    flag("--noise_std", type=float, default=0.1, help="s, of the policy and of the KL; pixels lie in [-1, 1], "
+         "latents have std 1")
     flag("--ar_steps", type=int, default=None, help="K of an episode (default the student's)")
     flag("--steps", type=int, default=2000, help="updates")
     flag("--batch", type=int, default=64, help="images (episodes) an update, all ranks together")
@@ -471,7 +474,8 @@ def main(argv=None):
     if config.pixels and args.data:
         data = open_data(args.data, img_size=config.img_size, pixels=True)
         if data.num_classes != config.num_classes:
-            raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}")
+            raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
+                            "give --data as distill.py had it")
         check_names(start, data)
     vae = load_vae(vae_file).to(device) if vae_file else None
     if rank > 0:

@@ -254,6 +254,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_on_fake_gpu():
+    """In a process of its own, with a CUDA that does nothing: the most bytes alive at once in two updates of distill.py
+    (32 images) and in one of rl.py (64 images, K = 16), by size and flags, printed in GiB. Source: LiveBytes."""
     importlib.import_module("torch._dynamo")  # seconds, of the first optimiser: once, and not in each fork
     peak_of = lambda what: lambda live: print(f"{what}: alive {live.peak / 2**30:.1f} GiB")
     for size, *flags in (["base"], ["base", "--recompute"], ["large"], ["large", "--recompute"], ["huge"],
@@ -437,15 +439,16 @@ def grain():
 
     picks = torch.randperm(len(real), generator=generator).numpy()[:5000 + count]
     pictures = ((real.batch(picks, np.zeros(len(picks), bool))[0] + 1) * 127.5).round().byte()
-    reference, mean, std = pictures[:5000], *(f(features(pictures[:5000]), 0) for f in (torch.mean, torch.std))
-    scaled = lambda images: (features(images) - mean) / (std + 1e-6)
-    known = scaled(reference)
+    found = features(pictures[:5000])
+    mean, std = found.mean(0), found.std(0) + 1e-6
+    known = (found - mean) / std
+    statistics, real_energies = fid.mean_and_covariance(known), energies(pictures[:5000])
 
     def tell(name, images):
-        x = scaled(images)
-        fd = fid.frechet_distance(*fid.mean_and_covariance(x), *fid.mean_and_covariance(known))
+        x = (features(images) - mean) / std
+        fd = fid.frechet_distance(*fid.mean_and_covariance(x), *statistics)
         precision, recall = fid.precision_recall(x, known[:1000])
-        bands = " ".join(f"{share:.2f}" for share in energies(images) / energies(reference))
+        bands = " ".join(f"{share:.2f}" for share in energies(images) / real_energies)
         print(f"{name}: FD {fd:.1f}, KID {fid.kernel_distance(x, known)[0]:.3f}, precision {precision:.2f}, recall "
               f"{recall:.2f}; energy in bands {bands}", flush=True)
 
