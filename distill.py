@@ -6,7 +6,6 @@ Needed before: nothing for shapes; for ImageNet the public teacher (data.py --ge
     python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
     python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
     python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
-    python distill.py --teacher out/shapes/student.pt --passes 1     # afterwards: a whole picture in one pass
     torchrun --nproc_per_node=8 distill.py                           # ImageNet 256, public MAR-B, no data; or --resume
 
 The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop,
@@ -17,8 +16,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. for shapes the teacher is guided at t < 500 only and t < 400 counts a tenth: else the student loses modes of the
-   data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there, on a CPU, guidance ends
-   at 700, and all t count alike. For ImageNet, untried, the target is the paper's.
+   data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there, on a CPU, guidance
+   ends at 700, and all t count alike. For ImageNet, untried, the target is the paper's.
 
 Last stands what all loops, rl.py's too, train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data
 parallelism by hand.
@@ -45,7 +44,7 @@ from fid import classifier_beside, judge, labels_like, load_classifier, load_or_
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_products, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, need_file, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint,
                    say, schedule_tables, take, token_orders, uniform, write_json)
-from sample import draw_together, image_seeds, save_grid, steps_of
+from sample import draw_together, image_seeds, save_grid
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The losses: tensors in, one number per token out
@@ -303,61 +302,6 @@ def guided_eps(teacher, x, t, c_p, c_null, g):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stage 1 once more: fewer passes of the transformer
-
-
-def draw_in_fewer_passes(args, start, run, watch):
-    """Teach a copy of the student `start` to draw the same pictures in --passes AR steps; write student.pt. Tokens of
-    one AR step are drawn independently: with few steps they contradict each other. But chance enters a picture by its
-    start noise alone. A network that sees the noise of all tokens can learn what `start` makes of it step by step, in
-    one order, and say it at once. This is a regression: where it cannot tell yet which of two modes the noise means it
-    draws their mean, but nothing pulls it to the frequent one, as a loss on distributions would. An update costs as
-    many passes of `start` as it draws in, and --passes of the student with their backward."""
-    K = steps_of(start)
-    student = MAR(replace(start.config, passes=args.passes)).to(run.device).eval()
-    student.load_state_dict(start.state_dict(), strict=False)  # noise_proj is new, and 0: at first it sees no noise
-    ema = copy.deepcopy(student).requires_grad_(False)
-    optimizer = make_optimizer(student, args.lr, (0.9, 0.99))  # a fixed target: with momentum
-    run.restore("student", model=student, ema=ema, optimizer=optimizer)
-    student.checkpoint_blocks = args.recompute
-    bf16_weights(start)  # it is frozen
-    gradients = Gradients(student)
-    counts = mask_counts(student.config.seq_len, args.passes)[:-1]  # tokens masked before each AR step
-
-    for step in run.steps(args.steps, args.batch):
-        # a look comes before the update: broken off, it is made anew when the run goes on from the same step
-        if step > 0 and step % args.eval_every == 0:
-            watch.look("student", ema, step)
-        set_lr(optimizer, args.lr, step, args.steps, args.warmup, DECAY)
-
-        batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
-        for labels, seeds in micro_batches(batch, args.accumulate, [gradients]):
-            # 1. pictures of the start's, in the student's order
-            keys = image_keys(seeds, run.device)
-            orders = student.orders(keys)  # (B, L)
-            target = start.patchify(start.generate(labels, K, seeds=seeds, orders=orders))  # (B, L, C)
-            # 2. in each of the student's AR steps all that is masked at once, from the noise that the start had
-            loss = 0.0
-            for m in counts:
-                masked = orders[:, :m].sort(dim=1).values
-                visible = orders[:, m:].sort(dim=1).values
-                n, seen = student.start_noise(keys, masked)  # (B, P, C), (B, L, C)
-                x0 = student.one_step(n, student.transformer(target, visible, labels, masked, seen))  # (B, P, C)
-                loss = loss + (x0 - take(target, masked)).square().mean() / (args.passes * args.accumulate)
-            loss.backward()
-            run.add(loss=loss)
-
-        # the update: the average of the student's weights is the product
-        norm = gradients.finish(CLIP)
-        optimizer.step()
-        update_ema(ema, student, args.ema)
-        run.add(grad_norm=norm)
-
-        run.log_and_save("student", ema)  # where due: only here does the loop wait for the device
-    watch.look("student", ema, run.step)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Stage 0: the teacher, by MAR's own loss
 
 
@@ -490,8 +434,6 @@ def parse_args(argv=None):
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
     # stage 1, the student
     flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
-    flag("--passes", type=int, default=0, help="0: distil a teacher, for any order; 1 or 2: AR steps of a copy of the "
-         "student --teacher that learns to draw its pictures, in one order")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
     flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's); "
@@ -510,8 +452,7 @@ def parse_args(argv=None):
     args = read_flags(p, argv, recipe)
     source = "imagenet" if args.teacher in PUBLIC_FILES else os.path.dirname(os.path.abspath(args.teacher or ""))
     name = os.path.basename(os.path.normpath(args.data or source))
-    args.out = args.out or f"out/{name}" + f"/passes_{args.passes}" * bool(args.passes)
-    args.ar_steps = args.passes or args.ar_steps
+    args.out = args.out or f"out/{name}"
     return args
 
 
@@ -575,11 +516,8 @@ def defaults_of(defaults, file, data, size=None, pixels=False):
 
 def check_fit(args, teacher, config, data):
     """The teacher, the data (of both one may be None) and the flags must speak of the same pictures."""
-    if teacher and not args.passes and teacher.stage != "teacher":
+    if teacher and teacher.stage != "teacher":
         raise UserError(f"--teacher {args.teacher} is of stage {teacher.stage}: give its own teacher, a teacher.pt")
-    if args.passes and (teacher.stage == "teacher" or teacher.config.passes or args.passes >= steps_of(teacher)):
-        raise UserError(f"--passes {args.passes}: --teacher must be a student of any order that draws in more, not "
-                        f"{args.teacher} (stage {teacher.stage}, {steps_of(teacher)} AR steps)")
     kind = lambda x: f"{x.num_classes} classes of {'pixels' if x.pixels else 'latents'} of side {x.img_size}"
     if data and kind(config) != kind(data):
         raise UserError(f"the teacher draws {kind(config)}, --data {args.data} has {kind(data)}: choose another")
@@ -611,8 +549,6 @@ def main(argv=None):
     if bool(args.teacher) == bool(args.teacher_steps):  # without --data there is always a --teacher
         raise UserError("give either --teacher FILE (the public one: data.py --get mar_base), or --data and "
                         "--teacher_steps N")
-    if args.passes and (args.data or args.t_init):
-        raise UserError("--passes learns from a student, --teacher FILE, alone: leave out --data and --t_init")
     device, rank, world = setup(args.device, args.dtype)
     data = open_data(args.data, pixels=args.pixels) if args.data else None
     teacher = load_mar(need_file(args.teacher, PUBLIC_FILES.get(args.teacher))) if args.teacher else None
@@ -629,7 +565,7 @@ def main(argv=None):
     vae = load_vae(args.vae).to(device) if args.vae else None
     # the rows of the table are of this t_init, the pool of own pictures is of this batch
     run = Run(args, device, rank, world, ["teacher", "student"], class_names,
-              same=["t_init"] + ["batch"] * (not data and not args.passes), stands_on=[args.teacher])
+              same=["t_init"] + ["batch"] * (not data), stands_on=[args.teacher])
     run.start()
     if not data and config.pixels:
         say(f"no data: figures are by {beside or 'none: no classifier_0.pt lies beside the teacher'}")
@@ -649,10 +585,6 @@ def main(argv=None):
         teacher.config = replace(teacher.config, t_init=args.t_init)
     teacher = teacher.to(device)
 
-    if args.passes:
-        for K in (steps_of(teacher), args.passes):
-            watch.look(f"start_{K}", teacher, ar_steps=K)
-        return draw_in_fewer_passes(args, teacher, run, watch)
     # what the student is compared with: the chain and one step of the teacher, guided by the same g but at every t
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,

@@ -63,7 +63,6 @@ class MARConfig:
     dropout: float = 0.1  # training the teacher only; distillation and sampling run without
     label_drop: float = 0.1  # share of training pictures whose class is hidden: what guidance compares with
     mask_ratio_min: float = 0.7  # training masks are drawn from a normal(1, .25) cut to [this, 1]
-    passes: int = 0  # of a student that sees the noise of all tokens and draws in so many AR steps; 0: any number
     t_init: int = 755  # where the one step starts. Errors of eps grow by sigma/alpha: 2.5, as in SiD; at 999, 20,000
 
     @property
@@ -370,8 +369,6 @@ class MAR(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(D, config.heads, config.dropout) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, L, D))
-        if config.passes:
-            self.noise_proj = nn.Linear(config.token_dim, D)
         self.head_net = Head(config.token_dim, D, config.head_width, config.head_depth)
         self.checkpoint_blocks = False  # recompute blocks in backward: a third more time for a fraction of the memory
         self.initialise()
@@ -389,8 +386,6 @@ class MAR(nn.Module):
         for layer in [block.adaLN_modulation[1] for block in self.head_net.res_blocks] + [
                 self.head_net.final_layer.adaLN_modulation[1], self.head_net.final_layer.linear]:
             nn.init.zeros_(layer.weight)  # the head starts as the identity on its residual stream, and predicts 0
-        if self.config.passes:
-            nn.init.zeros_(self.noise_proj.weight)  # as if it saw no noise
 
     def patchify(self, latents):
         """(B, c, h, w) -> (B, L, C), raster order; a token's channels are ordered (c, row, column) as in MAR."""
@@ -425,28 +420,25 @@ class MAR(nn.Module):
         x = self.z_proj_ln(torch.cat([buffer, x], dim=1))  # (B, S + V, D)
         return self.encoder_norm(self.run_blocks(self.encoder_blocks, x))
 
-    def transformer(self, tokens, visible, labels, predict, seen=None):
+    def transformer(self, tokens, visible, labels, predict):
         """One pass: tokens (B, L, C) of which `visible` (B, V) are known, labels (B,) (-1: null class) -> conditions c
         (B, P, D) of the tokens `predict` (B, P), float32. Inside bf16 where that is fast.
-        seen (B, L, C), with `passes`: the noise that unknown tokens are made of, so that those of a step can agree.
         In the last block only P queries are computed, and only P rows of its MLP: nobody reads the others."""
         S = self.config.buffer_size
         with bf16_products(tokens.device):
             x = self.decoder_embed(self.encode(tokens, visible, labels))  # (B, S + V, D)
             full = self.mask_token.to(x.dtype).expand(len(x), self.config.seq_len, -1)
-            if seen is not None:
-                full = full + self.noise_proj(seen)  # (B, L, D)
             x = torch.cat([x[:, :S], put(full, visible, x[:, S:])], dim=1)  # (B, S + L, D)
             x = self.run_blocks(self.decoder_blocks[:-1], x + self.decoder_pos_embed_learned)
             x = self.decoder_norm(self.decoder_blocks[-1](x, ask=predict + S))  # (B, P, D)
             x = x + take(self.diffusion_pos_embed_learned, predict)
         return x.float()
 
-    def conditions(self, tokens, visible, labels, predict, guidance, seen=None):
+    def conditions(self, tokens, visible, labels, predict, guidance):
         """`transformer` for guidance: c and the null class's c, (B, P, D) each, by one pass of 2B pictures; for a scale
         of 1 the latter is None."""
         if guidance == 1:
-            return self.transformer(tokens, visible, labels, predict, seen), None
+            return self.transformer(tokens, visible, labels, predict), None
         tokens, visible, predict = (torch.cat([a, a]) for a in (tokens, visible, predict))
         labels = torch.cat([labels, torch.full_like(labels, -1)])
         return self.transformer(tokens, visible, labels, predict).chunk(2)
@@ -482,20 +474,6 @@ class MAR(nn.Module):
             null = self.eps(z, s, c_null)
             eps = null + guidance * (eps - null)
         return (z - sigma * eps) / alpha
-
-    def orders(self, keys, kind="random"):
-        """As token_orders, (B, L); with `passes` one for all pictures: a network that is told the order of each learns
-        far slower, and "inward" lost colours (assets/measurements.md)."""
-        return token_orders(torch.zeros_like(keys) if self.config.passes else keys, self.config.seq_len, kind)
-
-    def start_noise(self, keys, predict):
-        """What tokens are made of, one draw a token whatever step reveals it: `predict`'s (B, P, C), for the head; with
-        `passes` that of all (B, L, C), for `transformer`, else None."""
-        L, C = self.config.seq_len, self.config.token_dim
-        if not self.config.passes:
-            return gaussian(keys, START, predict, C), None
-        n = gaussian(keys, START, torch.arange(L, device=keys.device), C)
-        return take(n, predict), n
 
     def denoise(self, x, c, c_null, guidance, steps, temperature, noise):
         """The slow inner chain: x (B, P, C) start noise, c (B, P, D), c_null the same or None, noise(j) -> (B, P, C) of
@@ -535,12 +513,8 @@ class MAR(nn.Module):
         """`generate` step by step: yields (tokens (B, L, C), visible (B, V) before the step, predict (B, P) in it)."""
         B, L, C = len(labels), self.config.seq_len, self.config.token_dim
         keys = image_keys(range(B) if seeds is None else seeds, labels.device)
-        how = ar_steps, head_steps, guidance, orders, redraw
-        if self.config.passes and how != (self.config.passes, 1, 1, "random", None):
-            raise UserError(f"this student draws whole pictures in {self.config.passes} AR steps, one head step each, "
-                            "without guidance, in its own order, and in no other way")
         if isinstance(orders, str):
-            orders = self.orders(keys, orders)
+            orders = token_orders(keys, L, orders)  # (B, L)
         tokens, masked = torch.zeros(B, L, C, device=labels.device), L
         if redraw is not None:
             tokens, masked = tokens + given.to(labels.device), int(redraw.sum())
@@ -550,8 +524,8 @@ class MAR(nn.Module):
             # share known after this step; MAR never counts the last token, so its last step has (L - 1) / L
             revealed = min(visible.shape[1] + predict.shape[1], L - 1) / L
             g = 1 + (guidance - 1) * revealed if guidance_schedule == "linear" else guidance
-            n, seen = self.start_noise(keys, predict)  # (B, P, C)
-            c, c_null = self.conditions(tokens, visible, labels, predict, guidance, seen)  # (B, P, D) each
+            n = gaussian(keys, START, predict, C)  # (B, P, C): one draw a token, whatever step reveals it
+            c, c_null = self.conditions(tokens, visible, labels, predict, guidance)  # (B, P, D) each
             if head_steps == 1:
                 x0 = self.one_step(temperature * n, c, c_null, g)
             else:
@@ -642,7 +616,7 @@ def check_settings(config, made, path):
     of_run = {name: made[name] for name in ("ar_steps", "teacher_head_steps", "guidance") if name in made}
     for name, value in {**asdict(config), **of_run}.items():
         high = highest.get(name, 1 << 16)
-        low = 0 if type(high) is float or name == "passes" else 1
+        low = 0 if type(high) is float else 1
         if type(value) not in (int, type(high)) or not low <= value <= high:
             raise UserError(f"{path}: no {'run' if name in of_run else 'network'} has {name} {value!r}")
     for whole, part in (("width", "heads"), ("img_size", "vae_stride"), ("latent_size", "patch_size")):
@@ -666,8 +640,10 @@ def load_mar(path, ema=True, **config_overrides):
     stage, names = file.get("stage") or "teacher", file.get("class_names")
     made = file["args"] if ours and isinstance(file.get("args"), dict) else {}
     with reading(path, "MAR checkpoint"):
-        config = (MARConfig(**file["config"]) if ours else
-                  config_of_public(state, file.get("args"), config_overrides.get("heads"), path))
+        if ours:  # "passes": 0 stands in files of before December 2026
+            config = MARConfig(**dict(file["config"].items() - {("passes", 0)}))
+        else:
+            config = config_of_public(state, file.get("args"), config_overrides.get("heads"), path)
         config = replace(config, **config_overrides)
         check_settings(config, made, path)
         if names is not None and [type(name) for name in names] != [str] * config.num_classes:

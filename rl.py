@@ -41,8 +41,8 @@ from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, 
                      update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, read_checkpoint,
-                   reveal_plan, say, take, write_json)
+from model import (START, TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, read_checkpoint,
+                   reveal_plan, say, take, token_orders, write_json)
 from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
@@ -129,11 +129,11 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
     backpropagation through both chains, in the memory of one step whatever K is, for a forward and backward of each."""
     L, C = student.config.seq_len, student.config.token_dim
     tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
-    for visible, predict in reversed(list(reveal_plan(student.orders(keys), ar_steps))):
+    for visible, predict in reversed(list(reveal_plan(token_orders(keys, L), ar_steps))):
         context = tokens.detach().requires_grad_()
-        n, seen = student.start_noise(keys, predict)
-        x_k = student.one_step(n, student.transformer(context, visible, labels, predict, seen))  # (B, P, C)
-        ref_k = start.one_step(n, start.transformer(context, visible, labels, predict, seen))
+        n = gaussian(keys, START, predict, C)  # (B, P, C), as x was made of
+        x_k = student.one_step(n, student.transformer(context, visible, labels, predict))  # (B, P, C)
+        ref_k = start.one_step(n, start.transformer(context, visible, labels, predict))
         kl_k = (x_k - ref_k).square().sum() / (2 * s**2 * L * C)
         ((take(slope, predict) * x_k).sum() + kl * kl_k).backward()
         slope = slope + context.grad  # zero but at the visible tokens, which earlier steps wrote

@@ -281,9 +281,7 @@ def export(model, path):
     ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
     save_checkpoint({**ours, "model": state, "model_ema": state}, path)
     say(f"{path}: {model.config}")
-    if model.config.passes:
-        print("LTH14/mar cannot draw it: its transformer sees no noise")
-    elif model.stage != "teacher":
+    if model.stage != "teacher":
         print(f"LTH14/mar draws a student only with README's patch of DiffLoss.sample, t = {model.config.t_init} in it")
     elif model.config.pixels:
         print("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")

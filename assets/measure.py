@@ -47,9 +47,9 @@ def shortcuts(repeat=3, batches=(1, 4), size="base", K=8):
         alpha, sigma = alpha_sigma(s := torch.full(n.shape[:-1], self.config.t_init))
         return (sigma * n - sigma * self.eps(sigma * n, s, c)) / alpha
 
-    def whole_last_block(self, tokens, visible, labels, predict, seen, transformer=MAR.transformer):
+    def whole_last_block(self, tokens, visible, labels, predict, transformer=MAR.transformer):
         everything = torch.arange(self.config.seq_len).expand(len(tokens), -1)
-        return model_file.take(transformer(self, tokens, visible, labels, everything, seen), predict)
+        return model_file.take(transformer(self, tokens, visible, labels, everything), predict)
 
     model, figures = MAR(SIZES[size]).eval().requires_grad_(False), []
     without = {"nothing": (MAR, "generate", MAR.generate),
