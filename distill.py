@@ -15,8 +15,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
    change nothing; betas (0, .99), as in SiD (Zhou et al. 2024), because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
-5. for shapes the teacher is guided at t < 500 only and t < 400 counts a tenth: else the student loses modes of the
-   data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there, on a CPU, guidance
+5. for shapes the teacher is guided at t < 500 only and 100 <= t < 400 counts a tenth: else the student loses modes of
+   the data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there, on a CPU, guidance
    ends at 700, and all t count alike. For ImageNet, untried, the target is the paper's.
 
 Last stands what all loops, rl.py's too, train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data
@@ -279,8 +279,8 @@ def distil(args, teacher, data, run, watch):
 
 # Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
 # student of a score guided there makes frequent modes more so and loses rare ones. At low noise a score sees one mode:
-# guidance is safe, but much learning there lets frequencies drift.
-T_LOW = 400  # sigma / alpha .74
+# guidance is safe, but much learning there lets frequencies drift. Grain is seen, and learned away, at the lowest only.
+T_FINE, T_LOW = 100, 400  # sigma / alpha .16 and .74
 
 
 def guidance_at(t, args):
@@ -289,8 +289,8 @@ def guidance_at(t, args):
 
 
 def weight_at(t, args):
-    """A factor on the student's slope at t (...), not in the log's loss: low_weight below T_LOW -> (..., 1)."""
-    return torch.where(t < T_LOW, args.low_weight, 1.0)[..., None]
+    """A factor on the student's slope at t (...), not in the log's loss: low_weight in T_FINE..T_LOW -> (..., 1)."""
+    return torch.where((T_FINE <= t) & (t < T_LOW), args.low_weight, 1.0)[..., None]
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
