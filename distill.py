@@ -12,7 +12,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 `gsim_loss` the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
 2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
-   change nothing; betas (0, .99), as in SiD (Zhou et al. 2024), because the critic's target moves;
+   change nothing (but for a VAE's noise, and dropout in stage 0, which go by the rank); betas (0, .99), as in SiD
+   (Zhou et al. 2024), because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. for shapes the teacher is guided at t < 500 only and 100 <= t < 400 counts a tenth: else the student loses modes of
@@ -51,7 +52,7 @@ from sample import draw_together, image_seeds, save_grid
 
 
 def pseudo_huber(y, r=1e-5):
-    """d(y) = sqrt(|y|^2 + r^2) - r, for so small an r the length, smooth at 0; and d'(y): (..., C) -> (...), (..., C).
+    """d(y) = sqrt(|y|^2 + r^2) - r, the length of y made smooth at 0; and d'(y): (..., C) -> (...), (..., C).
     Not the square, which would give all weight to tokens that are far off; it is zero at the same place."""
     root = (y.square().sum(-1, keepdim=True) + r * r).sqrt()
     return root[..., 0] - r, y / root
@@ -64,7 +65,8 @@ def gsim_loss(eps, eps_q, eps_p, alpha, sigma, distance=pseudo_huber):
     The distance of the two distributions is an integral over t of E d(s_q - s_p): with d = |.|^2, weighted, their KL.
     The student's weights move x_t: d differentiated through x_t is the paper's L2. They also move s_q at a fixed x_t, a
     derivative we do not have. But E[u(x_t)^T (s_q + eps / sigma)] is 0 for every u at any weights (by parts), and so is
-    its derivative: with u = d' that turns this part into one through x_t, L1. There s_q and d' are not held fixed.
+    its derivative: with u = d' that turns this part into one through x_t, L1. In it autograd runs through s_q(x_t) and
+    d'(x_t), too: only the networks' weights are constant.
     """
     s_q, s_p = -eps_q / sigma, -eps_p / sigma  # scores
     L2, d_prime = distance(s_q - s_p)
@@ -102,12 +104,13 @@ def critic_loss(eps_q, eps):
 # ----------------------------------------------------------------------------------------------------------------------
 # A batch: pictures, some tokens known, the rest to be predicted
 
-# Which random number is for what (model.py: noise is a function of picture, purpose, token, channel). Where tokens are
-# made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the gaps. Draw i of the teacher's loss
-# has TEACHER + i, so there are at most 64. Of seeds, + 0 is the teacher's batches and the grid, + 1 the student's and
-# the table (which share orders alone), + 2 pictures that students draw to learn from.
+# Which random number is for what (model.py: noise is a function of a picture's key, a hash of its seeds, of a purpose,
+# token and channel). Where tokens are made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the
+# gaps. Draw i of the teacher's loss has TEACHER + i, so there are at most 64.
+# Of --seed, + 0 is the teacher's batches and the grid, + 1 the student's and the table (which share orders alone), + 2
+# pictures that students draw to learn from.
 TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
-T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .045 to 24.7, SiD's and DMD2's range
+T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .043 to 24.7
 
 
 def masked_count(config, seed, step):
@@ -222,7 +225,7 @@ def distil(args, teacher, data, run, watch):
     run.restore("student", model=student, ema=ema, critic=critic, optimizer=optimizer,
                 critic_optimizer=critic_optimizer, pool=pool)
     student.checkpoint_blocks = critic.checkpoint_blocks = args.recompute
-    bf16_weights(teacher)  # it is frozen
+    bf16_weights(teacher)  # in place, now that float32 copies are made: it is frozen
     gradients, critic_gradients = Gradients(student), Gradients(critic)
 
     for step in run.steps(args.steps, args.batch):
@@ -240,14 +243,13 @@ def distil(args, teacher, data, run, watch):
             pictures = pool.pictures(ema, args.seed + 2, step, run)
         batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
 
-        # gradients of both networks at the same weights
         parts = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
         for tokens, labels, keys, visible, masked in parts:
-            # 1. what is known -> a condition for each masked token: with backward the cost of 2 + 3 + 3 passes
+            # 1. what is known -> a condition for each masked token. With backward the cost of 8 passes: the teacher's 2
+            #    (1 without guidance), the critic's and the student's 3 each
             c_p, c_null = teacher.conditions(tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
             c_q = critic.transformer(tokens, visible, labels, masked)  # (B, P, D)
-            # 2. the student draws all masked tokens at once, each from its own noise, by one head call at t = t_init:
-            #    x0 = (z - sigma eps_theta(z, t_init, c)) / alpha. True values are never read
+            # 2. the student draws all masked tokens at once, each from its own noise; true values are never read
             c_theta = student.transformer(tokens, visible, labels, masked)  # (B, P, D)
             x0 = student.one_step(gaussian(keys, NOISE, masked, tokens.shape[2]), c_theta)  # (B, P, C)
             fake = x0.detach()
@@ -273,14 +275,14 @@ def distil(args, teacher, data, run, watch):
         update_ema(ema, student, args.ema)
         run.add(grad_norm=norm, critic_norm=critic_norm)
 
-        run.log_and_save("student", ema)  # where due: only here does the loop wait for the device
+        run.log_and_save("student", ema)  # where due: only here does the loop itself wait for the device
     watch.look("student", ema, run.step)
 
 
 # Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
 # student of a score guided there makes frequent modes more so and loses rare ones. At low noise a score sees one mode:
 # guidance is safe, but much learning there lets frequencies drift. Grain is seen, and learned away, at the lowest only.
-T_FINE, T_LOW = 100, 400  # sigma / alpha .16 and .74
+T_FINE, T_LOW = 100, 400  # sigma / alpha .17 and .74
 
 
 def guidance_at(t, args):
@@ -295,7 +297,7 @@ def weight_at(t, args):
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
     """eps_p(x, t, null) + g (eps_p(x, t, c_p) - eps_p(x, t, null)), one head call of both halves: -> like x."""
-    if c_null is None:
+    if c_null is None:  # --guidance 1
         return teacher.eps(x, t, c_p)
     eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
     return null + g * (eps - null)
@@ -328,14 +330,11 @@ def train_teacher(args, config, data, run):
         # noise go by (seed, step, place): alike on any number of ranks, and after a resume
         pictures = real_pictures(data, model, args.teacher_batch, args.seed, step, run)
         batch = training_batch(pictures, config, args.teacher_batch, args.seed, step, run)
-        # the gradient of MAR's loss; `accumulate` parts of the batch one after the other, where memory is short
         for part in micro_batches(batch, args.accumulate, [gradients]):
-            # on small data errors at high noise count more: there it is decided what becomes of a picture
             loss = teacher_loss(model, *part, args.draws, args.max_weight) / args.accumulate
             loss.backward()
             run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite
 
-        # the update: ranks' gradients are averaged and clipped
         norm = gradients.finish(CLIP)
         for optimizer in optimizers.values():
             optimizer.step()
@@ -343,7 +342,7 @@ def train_teacher(args, config, data, run):
         update_ema(ema, model, min(args.teacher_ema, (1 + step) / (10 + step)))
         run.add(grad_norm=norm)
 
-        run.log_and_save("teacher", ema)  # where due: only here does the loop wait for the device
+        run.log_and_save("teacher", ema)  # where due: only here does the loop itself wait for the device
     return ema
 
 
@@ -367,9 +366,9 @@ def diffusion_loss(out, x0, x_t, t, eps, max_weight=1.0):
     LTH14/mar runs it: the bound is not scaled down, and the mean is detached, so it trains the variance. max_weight
     above 1, ours: the eps error counts as the error of v = alpha eps - sigma x0, 1 / alpha^2 times as much (Salimans &
     Ho 2022), up to this. Of eps alone it is easy to be right at high noise, where pictures are decided."""
-    eps_hat, v = out.chunk(2, dim=-1)  # (..., C) each
+    eps_hat, variance = out.chunk(2, dim=-1)  # (..., C) each
     tables = {name: value[t][..., None] for name, value in schedule_tables(t.device).items()}  # (..., 1) each
-    frac = (v + 1) / 2
+    frac = (variance + 1) / 2
     log_var = frac * tables["log_beta"] + (1 - frac) * tables["log_post_var"]
     x0_hat = (x_t - tables["sigma"] * eps_hat.detach()) / tables["alpha"]
     mean_hat = tables["coef_x0"] * x0_hat + tables["coef_xt"] * x_t
@@ -394,11 +393,61 @@ def discretised_log_likelihood(x, mean, log_scale):
     return torch.where(x < -0.999, left, torch.where(x > 0.999, right, inner))
 
 
+def teacher_optimizers(model, args):
+    """{name: optimiser} of stage 0: AdamW with MAR's betas and weight decay; where the size says muon, Muon for the
+    matrices of all blocks, the head's too (there these decay as well), which on small data needs half the updates, and
+    AdamW for others."""
+    if args.teacher_optimizer == "adamw":
+        return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02)}
+    blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
+    return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02, without=blocks),
+            "muon": Muon(blocks.values(), args.teacher_lr)}
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose direction is made orthogonal: all singular values of a matrix's update are about 1
+    (Jordan et al. 2024). Times .2 sqrt(longer side) it is as long as AdamW's, whose learning rate it takes (Liu et al.
+    2025). Matrices of one shape go through one batched product."""
+
+    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.02):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        shape = lambda p: p.shape
+        for _, same in itertools.groupby(sorted(group["params"], key=shape), key=shape):
+            matrices = list(same)
+            for p in matrices:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in matrices]
+            gradients = [p.grad for p in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            update = orthogonal(torch.stack(ahead))  # (n, rows, columns)
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, list(update), alpha=-0.2 * max(update.shape[1:])**0.5 * group["lr"])
+
+
+def orthogonal(x):
+    """Matrices x (n, rows, columns) with their singular values moved to about 1: Newton-Schulz steps, X <- a X + b (X
+    X^T) X + c (X X^T)^2 X, whose polynomial takes .0015 .. 1 to .7 .. 1.2 in five (Jordan's a, b, c). In bf16 where
+    transformers are: it need not be exact."""
+    tall = x.shape[1] > x.shape[2]
+    out = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    out = (out.mT if tall else out).to(torch.bfloat16 if runs_bf16(x.device) else x.dtype)
+    for _ in range(5):
+        gram = out @ out.mT
+        out = torch.baddbmm(out, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), out, beta=3.4445)
+    return (out.mT if tall else out).to(x.dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 PUBLIC_FILES = {path: name for name, (_, path, *_) in PUBLIC.items()}  # name: what data.py --get calls it
-# What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md, "Tried".
+# What the size or `--data` changes; an explicit flag wins. How these were found: assets/measurements.md.
 ON_CPU = dict(teacher_optimizer="muon", teacher_batch=64, teacher_lr=1e-3, draws=2, max_weight=5.0,
               steps=1000, lr=5e-4, critic_lr=1e-3, ema=0.99, ar_steps=8)
 DEFAULTS = {
@@ -433,7 +482,7 @@ def parse_args(argv=None):
     flag("--teacher_batch", type=int, default=256, help="images an update of stage 0, all ranks together")
     flag("--teacher_lr", type=float, default=1e-4, help="peak learning rate of stage 0")
     # stage 1, the student
-    flag("--loss", default="gsim", choices=["gsim", "vsd"], help="vsd: the Diff-Instruct / DMD baseline")
+    flag("--loss", default="gsim", choices=list(SLOPES), help="vsd: the Diff-Instruct / DMD baseline")
     flag("--guidance", type=float, default=1.2, help="scale baked into the student; 1 = none, 1.2 is the paper's: a "
          "student wants less than its teacher's sampler")
     flag("--t_init", type=int, default=None, help="time step the student starts from (left out: the size's); "
@@ -451,8 +500,7 @@ def parse_args(argv=None):
                    low_weight=1.0, guidance_schedule="constant")
     args = read_flags(p, argv, recipe)
     source = "imagenet" if args.teacher in PUBLIC_FILES else os.path.dirname(os.path.abspath(args.teacher or ""))
-    name = os.path.basename(os.path.normpath(args.data or source))
-    args.out = args.out or f"out/{name}"
+    args.out = args.out or f"out/{os.path.basename(os.path.normpath(args.data or source))}"
     return args
 
 
@@ -533,7 +581,7 @@ def check_fit(args, teacher, config, data):
 
 def check_names(network, data):
     """Class i of a network must be class i of the data, or of a Classifier, where both name theirs. (Names that are the
-    numbers 0, 1, ... are none: distil gives them where a public teacher names nothing.)"""
+    numbers 0, 1, ... are none: main gives them where a public teacher names nothing.)"""
     theirs, ours = network.class_names or [*map(str, range(network.config.num_classes))], list(data.class_names)
     if theirs == [*map(str, range(len(ours)))]:
         say_once(f"{network.source} names no classes: its class 0 is taken for {ours[0]}, the last for {ours[-1]}")
@@ -593,7 +641,7 @@ def main(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What training needs, here and in rl.py: optimiser, averages, the run's folder, data parallelism
+# What all training needs, rl.py's too: optimiser, averages, the run's folder, data parallelism
 
 # signal -> exit code once the checkpoint is written. 0, or torchrun --max-restarts would start a stopped run again
 SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
@@ -607,55 +655,6 @@ def make_optimizer(model, lr, betas, weight_decay=0.0, without=()):
     others = [p for name, p in named if p.ndim <= 1 or name.startswith("head_net.")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-
-
-def teacher_optimizers(model, args):
-    """{name: optimiser} of stage 0: AdamW with MAR's betas and weight decay; where the size says muon, Muon for the
-    matrices of all blocks, the head's too, which on small data needs half the updates, and AdamW for others."""
-    if args.teacher_optimizer == "adamw":
-        return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02)}
-    blocks = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
-    return {"optimizer": make_optimizer(model, args.teacher_lr, (0.9, 0.95), 0.02, without=blocks),
-            "muon": Muon(blocks.values(), args.teacher_lr)}
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose direction is made orthogonal: all singular values of a matrix's update are about 1
-    (Jordan et al. 2024). Times .2 sqrt(longer side) it is as long as AdamW's, whose learning rate it takes (Liu et al.
-    2025). Matrices of one shape go through one batched product."""
-
-    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.02):
-        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        (group,) = self.param_groups
-        shape = lambda p: p.shape
-        for _, same in itertools.groupby(sorted(group["params"], key=shape), key=shape):
-            matrices = list(same)
-            for p in matrices:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in matrices]
-            gradients = [p.grad for p in matrices]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
-            update = orthogonal(torch.stack(ahead))  # (n, rows, columns)
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, list(update), alpha=-0.2 * max(update.shape[1:])**0.5 * group["lr"])
-
-
-def orthogonal(x):
-    """Matrices x (n, rows, columns) with their singular values moved to about 1: Newton-Schulz steps, X <- a X + b (X
-    X^T) X + c (X X^T)^2 X, whose polynomial takes .0015 .. 1 to .7 .. 1.2 in five (Jordan's a, b, c). In bf16 where
-    transformers are: it need not be exact."""
-    tall = x.shape[1] > x.shape[2]
-    out = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    out = (out.mT if tall else out).to(torch.bfloat16 if runs_bf16(x.device) else x.dtype)
-    for _ in range(5):
-        gram = out @ out.mT
-        out = torch.baddbmm(out, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), out, beta=3.4445)
-    return (out.mT if tall else out).to(x.dtype)
 
 
 @torch.no_grad()
@@ -808,8 +807,7 @@ class Run:
             self.stopping = int(heard)
             dist.all_reduce(sums)
         updates = self.step - self.logged
-        means = (sums / (self.world * updates)).tolist()
-        values = dict(zip(self.sums, means))
+        values = dict(zip(self.sums, (sums / (self.world * updates)).tolist()))
         if not all(map(math.isfinite, values.values())):  # a sum stays what one of its terms was
             raise UserError(f"not finite in updates {self.logged + 1} to {self.step}: {values}: lower the learning "
                             "rate or mend the reward" + f"; --resume goes on from step {self.kept}" * (self.kept > 0))

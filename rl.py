@@ -12,14 +12,14 @@ The paper (MARVAL, arXiv 2511.15190) makes a whole picture in K fast AR steps, s
 the score. Single steps are never scored: half a picture has no CLIP score, and what a token is worth is decided by the
 tokens that follow. Let v be a direction in which the reward of the finished picture x rises, held constant. The loss is
 
-    L = mean(-<v, x> + kl * KL_path),    KL_path = 1 / (2 s^2 dims) * sum_k |x_k - ref_k|^2
+    loss = mean(-<v, x> + kl * KL_path),    KL_path = 1 / (2 s^2 dims) * sum_k |x_k - ref_k|^2
 
 x_k are the tokens of AR step k; ref_k what the start (the student before its first update) would put there, from the
 same noise and after the same earlier tokens of the student; dims numbers make a picture; s is --noise_std. Ours are:
 1. the default v needs no gradient of the reward: REINFORCE, with a Gaussian policy on the finished picture (one action
    an episode), in the low frequencies that the generator can follow. The textbook form, a Gaussian on each revealed
    token at each AR step, is left out: it hardly moved. Beside it `pathwise_direction`, the paper's;
-2. KL_path, the KL, a dimension, of Gaussians of width s around the tokens of both, given the same context. Finished
+2. KL_path, the KL, a dimension, of Gaussians of width s around the tokens of both, given noise and context. Finished
    pictures drawn from one noise have little in common once one early token differs: pulling those together blurs them;
 3. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
 """
@@ -37,12 +37,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
-from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, micro_batches, read_flags, set_lr,
-                     update_ema)
+from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, make_optimizer, micro_batches,
+                     read_flags, set_lr, update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
-                 load_or_train_classifier, mean_and_covariance, need_file, prompt_scorer, read_npz, statistics_in)
-from model import (START, TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, read_checkpoint,
-                   reveal_plan, say, take, token_orders, write_json)
+                 load_or_train_classifier, mean_and_covariance, prompt_scorer, read_npz, statistics_in)
+from model import (START, TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, need_file,
+                   read_checkpoint, reveal_plan, say, take, token_orders, write_json)
 from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
@@ -59,8 +59,9 @@ def cosines(side, count, device=None):
 
 
 def orthogonal_noise(keys, N, m):
-    """(B,) keys -> (B, N, m): N standard normal vectors a picture, each group of m, or of N if fewer, orthogonal: no
-    call asks what another one has asked. Rotated at random, as long as independent ones (Choromanski et al. 2018)."""
+    """(B,) keys -> (B, N, m): N standard normal vectors a picture, those of each group of m (of N, if fewer) at right
+    angles: so calls do not ask the same twice. Their directions are uniform, their lengths those of independent
+    Gaussians (Choromanski et al. 2018)."""
     n, device = min(N, m), keys.device
     groups = -(-N // n)
     if device.type == "mps":  # which has no QR in PyTorch before 2.11, and a slow one since
@@ -74,15 +75,17 @@ def orthogonal_noise(keys, N, m):
 
 @torch.no_grad()
 def reinforce_direction(score, x, labels, keys, args):
-    """From rewards alone. The policy is a Gaussian on the finished picture, white in its lowest f x f frequencies:
+    """From rewards alone. The policy is a Gaussian on the finished picture, white in each channel's lowest f x f
+    frequencies, Q (c f f, c h w):
 
         e_n = z_n Q,  z_n ~ N(0, I),  r_n = r(x + s e_n),     v = 1 / (s (N - 1)) sum_n (r_n - mean r) e_n
 
-    the z_n at right angles to each other. Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q
-    (gradient of the reward smoothed by this noise), unbiased in the subspace. The baseline is the picture's own mean
-    reward, for pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the
-    mean too. The generator passes little but low frequencies on to its weights, and N calls cannot tell more than N
-    numbers apart: so f is the least with c f f >= N, unless --frequencies says it. N + 1 reward calls a picture."""
+    the z_n by orthogonal_noise. Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q (gradient
+    of the reward smoothed by this noise), unbiased in the subspace. The baseline is the picture's own mean reward, for
+    pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the mean too (and
+    in the others' not: given z_n, z_m is as likely as -z_m). The generator passes little but low frequencies on to its
+    weights, and N calls cannot tell more than N numbers apart: so f is the least with c f f >= N, unless --frequencies
+    says it, or the reward is jpeg, which is of all. N + 1 reward calls a picture."""
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
     f = math.ceil((N / channels) ** 0.5) if args.frequencies is None else args.frequencies
@@ -90,9 +93,9 @@ def reinforce_direction(score, x, labels, keys, args):
     waves = cosines(side, f, x.device)  # (f, side): Q's rows are products
     spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, f, f)), waves, waves)
     z = orthogonal_noise(keys, N, channels * f * f)  # (B, N, c f f)
-    r = [score_in_chunks(score, (x[:, None] + s * spread(part)).flatten(0, 1),
+    r = [score_in_chunks(score, (x[:, None] + s * spread(part)).flatten(0, 1),  # (B n, c, h, w)
                          labels.repeat_interleave(part.shape[1]), args.chunk).view(B, -1)
-         for part in z.split(max(1, args.chunk // B), dim=1)]
+         for part in z.split(max(1, args.chunk // B), dim=1)]  # (B, n, c f f): so many that a chunk holds B n pictures
     r = torch.cat(r, dim=1)  # (B, N)
     advantage = (r - r.mean(1, keepdim=True)) / (s * (N - 1))
     v = spread(torch.einsum("bn,bnm->bm", advantage, z)[:, None])[:, 0]  # (B, c, h, w)
@@ -123,10 +126,11 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
     """Backpropagate <slope, x> + kl * KL_path, summed over the pictures, into the student's .grad; -> the mean KL_path,
     nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the seeds.
     The finished picture is all that had to be kept: no token is ever changed, so it holds the context of every step.
-    The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens is dL / dx_k
-    but for the step's own KL: what the caller gave, plus what these tokens do, as context, to later x_j and ref_j. For
-    ref_k is no constant: the start, itself frozen, reads tokens that move with the student. This is exact
-    backpropagation through both chains, in the memory of one step whatever K is, for a forward and backward of each."""
+    The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens is the
+    loss's slope at x_k but for the step's own KL: what the caller gave, plus what these tokens do, as context, to later
+    x_j and ref_j. For ref_k is no constant: the start, itself frozen, reads tokens that move with the student. This is
+    exact backpropagation through both chains, in the memory of one step whatever K is, for another forward and a
+    backward of student and start."""
     L, C = student.config.seq_len, student.config.token_dim
     tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
     for visible, predict in reversed(list(reveal_plan(token_orders(keys, L), ar_steps))):
@@ -152,7 +156,7 @@ def prompt_reward(kind):
     return lambda args, classifiers, names, device: prompt_scorer(kind, names, args.prompt, args.folder, device)
 
 
-def not_shipped(ckpt):
+def writable_folder(ckpt):
     """The folder of a student, or that in out/ for one of assets/: what is shipped is not written into."""
     return re.sub(r"^(\./)?assets\b", "out", os.path.dirname(ckpt)) or "."
 
@@ -161,7 +165,7 @@ def open_classifier(ckpt, data, seed, device):
     """The data's classifier of this seed, from beside the student; where none is there, trained on `data`, or None."""
     path = classifier_beside(ckpt, seed)
     if data:
-        return load_or_train_classifier(data, os.path.dirname(path) if path else not_shipped(ckpt), seed, device)
+        return load_or_train_classifier(data, os.path.dirname(path) if path else writable_folder(ckpt), seed, device)
     return load_classifier(path, device) if path else None
 
 
@@ -171,14 +175,13 @@ def class_reward(net):
         raise UserError("the rewards classifier and judge want classifier_0.pt and _1.pt beside --ckpt, or pixels to "
                         "train them on: give --data, or use --reward clip, pickscore or imagereward")
     # net: -> features (N, F), logits (N, classes)
-    return lambda images, labels: F.log_softmax(net(images)[1], dim=1).gather(1, labels[:, None])[:, 0]
+    return lambda images, labels: -F.cross_entropy(net(images)[1], labels, reduction="none")
 
 
 def jpeg_bytes(images, quality=95):
     """Size of each image as a JPEG file, in hundreds of bytes. Quality: as DDPO's (Black et al. 2023)."""
     sizes = []
-    pixels = (images.detach() * 255).round().byte()
-    for image in pixels.permute(0, 2, 3, 1).cpu().numpy():  # (H, W, 3) each
+    for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():  # (H, W, 3) each
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=quality)
         sizes.append(file.tell() / 100)
@@ -241,7 +244,7 @@ def build_rewards(args, config, classifiers, names, device, rank):
     trained on. Each is tried on one picture and on two: a wrong one ends here, not after an episode."""
     weights, watched = parse_rewards(args.reward), parse_rewards(args.watch) if rank == 0 else {}
     functions = {}
-    for name in {**weights, **watched}:
+    for name in weights | watched:
         with blaming(name, "when it was built"):
             functions[name] = guarded(name, REWARDS[name](args, classifiers, names, device))
     images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
@@ -251,7 +254,7 @@ def build_rewards(args, config, classifiers, names, device, rank):
         for n in (1, 2):
             r = f(images[:n].clone().requires_grad_(differentiated), labels[:n])
             if not torch.isfinite(r).all():
-                raise UserError(f"reward {name} is not finite: {r.tolist()} for pictures of grey levels")
+                raise UserError(f"reward {name} is not finite: {r.tolist()} for two test pictures")
         if differentiated and not r.requires_grad:
             raise UserError(f"reward {name} has no gradient: --estimator pathwise needs one, reinforce does not")
     return functions, weights
@@ -260,7 +263,7 @@ def build_rewards(args, config, classifiers, names, device, rank):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-MAX_RISE, MAX_LOSS = 0.2, 0.1  # shares of the start's by which, in best.pt, a distance may rise and modes be lost
+MAX_RISE, MAX_LOSS = 0.2, 0.1  # best.pt has a distance of at most 1.2 times the start's, and at least .9 of its modes
 
 
 def train(args, start, score, run, watch):
@@ -270,7 +273,7 @@ def train(args, start, score, run, watch):
     # all in eval mode: dropout would be noise that the policy knows nothing of, and no chain could be run again
     student, ema = copy.deepcopy(start).requires_grad_(True), copy.deepcopy(start)
     # no weight decay, which pulls towards 0: the KL pulls towards the start
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(student, args.lr, (0.9, 0.99))
     run.restore("rl", model=student, ema=ema, optimizer=optimizer)
     row = watch.look("before", start)  # which all later ones are compared with
     if not {"fd", "fid"} & row.keys():
@@ -290,20 +293,21 @@ def train(args, start, score, run, watch):
         # classes come equally often whatever they earn, so the reward cannot shift their mixture
         batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
 
-        # the gradient; `accumulate` parts of the batch, one after the other, where memory is short
+        # the gradient, zeroed here; `accumulate` parts of the batch, one after the other, where memory is short. It is
+        # sent to other ranks during the last part's K calls of backward()
         for labels, seeds in micro_batches(batch, args.accumulate, [gradients], backwards=args.ar_steps):
             # 1. an episode: K AR steps of the student, no graph
             keys = image_keys(seeds, run.device)
             x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w)
             # 2. the direction in which the reward rises
             v, r = direction(score, x, labels, keys, args)
-            # 3. L = mean(-<v, x> + kl * KL_path) over the images of all parts, back through the chain, last AR step
-            #    first, into .grad. Returned, for the log, is KL_path without its weight
+            # 3. mean(-<v, x> + kl * KL_path) over the images of all parts, back through the chain, last AR step first,
+            #    into .grad
             share = 1 / (len(x) * args.accumulate)
-            kl = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
-                                args.ar_steps)
+            kl_path = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
+                                     args.ar_steps)
             # reward_std is that within a part
-            run.add(args.accumulate, reward=r.mean(), reward_std=r.std(correction=0), kl=kl)
+            run.add(parts=args.accumulate, reward=r.mean(), reward_std=r.std(correction=0), kl=kl_path)
 
         # the update: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         norm = gradients.finish(clip=1.0)
@@ -328,8 +332,8 @@ def evaluate(run, watch, ema, step):
 def is_best(row, rows):
     """The most reward yet, at a distance to the data not too far above the start's and with its modes: what costs more
     was hacked. Where no distance is measured nothing is best."""
-    distance, before = "fd" if "fd" in row else "fid", rows.get("before", {})  # none where nothing is judged
-    if distance not in row or distance not in before:
+    distance, before = "fd" if "fd" in row else "fid", rows.get("before", {})
+    if distance not in row.keys() & before.keys():
         return False
     best = rows.get("best", before)
     if {**best["made_by"], "step": None} != before["made_by"]:  # made before a --resume with other --seed, ...
@@ -382,7 +386,9 @@ def diversity(images, labels):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
-# What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md, "Tried".
+# By reward, the least pull that kept the modes of shapes. ImageReward's and others' own are not known: 0.2
+KL = {"classifier": 0.5, "judge": 0.5, "red": 5.0, "jpeg": 20.0}
+# What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md.
 COMMON = dict(reward=["classifier"], watch=["judge", "jpeg"], log_every=10, chunk=2048)
 DEFAULTS = {
     "shapes": dict(COMMON, watch=["judge", "jpeg", "red"], steps=120, batch=16, lr=1e-4, ema=0.97, warmup=0,
@@ -394,7 +400,8 @@ DEFAULTS = {
 
 
 def parse_args(argv=None):
-    """The flags, with the defaults of the student's size or of --data, and of the reward."""
+    """The flags, with the defaults of the student's size or of --data, and of the reward; `read_flags` adds those that
+    distill.py has too."""
     p = Parser("Post-train a one-step student with rewards.")
     flag = p.add_argument
     # files and data
@@ -408,12 +415,12 @@ def parse_args(argv=None):
     flag("--prompt", default=TEMPLATE, help="text that CLIP, PickScore, ImageReward compare a picture with")
     # the reward
     flag("--reward", nargs="+", default=["pickscore"], metavar="NAME[:WEIGHT]",
-         help=f"what to raise, several are added up, jpeg:-1 lowers: {' '.join(REWARDS)}")
+         help=f"what to raise, several are added up, red:-1 lowers it: {' '.join(REWARDS)}")
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
          help="rewards that are only watched: the first to fall when the trained one is being hacked")
     flag("--kl", type=float, default=None, help="pull towards the start, in reward a nat a dimension; raise it when FD "
-         "rises or modes go (jpeg: 20), lower it when the reward does not move (left out: 0.5 for classifier alone, "
-         "else 0.2)")
+         "rises or modes go, lower it when the reward does not move; twice the --noise_std wants 4 times of it (left "
+         f"out: the sum of the rewards' weights times {KL}, others 0.2)")
     # its gradient
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
          help="pathwise: differentiate the reward; less noise, differentiable rewards only")
@@ -429,12 +436,12 @@ def parse_args(argv=None):
     args = read_flags(p, argv, recipe, warmup=20, ema=0.99, eval_every=200, save_every=100, log_every=5)
     if args.noise_std == 0:
         raise UserError("--noise_std 0: a policy without noise tries nothing; 0.1 is a good start")
-    names = list(parse_rewards(args.reward))
+    weights = parse_rewards(args.reward)
     if args.kl is None:
-        args.kl = 0.5 if names == ["classifier"] else 0.2
-    if args.frequencies is None and "jpeg" in names:
+        args.kl = sum(abs(weight) * KL.get(name, 0.2) for name, weight in weights.items())
+    if args.frequencies is None and "jpeg" in weights:
         args.frequencies = 0
-    args.out = args.out or os.path.join(not_shipped(args.ckpt), "rl")
+    args.out = args.out or os.path.join(writable_folder(args.ckpt), "rl")
     return args
 
 
@@ -444,8 +451,8 @@ def recipe(known):
     ckpt = known.ckpt or f"out/{name}/student.pt"
     file = read_checkpoint(ckpt) if os.path.isfile(ckpt) else {}  # not there: main says so
     found = {"ckpt": ckpt, **defaults_of(DEFAULTS, file, known.data)}
-    if not known.data and not classifier_beside(ckpt, 1):  # the judge cannot be had
-        found["watch"] = [name for name in found.get("watch", ["clip", "imagereward"]) if name != "judge"]
+    if "watch" in found and not known.data and not classifier_beside(ckpt, 1):  # the judge cannot be had
+        found["watch"] = [name for name in found["watch"] if name != "judge"]
     return found
 
 
@@ -462,7 +469,7 @@ def main(argv=None):
     args.ar_steps = args.ar_steps or steps_of(start)
     mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names = start.class_names or [*map(str, range(config.num_classes))]
-    wanted = {**parse_rewards(args.reward), **parse_rewards(args.watch)}
+    wanted = parse_rewards(args.reward) | parse_rewards(args.watch)
     if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
         names = read_class_names(args.class_names, names)  # words, which those of folders need not be
     vae_file = None if config.pixels else need_file(args.vae, "kl16")

@@ -1,8 +1,8 @@
 """A checkpoint -> pictures, an animation, an .npz for fid.py, a file for others.
 
 Needs a checkpoint of distill.py or rl.py (out/<data>/teacher.pt, student.pt), or a public LTH14/mar one. Models of
-latents also need the VAE (python data.py --get kl16). What no flag says, the checkpoint says: a student draws in one
-step without guidance, a teacher by its whole chain and with the guidance of its run.
+latents also need the VAE (python data.py --get kl16). What no flag says, the checkpoint says: a student draws a token
+in one head step, without guidance, a teacher by its whole chain and with the guidance of its run.
 
     python sample.py --ckpt out/shapes/student.pt --classes 0 1 2 --out grid.png
     python sample.py --ckpt out/shapes/student.pt --ar_steps 4 8 16             # a row of pictures for each K
@@ -225,7 +225,7 @@ def save_npz(rounds, labels, class_names, side, path):
     shape = (len(labels), side, side, 3)
     if shutil.disk_usage(Path(path).parent).free < math.prod(shape):
         raise UserError(f"{path} will have {math.prod(shape) / 1e9:.1f} GB, more than is free there: other --out")
-    with replacing(path, "wb") as part, zipfile.ZipFile(part, "w") as archive:  # not compressed: can be mapped
+    with replacing(path, "wb") as part, zipfile.ZipFile(part, "w") as archive:  # not compressed: noise does not shrink
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for pictures in rounds:
@@ -310,11 +310,11 @@ def parse_args(argv=None):
     """The flags -> (args, job)."""
     p = Parser("A checkpoint -> pictures, an animation, an .npz.")
     # the job: one of these, else a grid of pictures
-    job = p.add_mutually_exclusive_group()
-    job.add_argument("--gif", metavar="FILE", help="write the unmasking, a frame an AR step, to this .gif")
-    job.add_argument("--num", type=int, help="draw this many pictures, all classes alike often, to --out")
-    job.add_argument("--edit", metavar="PICTURE", help="draw the part --box of this picture anew, for each class")
-    job.add_argument("--export", metavar="FILE", help="write the network as LTH14/mar reads it, a .pth")
+    jobs = p.add_mutually_exclusive_group()
+    jobs.add_argument("--gif", metavar="FILE", help="write the unmasking, a frame an AR step, to this .gif")
+    jobs.add_argument("--num", type=int, help="draw this many pictures, all classes alike often, to --out")
+    jobs.add_argument("--edit", metavar="PICTURE", help="draw the part --box of this picture anew, for each class")
+    jobs.add_argument("--export", metavar="FILE", help="write the network as LTH14/mar reads it, a .pth")
     # of what
     p.add_argument("--ckpt", required=True, help="teacher.pt or student.pt of a run, or a public MAR's .pth")
     p.add_argument("--classes", nargs="+", help="names, or numbers where none is called so; a grid of many shows 4")

@@ -3118,7 +3118,8 @@ def rl_gradient_and_autograds(folder, vae, *flags):
     pictures = vae.decode(x / data.LATENT_SCALE) if vae else x
     r = reward(((pictures + 1) / 2).clamp(0, 1), labels)
     (kl * squares / (2 * s**2 * x.numel()) - r.mean()).backward()
-    return ours, flat_gradient(model)
+    in_order = itertools.chain(*(group["params"] for group in distill.make_optimizer(model, 1, (0, 0)).param_groups))
+    return ours, torch.cat([p.grad.flatten() for p in in_order])
 
 
 @once()
@@ -3268,8 +3269,8 @@ def test_rl_red_and_jpeg_mean_what_they_say():
     assert size[0] > size[1] + 100, size  # noise costs bytes, a flat picture does not
     close(size, size.round(), 1e-5)
     assert rl.parse_rewards(["jpeg:-1", "red"]) == {"jpeg": -1.0, "red": 1.0}  # larger files and more red
-    kls = [rl.parse_args(["--reward", *words]).kl for words in (["red"], ["classifier"], ["jpeg"], ["red", "jpeg"])]
-    assert kls == [0.2, 0.5, 0.2, 0.2], kls
+    kls = [rl.parse_args(["--reward", *words]).kl for words in (["clip"], ["classifier"], ["jpeg"], ["red:-2", "clip"])]
+    assert kls == [0.2, 0.5, 20.0, 10.2], kls
 
 
 def test_rl_of_latents_scores_decoded_pictures(folder):
