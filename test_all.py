@@ -3118,8 +3118,8 @@ def rl_gradient_and_autograds(folder, vae, *flags):
     pictures = vae.decode(x / data.LATENT_SCALE) if vae else x
     r = reward(((pictures + 1) / 2).clamp(0, 1), labels)
     (kl * squares / (2 * s**2 * x.numel()) - r.mean()).backward()
-    in_order = itertools.chain(*(group["params"] for group in distill.make_optimizer(model, 1, (0.0, 0.9)).param_groups))
-    return ours, torch.cat([p.grad.flatten() for p in in_order])
+    groups = distill.make_optimizer(model, 1, (0.0, 0.9)).param_groups  # in the order of the state
+    return ours, torch.cat([p.grad.flatten() for group in groups for p in group["params"]])
 
 
 @once()
