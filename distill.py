@@ -18,7 +18,7 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. for shapes the teacher is guided at t < 500 only and 100 <= t < 400 counts a tenth: else the student loses modes of
    the data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there, on a CPU, guidance
-   ends at 700, and all t count alike. For ImageNet, untried, the target is the paper's.
+   ends at 700, and t < 100 counts threefold. For ImageNet, untried, the target is the paper's.
 
 Last stands what all loops, rl.py's too, train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data
 parallelism by hand.
@@ -291,8 +291,9 @@ def guidance_at(t, args):
 
 
 def weight_at(t, args):
-    """A factor on the student's slope at t (...), not in the log's loss: low_weight in T_FINE..T_LOW -> (..., 1)."""
-    return torch.where((T_FINE <= t) & (t < T_LOW), args.low_weight, 1.0)[..., None]
+    """A factor on the student's slope at t (...), not in the log's loss -> (..., 1): fine_weight below T_FINE, then
+    low_weight below T_LOW, else 1."""
+    return torch.where(t < T_FINE, args.fine_weight, torch.where(t < T_LOW, args.low_weight, 1.0))[..., None]
 
 
 def guided_eps(teacher, x, t, c_p, c_null, g):
@@ -461,7 +462,7 @@ DEFAULTS = {
         ar_steps=16, eval_every=1000, eval_images=2000, save_every=500),
     "cifar10_cpu": dict(
         ON_CPU, size="cifar10_cpu", teacher_steps=7000, teacher_ema=0.999,
-        steps=2400, batch=16, guidance=2.0, t_guided=700,
+        steps=2400, batch=16, guidance=2.0, t_guided=700, fine_weight=3.0,
         eval_every=1200, eval_images=500, save_every=100),
 }
 
@@ -497,7 +498,7 @@ def parse_args(argv=None):
     # token in stage 0, cheap where the head is small, and how much the highest t count there (diffusion_loss); where in
     # t the student's target is guided, and how much low t counts. guidance_schedule: how sample.py draws the teacher
     p.set_defaults(teacher_optimizer="adamw", teacher_ema=0.9999, draws=4, max_weight=1.0, t_guided=1000,
-                   low_weight=1.0, guidance_schedule="constant")
+                   fine_weight=1.0, low_weight=1.0, guidance_schedule="constant")
     args = read_flags(p, argv, recipe)
     source = "imagenet" if args.teacher in PUBLIC_FILES else os.path.dirname(os.path.abspath(args.teacher or ""))
     args.out = args.out or f"out/{os.path.basename(os.path.normpath(args.data or source))}"

@@ -452,9 +452,10 @@ def test_guidance_of_one_is_none_and_zero_is_the_null_class():
     close(distill.guided_eps(model, n, t, c, None, 1.0), model.eps(n, t, c), 1e-6)
     close(distill.guided_eps(model, n, t, c, null, 1.0), model.eps(n, t, c), 1e-5)
     close(distill.guided_eps(model, n, t, c, null, 0.0), model.eps(n, t, null), 1e-5)
-    t, args = torch.tensor([[99, 100, 399], [400, 499, 500]]), Namespace(guidance=3.0, t_guided=500, low_weight=0.25)
+    t = torch.tensor([[99, 100, 399], [400, 499, 500]])
+    args = Namespace(guidance=3.0, t_guided=500, fine_weight=2.0, low_weight=0.25)
     assert distill.guidance_at(t, args)[..., 0].tolist() == [[3, 3, 3], [3, 3, 1]]
-    assert distill.weight_at(t, args)[..., 0].tolist() == [[1, 0.25, 0.25], [1, 1, 1]]
+    assert distill.weight_at(t, args)[..., 0].tolist() == [[2, 0.25, 0.25], [1, 1, 1]]
 
 
 def test_one_step_inverts_a_perfect_head():
