@@ -387,7 +387,7 @@ def diversity(images, labels):
 # The command
 
 # By reward, the least pull that kept the modes of shapes. ImageReward's and others' own are not known: 0.2
-KL = {"classifier": 0.5, "judge": 0.5, "red": 5.0, "jpeg": 20.0}
+KL = {"classifier": 1.0, "judge": 1.0, "red": 5.0, "jpeg": 20.0}
 # What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md.
 COMMON = dict(reward=["classifier"], watch=["judge", "jpeg"], log_every=10, chunk=2048)
 DEFAULTS = {
