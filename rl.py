@@ -82,8 +82,8 @@ def reinforce_direction(score, x, labels, keys, args):
 
     the z_n by orthogonal_noise. Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q (gradient
     of the reward smoothed by this noise), unbiased in the subspace. The baseline is the picture's own mean reward, for
-    pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the mean too (and
-    in the others' not: given z_n, z_m is as likely as -z_m). The generator passes little but low frequencies on to its
+    pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the mean too, and
+    E r_m e_n = 0, for given z_m, z_n is as likely as -z_n. The generator passes little but low frequencies on to its
     weights, and N calls cannot tell more than N numbers apart: so f is the least with c f f >= N, unless --frequencies
     says it, or the reward is jpeg, which is of all. N + 1 reward calls a picture."""
     B, channels, side, _ = x.shape
