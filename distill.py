@@ -2,7 +2,7 @@
 
 Needed before: nothing for shapes; for ImageNet the public teacher (data.py --get mar_base), and no picture.
 
-    python distill.py --data shapes                                  # CPU, from nothing: 4 to 7 minutes
+    python distill.py --data shapes                                  # CPU, from nothing: 4 to 8 minutes
     python distill.py --data cifar10                                 # one GPU; python data.py --get cifar10 first
     python distill.py --data path/to/images                          # train/<class>/*; under 64 px: as pixels
     python distill.py --teacher out/shapes/teacher.pt --out out/own  # a teacher alone, no data: see OwnPictures
