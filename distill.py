@@ -336,6 +336,7 @@ def train_teacher(args, config, data, run):
             loss.backward()
             run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite
 
+        # the update: ranks' gradients are averaged and clipped, for a rare steep batch would throw the weights far
         norm = gradients.finish(CLIP)
         for optimizer in optimizers.values():
             optimizer.step()
