@@ -707,25 +707,6 @@ def fill_model(build, state, path, in_file=str, advice=""):
     return model.eval().requires_grad_(False)
 
 
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-    with reading(path, "safetensors file"):
-        data = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))  # copy on write: the file itself is never touched
-        size = int.from_bytes(bytes(data[:8].tolist()), "little")
-        header = json.loads(bytes(data[8:8 + min(size, 100 << 20)].numpy()))
-        body, out = data[8 + size:], {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                if entry["dtype"] not in kinds:
-                    raise UserError(f"{path}: {name} is of dtype {entry['dtype']}; read are {', '.join(kinds)}")
-                start, stop = entry["data_offsets"]
-                numbers = body[start:stop].clone().view(kinds[entry["dtype"]])  # clone: offsets may be odd
-                out[name] = numbers.reshape(entry["shape"])  # raises where the file ends too early
-        return out
-
-
 def need_file(path, get=None):
     """The path, if it is a file; else a UserError, which says how to --get it."""
     if not os.path.isfile(path):
@@ -736,8 +717,7 @@ def need_file(path, get=None):
 
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running any code it may hold. UserError when that cannot be had."""
-    if str(need_file(path)).endswith(".safetensors"):
-        return read_safetensors(path)
+    need_file(path)
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         with reading(path, "TorchScript archive"):  # OpenAI's CLIP is one; its code is compiled, and never called
             return torch.jit.load(path, map_location="cpu").state_dict()

@@ -724,19 +724,8 @@ def vae_file(folder):
 
 def public(name, folder, file):
     """Fill the public network `name` of the references and save it as its public file: -> its path."""
-    (write_safetensors if file.endswith("safetensors") else torch.save)(fill(about(name)["shapes"]), folder / file)
+    torch.save(fill(about(name)["shapes"]), folder / file)
     return folder / file
-
-
-def write_safetensors(state, path):
-    """The format in six lines, so that the reader is checked against the format and not against itself."""
-    header, body = {}, b""
-    for name, value in state.items():
-        data = value.numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [len(body), len(body) + len(data)]}
-        body += data
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
 
 
 def floats(images):
@@ -801,7 +790,7 @@ AGREES = {  # a network's fixture -> how its public file is opened; its outputs,
     "clip_tiny": (lambda folder: towers()(fid.load_clip)(public("clip_tiny", folder, "clip.pt")), clip_outputs, 1e-4),
     "clip_vit_b32": (lambda folder: towers(CLIP_B32)(fid.load_clip)(public("clip_vit_b32", folder, "clip.pt")),
                      clip_outputs, 1e-4),
-    "pickscore_tiny": (lambda folder: towers()(fid.load_pickscore)(public("pickscore_tiny", folder, "x.safetensors")),
+    "pickscore_tiny": (lambda folder: towers()(fid.load_pickscore)(public("pickscore_tiny", folder, "x.bin")),
                        clip_outputs, 1e-4),
     "imagereward": (lambda folder: fid.load_imagereward(public("imagereward", folder, "ImageReward.pt")),
                     imagereward_outputs, 1e-3)}
@@ -1097,22 +1086,6 @@ def test_a_checkpoint_may_lack_all_but_settings_and_weights(folder):
     assert read_checkpoint(folder / "slim/student.pt")["args"]["ar_steps"] == 16
 
 
-def test_safetensors_are_read_or_refused_in_one_line(folder):
-    """Of every tensor that does not lie in the file, and of every dtype that is not read, the name."""
-    def file(dtype="F32", shape=(2,), offsets=(0, 8)):
-        tensor = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        header = json.dumps({"__metadata__": {}, "w": tensor}).encode()
-        return len(header).to_bytes(8, "little") + header + np.float32([1, 2]).tobytes()
-
-    (folder / "x.safetensors").write_bytes(file())
-    assert read_checkpoint(folder / "x.safetensors")["w"].tolist() == [1, 2]
-    no_whole_file = [file(shape=(3,)), file(offsets=(0, 16), shape=(4,)), file(offsets=(0, 7)), file()[:40], b"",
-                     file(offsets=None), (1 << 60).to_bytes(8, "little") + b"{", (2).to_bytes(8, "little") + b"[]"]
-    refused_files(folder, [
-        (read_checkpoint, file("F8_E4M3", (8,)), "w is of dtype F8_E4M3"), (read_checkpoint, file("I16", (4,)), "I16"),
-        *((read_checkpoint, content, "whole") for content in no_whole_file)], "x.safetensors")
-
-
 def test_checkpoints_are_read_as_people_keep_them(folder):
     """Whatever stands before the names, wherever the weights lie, with args as an object, a dict or not at all."""
     model = tiny_mar(**LATENT, width=48, heads=4)
@@ -1131,8 +1104,6 @@ def test_checkpoints_are_read_as_people_keep_them(folder):
         loaded = load_mar(folder / name, heads=4)
         assert loaded.config == replace(model.config, dropout=0.1, mask_ratio_min=0.7, t_init=755), name
         close(loaded.mask_token, model.mask_token, 1e-3)
-    write_safetensors(state, folder / "mar.safetensors")
-    close(load_mar(folder / "mar.safetensors", heads=4).mask_token, model.mask_token, 0.0)
     close(load_mar(folder / "model_ema", ema=False, heads=4).mask_token, model.mask_token + 1, 0.0)
     load, bias = functools.partial(load_mar, heads=4), "diffloss.net.cond_embed.bias"
     refused_files(folder, [
@@ -3208,7 +3179,7 @@ def write_judges(folder):
     for name in ("clip", "pickscore", "bpe"):
         os.makedirs((folder / PUBLIC[name][1]).parent, exist_ok=True)
     save_checkpoint(fill(clip["shapes"]), folder / PUBLIC["clip"][1])
-    write_safetensors(fill(pick["shapes"]), folder / PUBLIC["pickscore"][1])
+    save_checkpoint(fill(pick["shapes"]), folder / PUBLIC["pickscore"][1])
     letters = [chr(i) for i in range(0x4E00, 0x4E00 + 222)]  # a table of CLIP's size, whose pairs no prompt has
     pairs = [f"{a} {b}" for a, b in itertools.product(letters, letters)][:48894]
     with gzip.open(folder / PUBLIC["bpe"][1], "wt", encoding="utf-8") as file:
