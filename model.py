@@ -597,8 +597,6 @@ def config_of_public(state, args, heads, path):
     width, token_dim = state["z_proj.weight"].shape
     channels, stride = args.get("vae_embed_dim") or 16, args.get("vae_stride") or 16  # released files carry no args
     patch, tokens = math.isqrt(token_dim // channels), state["diffusion_pos_embed_learned"].shape[1]
-    if patch**2 * channels != token_dim:
-        raise UserError(f"{path}: tokens of {token_dim} numbers are no square of latents of {channels} channels")
     heads = heads or {768: 12, 1024: 16, 1280: 16}.get(width)  # MAR-B, L, H
     if not heads:
         raise UserError(f"{path}: width {width} is none of MAR-B, L, H, heads are in no shape: load_mar(..., heads=N)")
@@ -606,7 +604,7 @@ def config_of_public(state, args, heads, path):
                      vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width, heads=heads,
                      encoder_depth=depth("encoder_blocks"), decoder_depth=depth("decoder_blocks"),
                      buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens,
-                     head_depth=depth("head_net.res_blocks"), head_width=len(state["head_net.input_proj.weight"]))
+                     head_depth=depth("diffloss.net.res_blocks"), head_width=len(state["diffloss.net.input_proj.weight"]))
 
 
 def check_settings(config, made, path):
@@ -632,18 +630,16 @@ def load_mar(path, ema=True, **config_overrides):
     made (the flags of its run; {} in public files), class_names (None where it has none)."""
     file = read_checkpoint(path)
     state, ours = weights_in(file, ema), "config" in file
-    layout = "head_net." if ours and "head_net.input_proj.weight" in state else "diffloss.net."  # the public name
-    if not {"class_emb.weight", "z_proj.weight", layout + "input_proj.weight"} <= set(state):
-        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}" if ema else
-                        f"{path} holds no weights as trained, resume.pt does")
-    state = {name.replace(layout, "head_net."): value for name, value in state.items()}
+    head = "head_net." if "head_net.input_proj.weight" in state else "diffloss.net."  # the public name
+    if not {"class_emb.weight", "z_proj.weight", head + "input_proj.weight"} <= set(state):
+        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
     stage, names = file.get("stage") or "teacher", file.get("class_names")
-    made = file["args"] if ours and isinstance(file.get("args"), dict) else {}
     with reading(path, "MAR checkpoint"):
         if ours:  # "passes": 0 stands in files of before December 2026
             config = MARConfig(**dict(file["config"].items() - {("passes", 0)}))
+            made = dict(file.get("args") or {})
         else:
-            config = config_of_public(state, file.get("args"), config_overrides.get("heads"), path)
+            config, made = config_of_public(state, file.get("args"), config_overrides.get("heads"), path), {}
         config = replace(config, **config_overrides)
         check_settings(config, made, path)
         if names is not None and [type(name) for name in names] != [str] * config.num_classes:
@@ -652,58 +648,47 @@ def load_mar(path, ema=True, **config_overrides):
         raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
     if ours and not file.get("stage"):
         say(f"note: {path} names no stage, so it is taken for a teacher")
-    model = fill_model(lambda: MAR(config), state, path, lambda name: name.replace("head_net.", layout))
+    model = fill_model(lambda: MAR(config), state, path, [("^head_net.", head)])
     model.source, model.stage, model.made, model.class_names = str(path), stage, made, names
     return model
 
 
 def load_network(build, path, get, names=(), drop=(), turned=()):
-    """A public network on the CPU, in eval mode, frozen, float32: build(state), given the file's {name: tensor}, makes
-    it. UserError, in the file's own names, where the tensors of the two differ. get: what data.py --get calls the file.
-    names: substitutions (pattern, replacement), done in order, that turn our name into the file's; where it is
-    a.{q,k,v}.b, the file has three parts, which are put together. drop: how names begin that are left out. turned: the
-    file's names of what it has transposed."""
-    file = read_checkpoint(need_file(path, get))
-    state = {name: value for name, value in weights_in(file).items() if not name.startswith(tuple(drop))}
-    ours, in_file = {}, {}
-    with reading(path, f"{get} file", f"; python data.py --get {get} fetches it"), torch.device("meta"):
-        model = build(state)
-        for name, wanted in model.state_dict().items():
-            theirs = name
-            for pattern, replacement in names:
-                theirs = re.sub(pattern, replacement, theirs)
-            in_file[name] = theirs
-            first, middle, last = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", theirs).groups()
-            parts = [first + part + last for part in middle.split(",")]
-            if set(parts) <= set(state):
-                found = [state.pop(part) for part in parts]
-                value = torch.cat(found) if found[1:] else found[0]
-                if theirs in turned:
-                    value = value.T
-                same = value.squeeze().shape == wanted.squeeze().shape  # dimensions of 1 are no difference
-                ours[name] = value.reshape(wanted.shape) if same else value
-    advice = f"; python data.py --get {get} fetches it"
-    return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name), advice)
+    """A public network from the file that data.py --get calls `get`: fill_model's, of what begins with none of `drop`."""
+    state = weights_in(read_checkpoint(need_file(path, get)))
+    state = {name: value for name, value in state.items() if not name.startswith(tuple(drop))}
+    return fill_model(lambda: build(state), state, path, names, turned, f"; python data.py --get {get} fetches it")
 
 
-def fill_model(build, state, path, in_file=str, advice=""):
-    """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
-    another shape or kind, by the names that in_file(name in our code) gives."""
-    with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
+def fill_model(build, state, path, names=(), turned=(), advice=""):
+    """build() on the CPU with the tensors of `state` as float32, in eval mode, frozen. UserError, in the file's own
+    names, where they are not those that are wanted. names: substitutions (pattern, replacement), done in order, that
+    turn our name into the file's; where it is a.{q,k,v}.b, the file has three parts, of which ours is put together.
+    turned: the file's names of what it has transposed."""
+    with torch.device("meta"):  # no initialisation that is overwritten
         model = build()
-    # batch counters mean nothing in eval mode, and files of before 2018 lack them
-    kind = lambda value: tuple(value.shape) if value.is_floating_point() else value.dtype  # quantised: scale elsewhere
-    wanted = {name: kind(value) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
-    state = {name: value for name, value in state.items()
-             if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
-    found = {name: kind(value) for name, value in state.items()}
-    wrong = [f"{in_file(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+    places = {}  # a name in the file -> the part of our tensor that it fills
+    for name, ours in model.to_empty(device="cpu").state_dict().items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        first, middle, last = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", name).groups()
+        parts = [first + part + last for part in middle.split(",")]
+        ours = torch.atleast_1d(ours.T if name in turned else ours)
+        places.update(zip(parts, ours.chunk(len(parts))))
+    # dimensions of 1 are no difference. Whole numbers are, where a file is quantised: its scales lie elsewhere; others
+    # only count batches, which means nothing in eval mode
+    kind = lambda value: tuple(value.squeeze().shape) if value.is_floating_point() else value.dtype
+    wanted = {name: kind(place) for name, place in places.items() if place.is_floating_point()}
+    found = {name: kind(value) for name, value in state.items()
+             if torch.is_tensor(value) and (value.is_floating_point() or name in wanted)}
+    wrong = [f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
              for name in sorted({**wanted, **found}, key=found.__contains__)  # what is missing comes first
              if found.get(name) != wanted.get(name)]
     if wrong:
-        some = "; ".join(wrong[:4] + ["..."] * (len(wrong) > 4))
-        raise UserError(f"{path} is no {type(model).__name__} file that fits: {some} ({len(wrong)} in all){advice}")
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        raise UserError(f"{path} is no {type(model).__name__} file that fits: {'; '.join(wrong[:4])} "
+                        f"({len(wrong)} in all){advice}")
+    for name in wanted:
+        places[name].copy_(state[name].reshape(places[name].shape))
     return model.eval().requires_grad_(False)
 
 
