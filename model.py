@@ -213,12 +213,7 @@ def reveal_plan(orders, ar_steps, masked=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The head: a residual MLP on one token
-
-
-def modulate(x, shift, scale):
-    """adaLN (Peebles & Xie 2023): x, shift, scale of one shape."""
-    return x * (1 + scale) + shift
+# The head: a residual MLP on one token. t and c enter by shift, scale and gate: adaLN (Peebles & Xie 2023)
 
 
 class ResBlock(nn.Module):
@@ -232,7 +227,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, y):
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
-        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
 
 
 class TimeEmbed(nn.Module):
@@ -258,7 +253,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, y):
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
-        return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
 class Head(nn.Module):
@@ -383,22 +378,19 @@ class MAR(nn.Module):
                   self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned,
                   self.head_net.time_embed.mlp[0].weight, self.head_net.time_embed.mlp[2].weight):
             nn.init.normal_(p, std=0.02)
-        for layer in [block.adaLN_modulation[1] for block in self.head_net.res_blocks] + [
-                self.head_net.final_layer.adaLN_modulation[1], self.head_net.final_layer.linear]:
-            nn.init.zeros_(layer.weight)  # the head starts as the identity on its residual stream, and predicts 0
+        # the head starts as the identity on its residual stream, and predicts 0
+        nn.init.zeros_(self.head_net.final_layer.linear.weight)
+        for block in (*self.head_net.res_blocks, self.head_net.final_layer):
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
 
     def patchify(self, latents):
         """(B, c, h, w) -> (B, L, C), raster order; a token's channels are ordered (c, row, column) as in MAR."""
-        p = self.config.patch_size
-        B, c, h, w = latents.shape
-        x = latents.reshape(B, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h/p, w/p, c, p, p)
-        return x.reshape(B, -1, c * p * p)
+        return F.pixel_unshuffle(latents, self.config.patch_size).flatten(2).mT  # (B, C, L) before it is turned
 
     def unpatchify(self, tokens):
         """(B, L, C) -> (B, c, h, w), the inverse of patchify."""
-        p, side = self.config.patch_size, self.config.latent_size // self.config.patch_size
-        x = tokens.reshape(len(tokens), side, side, -1, p, p).permute(0, 3, 1, 4, 2, 5)  # (B, c, side, p, side, p)
-        return x.reshape(len(tokens), -1, side * p, side * p)
+        side = math.isqrt(self.config.seq_len)
+        return F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), self.config.patch_size)
 
     def run_blocks(self, blocks, x):
         for block in blocks:
@@ -603,8 +595,9 @@ def config_of_public(state, args, heads, path):
     return MARConfig(img_size=math.isqrt(tokens) * patch * stride, vae_stride=stride, patch_size=patch,
                      vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width, heads=heads,
                      encoder_depth=depth("encoder_blocks"), decoder_depth=depth("decoder_blocks"),
-                     buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens,
-                     head_depth=depth("diffloss.net.res_blocks"), head_width=len(state["diffloss.net.input_proj.weight"]))
+                     head_depth=depth("diffloss.net.res_blocks"),
+                     head_width=len(state["diffloss.net.input_proj.weight"]),
+                     buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens)
 
 
 def check_settings(config, made, path):
@@ -654,7 +647,7 @@ def load_mar(path, ema=True, **config_overrides):
 
 
 def load_network(build, path, get, names=(), drop=(), turned=()):
-    """A public network from the file that data.py --get calls `get`: fill_model's, of what begins with none of `drop`."""
+    """A public network: fill_model of a file, which data.py --get calls `get`. drop: how names begin that are left out."""
     state = weights_in(read_checkpoint(need_file(path, get)))
     state = {name: value for name, value in state.items() if not name.startswith(tuple(drop))}
     return fill_model(lambda: build(state), state, path, names, turned, f"; python data.py --get {get} fetches it")
@@ -675,8 +668,7 @@ def fill_model(build, state, path, names=(), turned=(), advice=""):
         parts = [first + part + last for part in middle.split(",")]
         ours = torch.atleast_1d(ours.T if name in turned else ours)
         places.update(zip(parts, ours.chunk(len(parts))))
-    # dimensions of 1 are no difference. Whole numbers are, where a file is quantised: its scales lie elsewhere; others
-    # only count batches, which means nothing in eval mode
+    # dimensions of 1 are no difference; whole numbers are (quantised: scales elsewhere), but for counters of batches
     kind = lambda value: tuple(value.squeeze().shape) if value.is_floating_point() else value.dtype
     wanted = {name: kind(place) for name, place in places.items() if place.is_floating_point()}
     found = {name: kind(value) for name, value in state.items()
@@ -702,15 +694,13 @@ def need_file(path, get=None):
 
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running any code it may hold. UserError when that cannot be had."""
-    need_file(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        with reading(path, "TorchScript archive"):  # OpenAI's CLIP is one; its code is compiled, and never called
-            return torch.jit.load(path, map_location="cpu").state_dict()
+    archive = zipfile.is_zipfile(need_file(path))  # files from before PyTorch 1.6 are none
     try:
+        if archive and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's CLIP: code that is never called
         # the public files carry their command line as an argparse.Namespace: plain data, allowed by name
         torch.serialization.add_safe_globals([argparse.Namespace])
-        # memory-mapped, so that unused parts are never read; files from before PyTorch 1.6 are no archives
-        file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)  # unused parts are never read
     except Exception as error:  # torch raises a dozen kinds for a bad file; two of them tell the user something
         foreign = re.search(r"(?:GLOBAL|class|global|type) ([\w.]+\.\w+)", str(error))
         what = f"it holds an object of {foreign[1]}, which could run code" if foreign else "truncated, or no torch file"
