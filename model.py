@@ -647,7 +647,7 @@ def load_mar(path, ema=True, **config_overrides):
 
 
 def load_network(build, path, get, names=(), drop=(), turned=()):
-    """A public network: fill_model of a file, which data.py --get calls `get`. drop: how names begin that are left out."""
+    """A public network: fill_model of a file, `get` for data.py --get. drop: how names begin that are left out."""
     state = weights_in(read_checkpoint(need_file(path, get)))
     state = {name: value for name, value in state.items() if not name.startswith(tuple(drop))}
     return fill_model(lambda: build(state), state, path, names, turned, f"; python data.py --get {get} fetches it")

@@ -24,7 +24,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import runpy
 import shlex
@@ -877,15 +876,13 @@ def test_orders_begin_where_they_say_and_are_revealed_once():
         for kind in ORDERS:
             orders = token_orders(keys, side * side, kind)
             assert (orders.sort(dim=1).values == torch.arange(side * side)).all()  # each token once
-            shown = orders.flip(1)  # the last is revealed first
-            distance = torch.hypot(shown // side - (side - 1) / 2, shown % side - (side - 1) / 2)
-            sign = {"outward": 1, "inward": -1}.get(kind)
-            if kind == "raster":
-                assert (shown == torch.arange(side * side)).all()
-            elif kind == "random":
-                assert abs(shown[:, 0].float().mean() / (side**2 - 1) - 0.5) < 0.1 and len(shown[:, 0].unique()) > 10
-            else:  # from the centre, or to it; which of the four equally far is drawn by lot
-                assert (sign * distance.diff(dim=1) >= -1e-6).all() and len(shown[:, 0].unique()) == 4
+            shown, first = orders.flip(1), orders[:, -1]  # the last is revealed first
+            distance = torch.hypot(shown // side - (side - 1) / 2, shown % side - (side - 1) / 2)  # from the centre
+            if kind == "random":
+                assert abs(first.float().mean() / (side**2 - 1) - 0.5) < 0.1 and len(first.unique()) > 10
+            else:  # which of the four equally far from the centre is drawn by lot
+                grows, firsts = {"raster": (shown, 1), "outward": (distance, 4), "inward": (-distance, 4)}[kind]
+                assert (grows.diff(dim=1) >= -1e-6).all() and len(first.unique()) == firsts
     for seq_len, ar_steps in ((16, 1), (16, 16), (256, 64), (256, 256), (64, 7)):
         orders = token_orders(image_keys(range(2)), seq_len)
         seen = torch.zeros(2, seq_len)
@@ -1029,16 +1026,6 @@ def test_sampling_neither_waits_for_the_device_nor_copies_to_it():
         refused(again, "copies between host and device", by=AssertionError)
 
 
-class Evil:
-    """What is pickled of it runs a command when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def test_checkpoints_that_do_not_fit_are_refused(folder):
     """And what one could run is not run."""
     model = tiny_mar()
@@ -1060,7 +1047,7 @@ def test_checkpoints_that_do_not_fit_are_refused(folder):
         *((load_mar, {**good, "class_names": names}) for names in (["ant"], 7, [*"abc", None])),
         (lambda path: load_mar(path, patch_size=1), good, "z_proj.weight is (32, 12), not (32, 3)"),
         (load_mar, (folder / "good.pt").read_bytes()[:20000], "truncated"),
-        (load_mar, pickle.dumps({"model": Evil(folder / "owned")}), "cannot be read")])
+        (load_mar, f"cos\nsystem\n(S'touch {folder}/owned'\ntR.".encode(), "it holds an object of os.system")])
     assert not (folder / "owned").exists()
     for path, words in (("nothing.pt", "no such file"), ("", "that is a folder")):
         refused(lambda: load_mar(folder / path), words)
@@ -1077,8 +1064,6 @@ def test_a_checkpoint_may_lack_all_but_settings_and_weights(folder):
         assert model.stage == ("teacher" if "stage" in lacks else "student")
         assert model.made == ({} if "args" in lacks else whole["args"])
         assert model.class_names == (None if "class_names" in lacks else SHAPES)
-    save_checkpoint({**whole, "stage": None}, folder / "slim.pt")
-    assert "names no stage" in heard(lambda: load_mar(folder / "slim.pt"))
     save_checkpoint({key: whole[key] for key in ("config", "ema", "stage")}, folder / "slim.pt")
     said = sample_main(folder / "slim.pt", "--classes", 0, "--per_class", 1, "--out", folder / "x.png")
     assert "K = 16, head steps 1, guidance 1.0" in said, said
@@ -1098,7 +1083,7 @@ def test_checkpoints_are_read_as_people_keep_them(folder):
             "lightning": {"state_dict": before("model.")}, "no ema": {"model": state, "model_ema": None},
             "shadow": {"model": state, "ema": {"decay": 0.9, "shadow_params": [*state.values()]}},
             "dict": {"model": state, "args": {"vae_stride": 16, "vae_embed_dim": 16, "patch_size": 1, "img_size": 64}},
-            "half": {"model": {name: value.half().float() for name, value in state.items()}}}
+            "half": {"model": {name: value.half() for name, value in state.items()}}}
     for name, file in kept.items():
         torch.save(file, folder / name)
         loaded = load_mar(folder / name, heads=4)
