@@ -627,6 +627,8 @@ def load_mar(path, ema=True, **config_overrides):
     if not {"class_emb.weight", "z_proj.weight", head + "input_proj.weight"} <= set(state):
         raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
     stage, names = file.get("stage") or "teacher", file.get("class_names")
+    if stage not in STAGES:
+        raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
     with reading(path, "MAR checkpoint"):
         if ours:  # "passes": 0 stands in files of before December 2026
             config = MARConfig(**dict(file["config"].items() - {("passes", 0)}))
@@ -637,11 +639,9 @@ def load_mar(path, ema=True, **config_overrides):
         check_settings(config, made, path)
         if names is not None and [type(name) for name in names] != [str] * config.num_classes:
             raise UserError(f"{path}: class_names are no text for each of its {config.num_classes} classes")
-    if stage not in STAGES:
-        raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
+        model = fill_model(lambda: MAR(config), state, path, [("^head_net.", head)])
     if ours and not file.get("stage"):
         say(f"note: {path} names no stage, so it is taken for a teacher")
-    model = fill_model(lambda: MAR(config), state, path, [("^head_net.", head)])
     model.source, model.stage, model.made, model.class_names = str(path), stage, made, names
     return model
 
@@ -668,7 +668,8 @@ def fill_model(build, state, path, names=(), turned=(), advice=""):
         parts = [first + part + last for part in middle.split(",")]
         ours = torch.atleast_1d(ours.T if name in turned else ours)
         places.update(zip(parts, ours.chunk(len(parts))))
-    # dimensions of 1 are no difference; whole numbers are (quantised: scales elsewhere), but for counters of batches
+    # dimensions of 1 are no difference. Whole numbers are quantised ones, whose scale lies elsewhere, or count batches,
+    # which means nothing in eval mode
     kind = lambda value: tuple(value.squeeze().shape) if value.is_floating_point() else value.dtype
     wanted = {name: kind(place) for name, place in places.items() if place.is_floating_point()}
     found = {name: kind(value) for name, value in state.items()
