@@ -385,12 +385,12 @@ class MAR(nn.Module):
 
     def patchify(self, latents):
         """(B, c, h, w) -> (B, L, C), raster order; a token's channels are ordered (c, row, column) as in MAR."""
-        return F.pixel_unshuffle(latents, self.config.patch_size).flatten(2).mT  # (B, C, L) before it is turned
+        return F.pixel_unshuffle(latents, self.config.patch_size).flatten(2).mT.contiguous()  # from (B, C, L)
 
     def unpatchify(self, tokens):
         """(B, L, C) -> (B, c, h, w), the inverse of patchify."""
         side = math.isqrt(self.config.seq_len)
-        return F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), self.config.patch_size)
+        return F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), self.config.patch_size).contiguous()
 
     def run_blocks(self, blocks, x):
         for block in blocks:
