@@ -702,7 +702,7 @@ def test_schedule_is_the_public_one():
         for name, key in names.items():
             close(ours[key], theirs[f"{prefix}_{name}"], 1e-10)
     alpha, sigma = alpha_sigma(torch.tensor([755, 973, 999]))
-    ratio = (sigma / alpha)[:, 0]  # 2.5 where the student starts, 24.7 the noisiest level trained, 20,291 unusable
+    ratio = (sigma / alpha)[:, 0]  # where the student starts; the noisiest level trained; unusable
     assert abs(ratio[0] - 2.5) < 0.01 and abs(ratio[1] - 24.7) < 0.1 and abs(ratio[2] - 20291) < 300, ratio
 
 
@@ -906,7 +906,7 @@ def test_what_is_known_stays_and_the_rest_is_drawn_to_it():
         tokens = steps[-1][0]
         assert torch.equal(tokens[:, ~redraw], picture[:, ~redraw].expand(3, -1, -1))
         other = model.patchify(model.generate(labels, given=-picture, redraw=redraw, seeds=seeds, **how))
-        # drawn after what is around it and after the class: little in a network of random weights, but not rounding
+        # drawn after what is around it and after the class: little where weights are random, but not rounding
         assert (tokens - other)[:, redraw].abs().mean() > 1e-4
         assert (tokens[0] - tokens[1])[redraw].abs().mean() > 1e-4
     everything = torch.ones(16, dtype=torch.bool)
@@ -962,22 +962,22 @@ def test_step_and_chain_with_everything_embedded_once_are_the_plain_ones():
 def test_dtype_is_decided_by_what_the_machine_is():
     """auto: bf16 where the CPU has instructions for it, and never by a stopwatch; pictures stay float32."""
     model, labels = tiny_mar(), torch.arange(4)
-    wanted = {"auto": {"avx512_bf16": ({"avx512_bf16": True}, "AVX512", True), "arm": ({"bf16": True}, "DEFAULT", True),
-                       "macOS": ({"bf16": True}, "DEFAULT", False),
-                       "amx": ({"amx_bf16": True}, "AVX512", True), "avx2": ({"avx2": True}, "AVX2", False),
-                       "told": ({"avx512_bf16": True}, "AVX2", False)},
-              "float32": {"arm": ({"bf16": True}, "DEFAULT", False)}, "bfloat16": {"avx2": ({}, "AVX2", True)}}
+    machines = [  # --dtype, what the CPU has, its capability -> whether products are in bf16
+        ("auto", {"avx512_bf16": True}, "AVX512", True), ("auto", {"amx_bf16": True}, "AVX512", True),
+        ("auto", {"avx2": True}, "AVX2", False), ("bfloat16", {}, "AVX2", True),
+        ("auto", {"avx512_bf16": True}, "AVX2", False),  # told so by ATEN_CPU_CAPABILITY
+        ("auto", {"bf16": True}, "ARM", True), ("float32", {"bf16": True}, "ARM", False),
+        ("auto", {"bf16": True}, "macOS", False)]
     plain = model.generate(labels, 4)
     with patch.object(model_file, "BF16", None), redirect_stdout(io.StringIO()):
-        for dtype, machines in wanted.items():
-            for name, (has, capability, bf16) in machines.items():
-                with (patch("torch.cpu.get_capabilities", lambda: has, create=True),  # older PyTorch has none
-                      patch("torch.backends.cpu.get_cpu_capability", lambda: capability),
-                      patch("torch.backends.mkldnn.is_available", lambda: name != "macOS")):
-                    setup("cpu", dtype)
-                assert model_file.BF16 is bf16, (dtype, name)
-                images = model.generate(labels, 4)
-                assert images.dtype == torch.float32 and torch.equal(images, plain) is not bf16, (dtype, name)
+        for dtype, has, capability, bf16 in machines:
+            with (patch("torch.cpu.get_capabilities", lambda: has, create=True),  # older PyTorch has none
+                  patch("torch.backends.cpu.get_cpu_capability", lambda: capability),
+                  patch("torch.backends.mkldnn.is_available", lambda: capability != "macOS")):
+                setup("cpu", dtype)
+            images = model.generate(labels, 4)
+            assert model_file.BF16 is bf16, (dtype, has, capability)
+            assert images.dtype == torch.float32 and torch.equal(images, plain) is not bf16
 
 
 def test_bf16_weights_give_the_bits_of_autocast():
@@ -1018,12 +1018,12 @@ def test_sampling_neither_waits_for_the_device_nor_copies_to_it():
     with torch.device("meta"):
         model, labels, seeds = MAR(tiny_config()).eval(), torch.zeros(3).long(), torch.zeros(3, 2).long()
     for head_steps, guidance in ((1, 1.0), (1, 2.0), (4, 2.0)):
-        model.generate(labels, 5, head_steps, guidance, seeds=seeds)  # tables of the schedule are copied here, and kept
+        model.generate(labels, 5, head_steps, guidance, seeds=seeds)  # copies the schedule's tables, and keeps them
         with HostTraffic():
             model.generate(labels, 5, head_steps, guidance, seeds=seeds)
     with HostTraffic():
-        again = lambda: model.generate(labels, 5, 6, 2.0, seeds=seeds)  # another chain's time steps are not there yet
-        refused(again, "copies between host and device", by=AssertionError)
+        other_chain = lambda: model.generate(labels, 5, 6, 2.0, seeds=seeds)  # whose table is not there yet
+        refused(other_chain, "copies between host and device", by=AssertionError)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(folder):
@@ -2468,7 +2468,7 @@ def flops_of(model, generate_kwargs):
 
     if generate_kwargs["head_steps"] == 1:
         return counted(1)
-    two, three = counted(2), counted(3)  # a chain's steps are all alike, so counting is linear in them (time is not)
+    two, three = counted(2), counted(3)  # a chain's steps are all alike
     return two + (generate_kwargs["head_steps"] - 2) * (three - two)
 
 
@@ -2495,12 +2495,12 @@ def test_pictures_that_are_not_finite_are_never_written(folder):
     tiny_mar(folder)
     file, out = read_checkpoint(folder / "student.pt"), "head_net.final_layer.linear.weight"
     for name, key, change, count in (
-            ("nan", out, lambda w: w * math.nan, "4 of 4 pictures"),
-            ("inf", out, lambda w: torch.full_like(w, 1e38), "4 of 4 pictures"),
-            ("class", "class_emb.weight", lambda w: w.index_fill(0, torch.tensor([2]), math.nan), "1 of 4 pictures")):
+            ("nan", out, lambda w: w * math.nan, 4), ("inf", out, lambda w: torch.full_like(w, 1e38), 4),
+            ("class", "class_emb.weight", lambda w: w.index_fill(0, torch.tensor([2]), math.nan), 1)):
         torch.save({**file, "ema": {**file["ema"], key: change(file["ema"][key])}}, folder / f"{name}.pt")
-        refused(lambda: draw(load_mar(folder / f"{name}.pt"), range(4), ar_steps=2), count, "not finite")
-    refused(lambda: draw(load_mar(folder / "inf.pt"), range(4), ar_steps=2, head_steps=4), "4 of 4")  # despite a clamp
+        model = load_mar(folder / f"{name}.pt")
+        for head_steps in (1, 4):  # the chain's clamp hides none
+            refused(lambda: draw(model, range(4), ar_steps=2, head_steps=head_steps), f"{count} of 4", "not finite")
     before = sorted(folder.iterdir())
     nan = (folder / "nan.pt", "--ar_steps", 2, "--per_class", 1, "--batch", 4)
     for *flags, out in (("--out", "x.png"), ("--gif", "x.gif"), ("--num", 6, "--out", "x.npz"),
@@ -2508,7 +2508,7 @@ def test_pictures_that_are_not_finite_are_never_written(folder):
         refused(lambda: sample_main(*nan, *flags, folder / out), "4 of 4")
     shutil.rmtree(folder / "new")
     assert sorted(folder.iterdir()) == before
-    assert draw(load_mar(folder / "class.pt"), [0, 1, 3], ar_steps=2).float().std() > 20  # the others are as they were
+    assert draw(model, [0, 1, 3], ar_steps=2).float().std() > 20  # the other classes are as they were
     vae = TinyVAE()
     vae.layer.bias[0] = math.nan
     latents = tiny_mar(**LATENT)
