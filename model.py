@@ -650,7 +650,7 @@ def load_network(build, path, get, names=(), drop=(), turned=()):
     """A public network: fill_model of a file, `get` for data.py --get. drop: how names begin that are left out."""
     state = weights_in(read_checkpoint(need_file(path, get)))
     state = {name: value for name, value in state.items() if not name.startswith(tuple(drop))}
-    return fill_model(lambda: build(state), state, path, names, turned, f"; python data.py --get {get} fetches it")
+    return fill_model(build, state, path, names, turned, f"; python data.py --get {get} fetches it")
 
 
 def fill_model(build, state, path, names=(), turned=(), advice=""):
