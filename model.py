@@ -668,8 +668,7 @@ def fill_model(build, state, path, names=(), turned=(), advice=""):
         parts = [first + part + last for part in middle.split(",")]
         ours = torch.atleast_1d(ours.T if name in turned else ours)
         places.update(zip(parts, ours.chunk(len(parts))))
-    # dimensions of 1 are no difference. Whole numbers are quantised ones, whose scale lies elsewhere, or count batches,
-    # which means nothing in eval mode
+    # dimensions of 1 are no difference; whole numbers are quantised, with scales elsewhere, or count training's batches
     kind = lambda value: tuple(value.squeeze().shape) if value.is_floating_point() else value.dtype
     wanted = {name: kind(place) for name, place in places.items() if place.is_floating_point()}
     found = {name: kind(value) for name, value in state.items()

@@ -187,8 +187,7 @@ def unmasking(model, labels, seed=0, vae=None, **generate_kwargs):
 
 def save_gif(model, classes, titles, per_class, path, **how):
     """The unmasking of per_class pictures of each class -> an animated GIF file."""
-    device = next(model.parameters()).device
-    labels = torch.tensor(classes, device=device).repeat_interleave(per_class)
+    labels = torch.tensor(classes, device=next(model.parameters()).device).repeat_interleave(per_class)
     frames = [grid_image(list(zip(titles, pictures.split(per_class)))).quantize(256)  # a third of the memory
               for pictures in tqdm(unmasking(model, labels, **how), total=how["ar_steps"] + 1)]
     # about three seconds in all, up to K = 150, and two more to look at the result
