@@ -750,16 +750,18 @@ class Run:
         self.total, self.images, self.sums = total, images, {}
         self.logged, self.clock = self.step, time.time()  # step of the last log line; since when training goes on
         say(f"{self.stage}: updates {self.step} to {total}, {images} images each on {self.world} process(es)")
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:  # as a shell sets SIGINT for a background job
-                signal.signal(number, self.hear)
         self.bar = tqdm(range(self.step, total), self.stage, total, initial=self.step, disable=self.rank > 0 or None)
-        for step in self.bar:
-            self.step = step + 1  # updates done when the loop's body ends
-            yield step
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            for number, handler in before.items():
+                if handler != signal.SIG_IGN:  # as a shell sets SIGINT for a background job
+                    signal.signal(number, self.hear)
+            for step in self.bar:
+                self.step = step + 1  # updates done when the loop's body ends
+                yield step
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def hear(self, number, frame):
         """A first signal ends the run as soon as an update is saved, a second the process at once."""
@@ -773,7 +775,7 @@ class Run:
             signal.raise_signal(number)
 
     def add(self, count=1, **values):
-        """Add 0-d tensors by name, of one of `count` micro-batches, to the sums since the last log line. No host sync."""
+        """Add 0-d tensors by name, of one of `count` micro-batches, to sums since the last log line. No host sync."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() / count
 
@@ -783,8 +785,8 @@ class Run:
         if self.world == 1:  # several agree at a log line
             self.stopping = self.heard
         due = lambda *every: self.stopping or self.step == self.total or any(self.step % n == 0 for n in every)
-        if due(self.args.log_every):
-            self.log()
+        if due(self.args.log_every, self.args.save_every, self.args.eval_every):
+            self.log()  # before each save, so that nothing is saved of a gradient that was not finite
         if due(self.args.save_every, self.args.eval_every):
             self.save(product, model)
 
@@ -818,8 +820,6 @@ class Run:
 
     def save(self, product, model):
         """<product>.pt and resume.pt, whole files at any moment. Here a run ends that a signal has told so."""
-        if self.sums:  # so nothing is saved of a gradient that was not finite, and no figure is lost when a run goes on
-            self.log()
         if self.rank == 0:
             self.write(product, model.config, ema=model.state_dict())
             self.write("resume", model.config, **{name: x.state_dict() for name, x in self.state.items()},
