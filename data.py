@@ -7,6 +7,7 @@ Three kinds of data, one class (`Data`):
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
     python data.py --get kl16                                          # nothing is downloaded that it does not name
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
+From then on --data out/cache/<name of the folder>-256-latents, as it says at its end.
 Killed at any moment, the same command goes on where it stopped.
 """
 import argparse
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -163,8 +165,8 @@ def find_images(folder, need_classes=False):
     for name, files in found.items():
         if not files:
             raise UserError(f"{Path(folder, name)}: no images in it: fill it, or remove it if it is no class")
-    labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
-    return list(found), [file for files in found.values() for file in files], labels
+    labels = np.repeat(np.arange(len(found)), [*map(len, found.values())])
+    return list(found), [*chain(*found.values())], labels
 
 
 def native_size(path, split, pixels=False):
@@ -238,17 +240,16 @@ def start_cache(out, folder, files, meta):
         stat = os.stat(file)
         digest.update(os.fsencode(f"{file[start:]} {stat.st_size} {stat.st_mtime_ns}\n"))
     meta["digest"] = digest.hexdigest()
-    if path.exists():
-        with reading(path, "cache.json", f": delete {out}"):
-            found = json.loads(path.read_text())
-        if found != meta:
-            raise UserError(f"{out} is of other pictures, or made otherwise: delete it, or give another --out")
-        return
-    if need > free:
-        raise UserError(f"{out}: only {free / 1e9:.2f} GB are free: make room, or give another --out")
-    np.lib.format.open_memmap(out / "done.npy", "w+", np.uint8, (count,))
-    np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, (count, 2, 32, side, side))
-    write_json(path, meta)
+    if not path.exists():
+        if need > free:
+            raise UserError(f"{out}: only {free / 1e9:.2f} GB are free: make room, or give another --out")
+        np.lib.format.open_memmap(out / "done.npy", "w+", np.uint8, (count,))
+        np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, (count, 2, 32, side, side))
+        write_json(path, meta)
+    with reading(path, "cache.json", f": delete {out}"):
+        found = json.loads(path.read_text())
+    if found != meta:
+        raise UserError(f"{out} is of other pictures, or made otherwise: delete it, or give another --out")
 
 
 def build_cache(args):
@@ -343,7 +344,9 @@ class Data:
     def images(self, indices, flip=None):
         """uint8 (B, 3, H, W) of indices (B,), mirrored where flip (B,) bool says so. Of data of pixels."""
         x = self.read(np.asarray(indices))
-        return x if flip is None else torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
+        if flip is None:
+            return x
+        return torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
 
     def batch(self, indices, flip, generator=None):
         """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64. Pixels are in [-1, 1];
@@ -397,11 +400,11 @@ def open_images(name, split, img_size):
     return Data(name, class_names, img_size, labels, lambda indices: images[indices])
 
 
-def open_cifar10(split, img_size=None, root="data"):
+def open_cifar10(split, img_size=None):
     """The official binary files: per image 1 label byte, then 3,072 pixel bytes (red, green, blue planes)."""
     if img_size not in (None, 32):
         raise UserError(f"cifar10 is of 32 px, not {img_size}")
-    folder = Path(root) / "cifar-10-batches-bin"  # under the current folder, where --get cifar10 puts it
+    folder = Path("data/cifar-10-batches-bin")  # under the current folder, where --get cifar10 puts it
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     try:
         records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(10_000, 3073) for name in names])
@@ -654,7 +657,9 @@ def check_numbers(args, one="", two="", share=""):
     """Refuse negative numbers and NaN; of flags named in `one` 0 too, in `two` 0 and 1, in `share` 1 and more."""
     for name, value in vars(args).items():
         low = 2 if name in two.split() else int(name in one.split())
-        high = 1 if name in share.split() else 1001 if name.endswith("head_steps") else 2**31  # a chain has 1,000 steps
+        high = 1 if name in share.split() else 2**31
+        if name.endswith("head_steps"):
+            high = 1001  # a chain has 1,000 time steps
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not low <= number < high:  # false for NaN too
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
