@@ -7,8 +7,7 @@ Three kinds of data, one class (`Data`):
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
     python data.py --get kl16                                          # nothing is downloaded that it does not name
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
-From then on --data out/cache/<name of the folder>-256-latents, as it says at its end.
-Killed at any moment, the same command goes on where it stopped.
+Killed at any moment, the same command goes on where it stopped. At its end it says what --data takes from then on.
 """
 import argparse
 import contextlib
@@ -155,8 +154,8 @@ def find_images(folder, need_classes=False):
         name = file[start:].split(os.sep)[0]
         found.get(name, loose).append(file)
     if not any(found.values()):
-        found, loose = {"": loose}, []
-    if loose:
+        found = {"": loose}
+    elif loose:
         say(f"{folder}: {len(loose):,} images are in no class folder, and passed over: {loose[0]}, ...")
     if need_classes and "" in found:
         raise UserError(f"{folder}: no images in class folders there; {LAYOUT}")
@@ -769,7 +768,6 @@ def main(argv=None):
     """Download what --get names, or build the latent cache of --data; UserError before anything long."""
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
-    # the cache
     flag("--data", help="image folder with train/<class>/*")
     flag("--split", choices=SPLITS, default="train", help="test reads test, val or validation")
     flag("--vae", help="KL-16 VAE file (--get kl16)")
@@ -777,7 +775,6 @@ def main(argv=None):
     flag("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")
     flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
-    # downloads
     flag("--get", nargs="+", default=[], choices=PUBLIC, metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
     flag("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = p.parse_args(argv)

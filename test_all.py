@@ -2001,7 +2001,6 @@ def test_bad_image_folders_are_refused(tmp):
         ("train/bee/1.png", b"P5 20000 15000 255 ", "", "train/bee/1.png", "300000000 pixels"),
         # classes in the place of the splits; one may be called train
         ("bus/1.png", whole, "train", "no folder 'train'", "DATA/train/<class>/*.jpg"),
-        ("v/bus/1.png", whole, "v", "no folder 'train'", "DATA/train/<class>/*.jpg"),
         ("v/train/1.png", whole, "v", "class folders", "DATA/train/<class>/*.jpg", "where a class is called train")]
     for name, content, opened, *words in rows:
         with scratch() as root:
@@ -2149,13 +2148,11 @@ def test_other_files_are_no_vae(tmp):
     part = {name: value for name, value in state.items() if name != "quant_conv.bias"}
     refused_files(tmp, [(data.load_vae, part, "no KLVAE file", "quant_conv.bias is missing"),
                         (data.load_vae, public_mar_file().read_bytes(), "no KLVAE file", "conv_in.weight is missing")])
-    # plain; as latent-diffusion's training leaves it, with the discriminator; the same from several GPUs
-    loss = {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
-    for i, file in enumerate([{**state, **loss}, {"state_dict": {**state, **loss}, "epoch": 3, "callbacks": {}},
-                              {"state_dict": {f"module.{name}": value for name, value in state.items()}}]):
-        torch.save(file, tmp / "trained.ckpt")
-        for name, value in data.load_vae(tmp / "trained.ckpt").state_dict().items():
-            assert torch.equal(value, state[re.sub(r"(block|attn)(\d)", r"\1.\2", name)]), (i, name)
+    # as latent-diffusion's training on several GPUs leaves it, with the discriminator
+    trained = {"loss.logvar": torch.zeros(()), **state}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in trained.items()}, "epoch": 3}, tmp / "a.ckpt")
+    for name, value in data.load_vae(tmp / "a.ckpt").state_dict().items():
+        assert torch.equal(value, state[re.sub(r"(block|attn)(\d)", r"\1.\2", name)]), name
 
 
 def test_latent_batches(tmp):
