@@ -253,13 +253,13 @@ def start_cache(out, folder, files, meta):
 
 def build_cache(args):
     """Fill the rows that lack, each rank its share of them. A picture that cannot be decoded is named and left out."""
-    folder = split_folder(args.data, args.split)
-    size = args.img_size or native_size(args.data, args.split)
+    folder = split_folder(args.data, "train")
+    size = args.img_size or native_size(args.data, "train")
     if size < PIXEL_LIMIT:
         raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
     if not args.vae or size % 16:
         raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
-    out = Path(args.out or default_cache(args.data, size)) / args.split
+    out = Path(args.out or default_cache(args.data, size))
     class_names, files, labels = find_images(folder, need_classes=True)
     device, rank, world = setup(args.device)
     vae = load_vae(args.vae).to(device)
@@ -292,11 +292,12 @@ def build_cache(args):
             bar.update(len(rows))
     done.flush()
     barrier()
-    say(f"finished, {(done == BROKEN).sum():,} pictures left out; from now on: --data {out.parent}")
+    say(f"finished, {(done == BROKEN).sum():,} pictures left out; from now on: --data {out}")
 
 
-def open_cache(folder, name):
+def open_cache(folder):
     """A finished latent cache -> Data."""
+    folder = Path(folder)
     with reading(folder, "latent cache", ": delete it and build it again"):
         meta = json.loads((folder / "cache.json").read_text())
         size, classes = meta["img_size"], meta["classes"]
@@ -309,7 +310,7 @@ def open_cache(folder, name):
         raise UserError(f"{folder}: this cache is not finished: the command that began it goes on with it")
     rows = np.flatnonzero(done == DONE)
     read = lambda indices, flips: torch.from_numpy(moments[rows[indices], flips])  # a copy of these rows alone
-    return Data(name, [*classes], size, labels[rows], read, pixels=False)
+    return Data(str(folder), [*classes], size, labels[rows], read, pixels=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,15 +377,15 @@ def open_data(name, split="train", img_size=None, pixels=False):
         return open_cifar10(split, img_size)
     if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
-    if not pixels and Path(name, split, "cache.json").exists():
-        return open_cache(Path(name, split), name)
+    if not pixels and Path(name, "cache.json").exists():
+        return open_cache(name)
     img_size = img_size or native_size(name, split, pixels)
     if pixels or img_size < PIXEL_LIMIT:
         return open_images(name, split, img_size)
     cache = default_cache(name, img_size)
     raise UserError(f"{name}: images of {img_size} px become latents, once, by: python data.py --data "
-                    f"{shlex.quote(name)} --split {split} --img_size {img_size} --vae {PUBLIC['kl16'][1]}; then give "
-                    f"--data {cache}; or use them as pixels (distill.py --pixels; fid.py --classifier FILE)")
+                    f"{shlex.quote(name)} --img_size {img_size} --vae {PUBLIC['kl16'][1]}; then give --data "
+                    f"{cache}; or use them as pixels (distill.py --pixels; fid.py --classifier FILE)")
 
 
 def open_images(name, split, img_size):
@@ -769,7 +770,6 @@ def main(argv=None):
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
     flag("--data", help="image folder with train/<class>/*")
-    flag("--split", choices=SPLITS, default="train", help="test reads test, val or validation")
     flag("--vae", help="KL-16 VAE file (--get kl16)")
     flag("--img_size", type=int, help="px a side; default 256")
     flag("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")

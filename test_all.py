@@ -2070,7 +2070,7 @@ class TinyVAE(torch.nn.Module):
 
 
 def build_bugs(folder, out, stop=0):
-    """Make the latent cache of an image folder of 64 px in out/train, killed in the `stop`-th call that changes
+    """Make the latent cache of an image folder of 64 px in `out`, killed in the `stop`-th call that changes
     something. -> how many pictures were encoded, None if it was killed."""
     TinyVAE.encoded = 0
     changes = (np.memmap, "flush"), (np.lib.format, "open_memmap"), (data, "write_json"), (TinyVAE, "moments")
@@ -2108,14 +2108,14 @@ def test_a_damaged_cache_is_not_believed(tmp):
     folder = make_folder(tmp / "bugs", size=(64, 64))  # 6 rows of 2 x 32 x 4 x 4 float16 are 12,288 bytes
     with patch("shutil.disk_usage", lambda path: Mock(free=12_000)):
         refused(lambda: build_bugs(folder, tmp / "out"), "0.00 GB are free", "make room")
-        assert os.listdir(tmp / "out/train") == [".lock"]
+        assert os.listdir(tmp / "out") == [".lock"]
     build_bugs(folder, tmp / "whole")
     for name, content in itertools.product(("moments.npy", "done.npy", "cache.json"), (None, b"", b"cut", b"[1]")):
-        file = shutil.copytree(tmp / "whole", tmp / "cache") / "train" / name
+        file = shutil.copytree(tmp / "whole", tmp / "cache") / name
         file.unlink() if content is None else file.write_bytes(content)
-        refused(lambda: open_data(tmp / "cache"), "cache/train", "" if content is None else "delete it")
+        refused(lambda: open_data(tmp / "cache"), f"{tmp}/cache", "" if content is None else "delete it")
         shutil.rmtree(tmp / "cache")
-    np.save(tmp / "whole/train/done.npy", np.ones(5, np.uint8))
+    np.save(tmp / "whole/done.npy", np.ones(5, np.uint8))
     refused(lambda: open_data(tmp / "whole"), "6 pictures", "delete it and build it again")
 
 
@@ -2159,13 +2159,12 @@ def test_latent_batches(tmp):
     # a cache made by hand: mean 3 (flip: 5), log-variance ln 4, so a sample is (3 or 5, + 2 noise) * 0.2325
     moments = np.zeros((4, 2, 32, 8, 8), np.float16)
     moments[:, 0, :16], moments[:, 1, :16], moments[:, :, 16:] = 3, 5, np.log(4)
-    (tmp / "train").mkdir()
-    np.save(tmp / "train/moments.npy", moments)
-    np.save(tmp / "train/done.npy", np.array([data.BROKEN, data.DONE, data.DONE, data.DONE], np.uint8))
-    (tmp / "train/cache.json").write_text(json.dumps({"img_size": 128, "classes": {"a": 2, "b": 2}}))
+    np.save(tmp / "moments.npy", moments)
+    np.save(tmp / "done.npy", np.array([data.BROKEN, data.DONE, data.DONE, data.DONE], np.uint8))
+    (tmp / "cache.json").write_text(json.dumps({"img_size": 128, "classes": {"a": 2, "b": 2}}))
     latents = open_data(tmp)
     assert (len(latents), latents.pixels, latents.labels.tolist()) == (3, False, [0, 1, 1])
-    refused(lambda: open_data(tmp, pixels=True), "no images")
+    refused(lambda: open_data(tmp, pixels=True), "no folder")
     draw = lambda seed: latents.batch([1, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
     x, labels = draw(0)
     assert x.shape == (2, 16, 8, 8) and x.dtype == torch.float32 and labels.tolist() == [1, 1]
