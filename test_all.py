@@ -1320,13 +1320,13 @@ def apart(ours, theirs):
 
 def test_two_processes_train_as_one_end_to_end(folder):
     """By their judges, who see whole runs of both programs. The next test compares the networks."""
-    on_ranks(2, lambda: tiny_distill(folder / "distill", "--log_every", 1))
+    write_student(folder)
+    reward = lambda name: run_rl(folder, "--out", folder / name, "--steps", 2)
+    reward("one")
+    on_ranks(2, lambda: (tiny_distill(folder / "distill", "--log_every", 1), reward("two")))
     for name in ("config.json", "log.jsonl", "results.json", "teacher.pt", "student.pt", "grid_000006.png"):
         assert (whole_run() / name).is_file() and (folder / "distill" / name).is_file(), name
     assert set(table_of(whole_run())) == {"teacher_4", "teacher_1", "student"}
-    write_student(folder)
-    run_rl(folder, "--out", folder / "one", "--steps", 2)
-    on_ranks(2, lambda: run_rl(folder, "--out", folder / "two", "--steps", 2))
     for one, two, name in ((folder / "one", folder / "two", "after"), (whole_run(), folder / "distill", "teacher_4"),
                            (whole_run(), folder / "distill", "student")):
         one, two = (table_of(run)[name]["fd"] for run in (one, two))
@@ -1630,14 +1630,12 @@ def test_a_run_that_ends_anywhere_and_resumes_is_bit_exact(folder):
 
 def test_rows_of_a_table_may_lack_figures(folder):
     """A run that goes on where its classifier or data are gone, or have come."""
-    for rows, lines in (({"before": {"fd": 1.5}, "after": {"made_by": {}, "accuracy": 0.5}},
-                         [["fd", "accuracy"], ["before", "1.5", "-"], ["after", "-", "0.5"]]),
-                        ({"teacher_1": {"made_by": {}}, "student": {"fd": 1.5}},
-                         [["fd"], ["teacher_1", "-"], ["student", "1.5"]])):
-        watch = object.__new__(distill.Watch)
-        watch.rows, watch.grid, watch.run = rows, {}, Namespace(rank=0, path=lambda name: folder / name)
-        assert [line.split() for line in heard(lambda: watch.show(3)).splitlines()] == lines
-        assert table_of(folder) == rows
+    watch = object.__new__(distill.Watch)
+    watch.grid, watch.run = {}, Namespace(rank=0, path=lambda name: folder / name)
+    watch.rows = {"teacher_1": {"made_by": {}}, "before": {"fd": 1.5}, "after": {"made_by": {}, "accuracy": 0.5}}
+    lines = [line.split() for line in heard(lambda: watch.show(3)).splitlines()]
+    assert lines == [["fd", "accuracy"], ["teacher_1", "-", "-"], ["before", "1.5", "-"], ["after", "-", "0.5"]]
+    assert table_of(folder) == watch.rows
 
 
 def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
@@ -1739,34 +1737,32 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(who
         assert_alike(whole / "run", run)
 
 
-def distil_with_accidents(folder, name, resume=False):
-    """12 updates of stage 1. In the run `hurt` rank 1 is killed at step 5 in its first life. In its second, which
-    torchrun starts, SIGTERM comes to it at step 6, and to rank 0 while that writes its last checkpoint."""
-    write, hurt, batch, number = distill.Run.write, name == "hurt" and not resume, 0, 0
-    if hurt and os.environ["RANK"] == "1":  # the second life goes on from step 3
-        batch, number = {"0": (6, signal.SIGKILL), "1": (4, signal.SIGTERM)}[os.environ["TORCHELASTIC_RESTART_COUNT"]]
+def twelve_updates(folder, name, *more):
+    """Of stage 1."""
+    blind_distill(f"{folder}/{name}", "--teacher_steps", 0, "--teacher", f"{folder}/teacher.pt", "--steps", 12,
+                  "--save_every", 3, "--log_every", 4, *more)
 
-    def told_late(run, product, *sizes, **contents):  # rank 0 hears it when all have agreed: they leave together
-        if hurt and run.stopping and product == "student":
-            signal.raise_signal(signal.SIGTERM)
-        write(run, product, *sizes, **contents)
 
-    with (happens_at(batch, lambda: os.kill(os.getpid(), number), (distill, "training_batch")),
-          patch.object(distill.Run, "write", told_late)):
-        blind_distill(f"{folder}/{name}", "--teacher_steps", 0, "--teacher", f"{folder}/teacher.pt", "--steps", 12,
-                      "--save_every", 3, "--log_every", 4, *["--resume"] * resume)
+def updates_with_accidents(folder):
+    """The same under torchrun. Rank 1 is killed at step 5 in its first life. In its second, which goes on from step 3,
+    SIGTERM comes to it at step 6, and to rank 0 a step later."""
+    rank_and_life = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    batch, number = {("1", "0"): (6, signal.SIGKILL), ("1", "1"): (4, signal.SIGTERM),
+                     ("0", "1"): (5, signal.SIGTERM)}.get(rank_and_life, (0, 0))
+    with happens_at(batch, lambda: os.kill(os.getpid(), number), (distill, "training_batch")):
+        twelve_updates(folder, "hurt")
 
 
 def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well(folder):
-    """Both accidents happen to one run, and it ends as the undisturbed run of two processes. After the signal to one of
-    them both end at the next log line."""
+    """Both accidents happen to one run, and it ends as the undisturbed run of two processes. After the signals both
+    processes end at the next log line."""
     tiny_mar(folder, "teacher", **PIXELS_16)
     result = fresh("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
-                   "test_all.py", "--rank", "distil_with_accidents", folder, "hurt")
+                   "test_all.py", "--rank", "updates_with_accidents", folder)
     assert result.returncode == 0, result.stderr[-9000:]  # torchrun's own account of a failure comes last
     assert "SIGTERM at step 8" in result.stdout and read_checkpoint(folder / "hurt" / "resume.pt")["step"] == 8
-    for name, resume in (("hurt", True), ("whole", False)):
-        on_ranks(2, lambda: distil_with_accidents(folder, name, resume))
+    on_ranks(2, lambda: twelve_updates(folder, "hurt", "--resume"))
+    on_ranks(2, lambda: twelve_updates(folder, "whole"))
     assert [line["step"] for line in log_of(folder / "hurt")] == [3, 4, 6, 8, 9, 12]  # a save logs, too
     assert_alike(folder / "whole", folder / "hurt")
 
