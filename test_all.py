@@ -29,7 +29,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -205,17 +204,9 @@ def fresh(*argv, **env):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
 
-def free_port():
-    """A TCP port that nobody uses: sought from another place by each process, below those that systems hand out."""
-    for port in itertools.count(10_000 + os.getpid() * 7 % 20_000):
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-
-
 def on_ranks(world, work):
     """work() on `world` gloo processes, told by torchrun's variables who they are: -> rank 0's stdout."""
-    port = free_port()
+    port = 10_000 + os.getpid() % 20_000  # another for each test, below those that systems hand out
     ranks = [Command(work, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(world)]
     while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
@@ -1584,15 +1575,15 @@ def test_a_second_signal_ends_at_once(folder):
 def test_a_run_that_ends_anywhere_and_resumes_is_bit_exact(folder):
     """Networks, optimisers, log, table and best.pt are in the end those of a run left alone: no step is told twice.
     After a signal no more than the update in hand is made, and saved, whatever --save_every says."""
-    INT, TERM = signal.SIGINT, signal.SIGTERM
-    ends = [  # program; function and which call of it; signal, None: a kill; stage, step and rows that are kept by then
-        (distill, (distill, "update_ema"), 4, None, "teacher", 3, 0),
-        (distill, (distill, "update_ema"), 10, None, "student", 3, 2),
+    KILL, INT, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+    ends = [  # program; function and which call of it; signal; stage, step and rows that are kept by then
+        (distill, (distill, "update_ema"), 4, KILL, "teacher", 3, 0),
+        (distill, (distill, "update_ema"), 10, KILL, "student", 3, 2),
         (distill, (distill, "update_ema"), 9, INT, "student", 3, 2),  # in an update: it is the last, and saved
         (distill, (distill, "draw_together"), 5, TERM, "student", 4, 2),  # in a look that a save comes before: now
-        (rl, (rl, "update_ema"), 4, None, "rl", 3, 3),  # "after" and "best" of step 3 come before the next update
-        (rl, (distill, "save_checkpoint"), 4, None, "rl", 2, 1),  # between student.pt and resume.pt
-        (rl, (distill, "write_json"), 3, None, "rl", 3, 1),
+        (rl, (rl, "update_ema"), 4, KILL, "rl", 3, 3),  # "after" and "best" of step 3 come before the next update
+        (rl, (distill, "save_checkpoint"), 4, KILL, "rl", 2, 1),  # between student.pt and resume.pt
+        (rl, (distill, "write_json"), 3, KILL, "rl", 3, 1),
         (rl, (distill, "draw_together"), 4, TERM, "rl", 3, 1),
         (rl, (distill, "draw_together"), 6, TERM, "rl", 6, 3),
         (rl, (distill, "draw_together"), 1, TERM, None, None, 0)]
@@ -1603,13 +1594,11 @@ def test_a_run_that_ends_anywhere_and_resumes_is_bit_exact(folder):
     with patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         runs[rl](folder / "whole")
         for i, (program, place, count, number, stage, step, rows) in enumerate(ends):
-            out, rarely = folder / f"{i}", ["--save_every", 99] * (program is distill and number is not None)
-            accident = functools.partial(signal.raise_signal, number) if number else Mock(side_effect=Killed)
-            with happens_at(count, accident, place), patch.object(os, "write") as said:
-                code = refused(lambda: runs[program](out, *rarely), by=(Killed, SystemExit))
-            assert code == {INT: "130", TERM: "0", None: ""}[number]
-            if number:
-                assert f"{number.name} at step {step or 0}; ".encode() in said.call_args[0][1], said.call_args
+            out, rarely = folder / f"{i}", ["--save_every", 99] * (program is distill and number != KILL)
+            with happens_at(count, lambda: signal.raise_signal(number), place):
+                result = Command(lambda: runs[program](out, *rarely)).ended()
+            assert result.returncode == {KILL: -KILL, INT: 130, TERM: 0}[number], result
+            assert number == KILL or f"{number.name} at step {step or 0}; " in result.stdout, result
             file = read_checkpoint(out / "resume.pt") if stage else {}
             assert (file.get("stage"), file.get("step")) == (stage, step), (place, count, file)
             assert len(table_of(out) if rows else ()) == rows, (place, count)
@@ -1653,39 +1642,37 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
 
 
 def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
-    """kill -9, resume, kill -9, ..., of distill.py, with data and without, and of rl.py: each ends in the bits, log and
-    table of a run left alone. KILLS=20 asks for that many random moments each."""
-    kills, rng, said = int(os.environ.get("KILLS", 1)), np.random.default_rng(), []
+    """Of distill.py, with data and without, and of rl.py: each ends in the bits, log and table of a run left alone.
+    KILLS=20 asks for that many random moments each."""
     rename, writings = os.replace, itertools.count(1)
 
     def half_written(source, target):
         if str(target).endswith("resume.pt") and next(writings) == 4:
             os.truncate(source, os.path.getsize(source) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal.raise_signal(signal.SIGKILL)
         rename(source, target)
 
     often = ("--steps", 12, "--save_every", 1, "--log_every", 1)
     programs = {"distill": lambda out, *more: blind_distill(out, "--log_every", 1, *more),
-                "without data": lambda out, *more: blind_distill(out, *NO_DATA, folder / "teacher.pt", *often, *more),
+                "without_data": lambda out, *more: blind_distill(out, *NO_DATA, folder / "teacher.pt", *often, *more),
                 "rl": lambda out, *more: run_rl(folder, *often, "--out", out, *more)}
     write_student(folder), write_student(folder, "teacher")
     with patch.object(rl, "Watch", Blind):
         for name, go in programs.items():
-            start, out, steps = time.time(), folder / f"{name}_killed", []
+            start, out = time.time(), folder / f"{name}_killed"
             go(folder / name)
+            moments = np.random.default_rng().uniform(0, 0.7 * (time.time() - start), int(os.environ.get("KILLS", 1)))
             with patch.object(os, "replace", half_written):
-                assert Command(lambda: go(out)).ended().returncode == -signal.SIGKILL
-            for moment in (*rng.uniform(0, 0.7 * (time.time() - start), kills), None):
-                steps.append("{stage} {step}".format(**read_checkpoint(out / "resume.pt")))
+                killed = Command(lambda: go(out)).ended()
+            assert killed.returncode == -signal.SIGKILL, killed
+            for seconds in (*moments, None):
                 (out / "config.json.99..writing").write_text('{"data": ')  # half a file beside another
                 with open(out / "log.jsonl", "a") as f:  # and half a line
                     f.write('{"stage": "teacher", "st')
-                result = Command(lambda: go(out, "--resume")).ended(moment)
-                assert result.returncode in (0, -signal.SIGKILL if moment else 0), result
+                result = Command(lambda: go(out, "--resume")).ended(seconds)
+                assert result.returncode in (0, -signal.SIGKILL), result
             assert_alike(folder / name, out)
             assert not list(out.glob("*.writing"))
-            said.append(f"{name}, killed after {', '.join(steps)}")
-    return "; ".join(said)
 
 
 @contextmanager
