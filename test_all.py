@@ -285,9 +285,10 @@ def heard(work):
 
 def tiny_config(**changes):
     """A MAR of 16 pixel tokens: tiny, but every code path of the real one."""
-    return MARConfig(**{**dict(img_size=8, vae_stride=1, patch_size=2, vae_channels=3, num_classes=4, width=32, heads=2,
-                               encoder_depth=2, decoder_depth=2, buffer_size=2, head_depth=1, head_width=32,
-                               dropout=0.0, mask_ratio_min=0.5, t_init=625), **changes})
+    config = MARConfig(img_size=8, vae_stride=1, patch_size=2, vae_channels=3, num_classes=4, width=32, heads=2,
+                       encoder_depth=2, decoder_depth=2, buffer_size=2, head_depth=1, head_width=32,
+                       dropout=0.0, mask_ratio_min=0.5, t_init=625)
+    return replace(config, **changes)
 
 
 LATENT = dict(img_size=64, vae_stride=16, patch_size=1, vae_channels=16)  # of tiny_config: 16 latent tokens
@@ -1218,10 +1219,9 @@ def test_masked_share_follows_the_public_distribution():
 # ----------------------------------------------------------------------------------------------------------------------
 # distill.py: the program
 
-TINY = ("--data", "shapes", "--device", "cpu", "--teacher_steps", 6, "--teacher_batch", 8,
-        "--steps", 6, "--batch", 8, "--eval_images", 16, "--teacher_head_steps", 4, "--log_every", 2, "--eval_every", 4,
-        "--save_every", 1, "--ar_steps", 4)
-NO_DATA = ("--data", "", "--teacher_steps", 0, "--teacher")  # after TINY: of the student's own contexts
+TINY = ("--data shapes --device cpu --teacher_batch 8 --steps 6 --batch 8 --ar_steps 4 --teacher_head_steps 4 "
+        "--eval_images 16 --eval_every 4 --log_every 2 --save_every 1")
+NO_DATA = ("--data", "", "--teacher")  # after TINY: of the student's own contexts
 
 
 @once("classifier_0.pt")
@@ -1257,9 +1257,11 @@ def all_tiny():
 
 
 def tiny_distill(out, *flags):
-    """distill.py in this process with TINY's flags, of a tiny network: -> what it printed."""
+    """distill.py in this process with TINY's flags, of a tiny network, by a teacher of 6 updates if none is given: ->
+    what it printed."""
+    teacher = [] if "--teacher" in flags else ["--teacher_steps", "6"]
     with all_tiny() as said:
-        distill.main([*map(str, TINY), "--out", str(out), *map(str, flags)])
+        distill.main([*TINY.split(), *teacher, "--out", str(out), *map(str, flags)])
     return said.getvalue()
 
 
@@ -1280,6 +1282,11 @@ def table_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def saved(folder):
+    """A run's last checkpoint."""
+    return read_checkpoint(folder / "resume.pt")
+
+
 def log_of(folder):
     """A run's log: a dict a line."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -1288,7 +1295,7 @@ def log_of(folder):
 def assert_alike(whole, other):
     """Two runs' folders tell of the same run: networks, optimiser, products, log and table, but for the clock."""
     names, others = ({path.name for path in run.glob("*.pt")} for run in (whole, other))
-    assert names == others and len(tree_leaves(read_checkpoint(whole / "resume.pt"))) > 30, (names, others)
+    assert names == others and len(tree_leaves(saved(whole))) > 30, (names, others)
     for name in names:
         a, b = (tree_leaves({**read_checkpoint(run / name), "args": None, "log_bytes": 0}) for run in (whole, other))
         assert all(x == y if not torch.is_tensor(x) else torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
@@ -1356,8 +1363,7 @@ def test_one_two_and_four_processes_train_alike(folder):
     for world in (2, 4):
         on_ranks(world, lambda: one_and_twenty_steps_of_everything(folder, world, parts=4 // world))
         for name in TRAINED:
-            one, many = ([read_checkpoint(folder / f"{w}" / f"{name}_{n}" / "resume.pt") for n in (1, 20)]
-                         for w in (1, world))
+            one, many = ([saved(folder / f"{w}" / f"{name}_{n}") for n in (1, 20)] for w in (1, world))
             for network in sorted(one[0].keys() & {"model", "critic"}):
                 optimizer = "critic_optimizer" if network == "critic" else "optimizer"
                 g, h = ({i: state["exp_avg"] for i, state in z[0][optimizer]["state"].items()} for z in (many, one))
@@ -1380,7 +1386,7 @@ def test_own_contexts_are_the_students_pictures_and_no_data_are_read(folder):
         blind_distill(folder / "run", *NO_DATA, folder / "teacher.pt", "--steps", 17, "--ar_steps", 8, "--lr", "1e-3",
                       "--warmup", 0, "--ema", 0.5, "--seed", 5)
     assert (folder / "run" / "classifier_0.pt").read_bytes() == judge  # rl.py looks for it there
-    file = read_checkpoint(folder / "run" / "resume.pt")
+    file = saved(folder / "run")
     pool, labels = file["pool"]["tokens"], file["pool"]["labels"]
     assert labels.view(-1, 8)[:3].sort(1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 3  # updates 0, 8, 16
     assert not labels[24:].any() and not pool[24:].any()
@@ -1477,9 +1483,9 @@ def test_flags_of_the_loss_change_the_student(folder):
     tiny_mar(folder, "teacher", **PIXELS_16, decoder_depth=3)
     students = {}
     for flags in ((), ("--loss", "vsd"), ("--dtype", "bfloat16"), ("--guidance", 1)):
-        out = folder / "".join(map(str, flags))
-        blind_distill(out / "run", "--teacher", folder / "teacher.pt", "--teacher_steps", 0, "--steps", 2, *flags)
-        students[flags] = read_checkpoint(out / "run/resume.pt")["model"]
+        out = folder / f"run{flags}"
+        blind_distill(out, "--teacher", folder / "teacher.pt", "--steps", 2, *flags)
+        students[flags] = saved(out)["model"]
     plain = students.pop(())
     moved = apart(read_checkpoint(folder / "teacher.pt")["ema"], plain)
     for flags, other in students.items():
@@ -1514,7 +1520,7 @@ def test_classes_are_compared_by_their_names(folder):
         for stage in ("teacher", "student"):
             file = read_checkpoint(folder / f"{stage}.pt")
             save_checkpoint({**file, "class_names": names}, folder / f"{stage}_{kind}.pt")
-        teach = lambda *flags: blind_distill(*flags, "--teacher", folder / f"teacher_{kind}.pt", "--teacher_steps", 0)
+        teach = lambda *flags: blind_distill(*flags, "--teacher", folder / f"teacher_{kind}.pt")
         reward = lambda out, *flags: run_rl(folder, "--out", out, *flags, "--ckpt", folder / f"student_{kind}.pt")
         for data, program in itertools.product(("shapes", ""), (teach, reward)):  # "": by the classifiers beside them
             out = folder / f"{data}_{kind}_{program is teach}"
@@ -1534,7 +1540,7 @@ def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
     write_student(folder)
     own = lambda *more: blind_distill(folder / "own", *NO_DATA, folder / "teacher.pt", "--steps", 1, *more)
     run = lambda *more: blind_distill(folder / "run", *more)
-    teach = lambda name, *more: blind_distill(folder / "d", "--teacher", folder / name, "--teacher_steps", 0, *more)
+    teach = lambda name, *more: blind_distill(folder / "d", "--teacher", folder / name, *more)
     reward = lambda name, *more: run_rl(folder, "--ckpt", folder / name, "--out", folder / "r", *more)
     own(), run()
     with patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):  # torchrun's second life, after a refusal
@@ -1544,7 +1550,7 @@ def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
     refused(lambda: run_rl(folder, "--resume", "--out", folder / "run"), "another program (its stage is student")
     said = run("--resume", "--steps", 8, "--lr", "1e-5")
     assert "other flags: --steps 8 (was 6), --lr 1e-05 (was 0.0005)" in said, said
-    assert read_checkpoint(folder / "run/resume.pt")["step"] == 8
+    assert saved(folder / "run")["step"] == 8
     assert load_mar(folder / "run/resume.pt").config == TINY_SHAPES  # a checkpoint like others: can be drawn
     for stage, go, out in (("teacher", teach, "d"), ("student", reward, "r")):
         go(f"{stage}.pt", "--steps", 1)
@@ -1552,7 +1558,7 @@ def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
         go(f"moved_{stage}.pt", "--steps", 2, "--resume")
         save_checkpoint({**read_checkpoint(folder / f"moved_{stage}.pt"), "step": 7}, folder / f"{stage}.pt")
         refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "cannot go on", "by its SHA-256")
-        assert read_checkpoint(folder / out / "resume.pt")["step"] == 2
+        assert saved(folder / out)["step"] == 2
 
 
 def test_a_second_signal_ends_at_once(folder):
@@ -1594,12 +1600,12 @@ def test_a_run_that_ends_anywhere_and_resumes_is_bit_exact(folder):
     with patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         runs[rl](folder / "whole")
         for i, (program, place, count, number, stage, step, rows) in enumerate(ends):
-            out, rarely = folder / f"{i}", ["--save_every", 99] * (program is distill and number != KILL)
+            out, rarely = folder / f"{i}", ["--save_every", 99] * (number != KILL)
             with happens_at(count, lambda: signal.raise_signal(number), place):
                 result = Command(lambda: runs[program](out, *rarely)).ended()
             assert result.returncode == {KILL: -KILL, INT: 130, TERM: 0}[number], result
             assert number == KILL or f"{number.name} at step {step or 0}; " in result.stdout, result
-            file = read_checkpoint(out / "resume.pt") if stage else {}
+            file = saved(out) if stage else {}
             assert (file.get("stage"), file.get("step")) == (stage, step), (place, count, file)
             assert len(table_of(out) if rows else ()) == rows, (place, count)
             runs[program](out, *rarely, *["--resume"] * bool(stage))
@@ -1625,7 +1631,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
 
     with patch.object(distill, "CLIP", 0):
         refused(lambda: blind_distill(folder / "lr", "--teacher_lr", "1e30"), "not finite in updates")
-    assert [line["step"] for line in log_of(folder / "lr")] == [read_checkpoint(folder / "lr/resume.pt")["step"]]
+    assert [line["step"] for line in log_of(folder / "lr")] == [saved(folder / "lr")["step"]]
     write_student(folder)
     red, always = rl.REWARDS["red"], ("--save_every", 1, "--eval_every", 99)
     for broken, stage, go in (
@@ -1635,7 +1641,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
              lambda *more: run_rl(folder, *always, *more))):
         with broken:
             refused(go, "not finite in updates", "--resume goes on from")
-        file = read_checkpoint(folder / stage / "resume.pt")
+        file = saved(folder / stage)
         assert file["stage"] == stage and 1 <= file["step"] == log_of(folder / stage)[-1]["step"] <= 3, file["step"]
         assert all(torch.isfinite(value).all() for value in file["model"].values())
         go("--resume")
@@ -1644,7 +1650,7 @@ def test_a_nan_stops_training_and_keeps_the_last_good_checkpoint(folder):
 def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
     """Of distill.py, with data and without, and of rl.py: each ends in the bits, log and table of a run left alone.
     KILLS=20 asks for that many random moments each."""
-    rename, writings = os.replace, itertools.count(1)
+    kills, rename, writings = int(os.environ.get("KILLS", 1)), os.replace, itertools.count(1)
 
     def half_written(source, target):
         if str(target).endswith("resume.pt") and next(writings) == 4:
@@ -1661,7 +1667,7 @@ def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
         for name, go in programs.items():
             start, out = time.time(), folder / f"{name}_killed"
             go(folder / name)
-            moments = np.random.default_rng().uniform(0, 0.7 * (time.time() - start), int(os.environ.get("KILLS", 1)))
+            moments = np.random.default_rng().uniform(0, 0.7 * (time.time() - start), kills)
             with patch.object(os, "replace", half_written):
                 killed = Command(lambda: go(out)).ended()
             assert killed.returncode == -signal.SIGKILL, killed
@@ -1696,7 +1702,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(who
     with small_disk(2300) as folder:
         run = folder / "run"
         refused(lambda: train(run), "cannot write", "resume.pt")
-        assert read_checkpoint(run / "resume.pt")["step"] == 1 and not list(run.glob("*.writing"))
+        assert saved(run)["step"] == 1 and not list(run.glob("*.writing"))
         (folder / "grid.png").write_text("old")
         with suppress(OSError):
             (folder / "filler").write_bytes(bytes(2300 * 1024))
@@ -1715,8 +1721,8 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(who
 
 def twelve_updates(folder, name, *more):
     """Of stage 1."""
-    blind_distill(f"{folder}/{name}", "--teacher_steps", 0, "--teacher", f"{folder}/teacher.pt", "--steps", 12,
-                  "--save_every", 3, "--log_every", 4, *more)
+    blind_distill(f"{folder}/{name}", "--teacher", f"{folder}/teacher.pt", "--steps", 12, "--save_every", 3,
+                  "--log_every", 4, *more)
 
 
 def updates_with_accidents(folder):
@@ -1736,7 +1742,7 @@ def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well(folder)
     result = fresh("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
                    "test_all.py", "--rank", "updates_with_accidents", folder)
     assert result.returncode == 0, result.stderr[-9000:]  # torchrun's own account of a failure comes last
-    assert "SIGTERM at step 8" in result.stdout and read_checkpoint(folder / "hurt" / "resume.pt")["step"] == 8
+    assert "SIGTERM at step 8" in result.stdout and saved(folder / "hurt")["step"] == 8
     on_ranks(2, lambda: twelve_updates(folder, "hurt", "--resume"))
     on_ranks(2, lambda: twelve_updates(folder, "whole"))
     assert [line["step"] for line in log_of(folder / "hurt")] == [3, 4, 6, 8, 9, 12]  # a save logs, too
