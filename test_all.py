@@ -1820,9 +1820,8 @@ def test_train_indices_are_shuffled_epochs():
     refused(lambda: train_indices(n, 8, 0, 0, world=3), "8", "3")
 
 
-def test_image_folders_are_held_in_memory_and_opened_as_asked_or_refused(tmp):
+def test_image_folders_are_held_in_memory(tmp):
     folder = make_folder(tmp / "bugs", each=120)
-    (folder / "train/.checkpoints").mkdir()  # hidden: no class
     bugs = open_data(folder)
     assert (len(bugs), bugs.img_size, bugs.class_names, bugs.pixels) == (240, 8, ["ant", "bee"], True)
     assert bugs.labels.tolist() == [0] * 120 + [1] * 120
@@ -1832,20 +1831,10 @@ def test_image_folders_are_held_in_memory_and_opened_as_asked_or_refused(tmp):
     x, labels = bugs.batch([200, 200], np.array([False, True]))
     close((x[0] + 1) * 127.5, pictures[200], 1e-6)
     assert torch.equal(x[1], x[0].flip(-1)) and labels.tolist() == [1, 1]
-    Image.new("RGB", (8, 8), "red").save(files[200])  # nothing is kept, so nothing is out of date
-    assert open_data(folder).images([200])[0, :, 0, 0].tolist() == [255, 0, 0]
-    refused(lambda: open_data(folder, split="test"), "'test' or 'val' or 'validation'")
-    refused(lambda: open_data(folder, img_size=256), "python data.py", "--img_size 256")
-    refused(lambda: data.find_images(folder), "train are no classes", str(folder / "train"))
-    for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
-        with patch.object(Image, "open", side_effect=error):
-            read = lambda: data.read_image(folder / "train/ant/1.png", 8)
-            assert refused(read, by=type(error)) == str(error)  # a disk that fails now does not make a picture broken
     large = make_folder(tmp / "large", size=(70, 64))  # from 64 px on they are pixels when told so
-    refused(lambda: open_data(large), "256 px")
-    some = open_data(large, pixels=True)
-    assert (some.img_size, some.pixels) == (64, True) and some.images([0]).shape == (1, 3, 64, 64)
-    assert open_data(large, img_size=32).images([0]).shape == (1, 3, 32, 32)
+    for how, size in (dict(pixels=True), 64), (dict(img_size=32), 32):
+        some = open_data(large, **how)
+        assert some.pixels and some.img_size == size and some.images([0]).shape == (1, 3, size, size)
     assert not data.is_small(large) and data.is_small(folder)
 
 
@@ -1883,39 +1872,41 @@ def test_a_picture_is_cropped_and_read_as_it_is_stored(tmp):
     assert {".jpg", ".jfif", ".pgm", ".jpe", ".webp"} <= set(data.SUFFIXES) <= set(Image.registered_extensions())
 
 
-def test_bad_image_folders_are_refused():
-    def put(name, content=None):
-        """Put a file of these bytes, or a folder, at root/name."""
-        def change(root):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).mkdir() if content is None else (root / name).write_bytes(content)
-        return change
-
-    whole, as_classes = b"P5 1 1 255 0", ("no folder 'train'", "DATA/train/<class>/*.jpg")
-    rows = [  # what is done to a folder with train/ant/*, train/bee/*; what is opened in it; words of the one line
-        (put("x", b""), "x", "is a file"), (put("y"), "nowhere", "no such folder"),
-        (put("empty"), "empty", "'train'"), (put("empty/train/ant"), "empty", "no images"),
-        (put("train/wasp"), "", "train/wasp", "no images", "remove it"),
-        (put("train/ant/0.png", b""), "", "train/ant/0.png", "no whole image", "mend it or remove it"),
-        (lambda root: os.truncate(root / "train/ant/0.png", 150), "", "train/ant/0.png", "no whole image"),
-        (put("train/bee/1.png", b"<svg>"), "", "train/bee/1.png", "no whole image"),
+def test_bad_image_folders_are_refused(tmp):
+    folder = make_folder(tmp)
+    whole = (folder / "train/ant/0.png").read_bytes()
+    rows = [  # a file, or None: a folder, beside train/ant/*, train/bee/*; what is opened there; words of the one line
+        ("x", b"", "x", "no such folder"), ("y", None, "nowhere", "no such folder"),
+        ("empty", None, "empty", "'train'"), ("empty/train/ant", None, "empty", "no images"),
+        ("train/wasp", None, "", "train/wasp", "no images", "remove it"),
+        ("train/ant/0.png", b"", "", "train/ant/0.png", "no whole image", "mend it or remove it"),
+        ("train/bee/1.png", b"<svg>", "", "train/bee/1.png", "no whole image"),
+        ("train/bee/1.png", whole[:150], "", "train/bee/1.png", "no whole image"),
         # 169 and 300 megapixels, as the file's first line has it: named, and not decoded
-        (put("train/bee/1.png", b"P5 13000 13000 255 "), "", "train/bee/1.png", "169000000 pixels"),
-        (put("train/bee/1.png", b"P5 20000 15000 255 "), "", "train/bee/1.png", "300000000 pixels"),
+        ("train/bee/1.png", b"P5 13000 13000 255 ", "", "train/bee/1.png", "169000000 pixels"),
+        ("train/bee/1.png", b"P5 20000 15000 255 ", "", "train/bee/1.png", "300000000 pixels"),
         # classes in the place of the splits; one may be called train
-        (put("bus/1.png", whole), "train", *as_classes), (put("v/bus/1.png", whole), "v", *as_classes),
-        (lambda root: [put(f"v/{name}/1.png", whole)(root) for name in ("car", "train", "bus")], "v",
-         "no class folder", "DATA/train/<class>/*.jpg", "where a class is called train")]
-    for change, place, *words in rows:
-        with scratch() as tmp:
-            change(make_folder(tmp))
-            refused(lambda: open_data(tmp / place), *words)
+        ("bus/1.png", whole, "train", "no folder 'train'", "DATA/train/<class>/*.jpg"),
+        ("v/train/1.png", whole, "v", "class folders", "DATA/train/<class>/*.jpg", "where a class is called train")]
+    for name, content, opened, *words in rows:
+        with scratch() as root:
+            place = make_folder(root) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir() if content is None else place.write_bytes(content)
+            refused(lambda: open_data(root / opened), *words)
+    refused(lambda: open_data(folder, split="test"), "'test' or 'val' or 'validation'")
+    refused(lambda: data.find_images(folder), "train are no classes", str(folder / "train"))
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
+        with patch.object(Image, "open", side_effect=error):
+            read = lambda: data.read_image(folder / "train/ant/1.png", 8)
+            assert refused(read, by=type(error)) == str(error)  # a disk that fails now does not make a picture broken
 
 
 def test_folders_are_read_as_people_keep_them(tmp):
     pool = make_folder(tmp / "pool", classes=("ant", "bee", "wasp"), each=2)
     train, picture = tmp / "set/train", pool / "train/ant/0.png"
     (train / "ant/images").mkdir(parents=True)  # Tiny ImageNet's <class>/images/*
+    (train / ".checkpoints").mkdir()
     (train / "bee").symlink_to(pool / "train/bee")
     (train / "ant/back").symlink_to(train)
     (train / "ant/images/loop").symlink_to("loop")
@@ -1925,14 +1916,12 @@ def test_folders_are_read_as_people_keep_them(tmp):
     shutil.copy(picture, os.fsencode(train) + b"/caf\xe9/part/\xe9t\xe9.png")
     for root in (train, f"{train}/", os.path.relpath(train)):
         said = heard(lambda: data.find_images(root))
-        assert said.count("\n") == 1 and "3 files are no images, or in no" in said
+        assert said.count("\n") == 1 and "1 images are in no class folder" in said and "loose.png" in said
         classes, files, labels = data.find_images(root)
         assert classes == ["ant", "bee", "caf\udce9"] and labels.tolist() == [0, 0, 0, 1, 1, 2]
         assert [Path(file).name for file in files[:5]] == ["b.jfif", "d.avif", "a.PNG", "0.png", "1.png"]
     with patch.dict(os.environ, RANK="1"):
         assert heard(lambda: data.find_images(train)) == "", "rank 0 speaks for all"
-    some = open_data(tmp / "set")
-    assert (len(some), some.class_names) == (6, classes)
     (tmp / "set/validation").symlink_to(pool / "train")
     assert open_data(tmp / "set", "test").class_names == ["ant", "bee", "wasp"]
     assert data.find_images(pool / "train/bee")[0] == [""], "pictures alone are of one class without a name"
@@ -1973,8 +1962,7 @@ def build_bugs(folder, out, stop=0):
     changes = (np.memmap, "flush"), (np.lib.format, "open_memmap"), (data, "write_json"), (TinyVAE, "moments")
     (folder / "vae").touch()
     with (happens_at(stop, Mock(side_effect=Killed), *changes), suppress(Killed),
-          patch.object(data, "load_vae", lambda path: TinyVAE()),
-          redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO())):
+          patch.object(data, "load_vae", lambda path: TinyVAE())):
         data.main(["--data", f"{folder}", "--out", f"{out}", "--vae", f"{folder}/vae", "--img_size", "64", "--device",
                    "cpu", "--batch", "3"])
         return TinyVAE.encoded // 2  # each and its mirror image
@@ -1996,6 +1984,9 @@ def test_a_cache_that_is_killed_while_it_is_made_goes_on(tmp):
         assert (built.class_names, built.labels.tolist(), built.img_size) == (["ant", "bee"], [0] * 4 + [1] * 3, 64)
         for flip, images in enumerate((x, x.flip(-1))):
             assert torch.equal(built.read(np.arange(7), np.full(7, flip)), TinyVAE().moments(images).half())
+    with redirect_stderr(io.StringIO()) as said:
+        build_bugs(folder, tmp / "new")
+    assert "bee/2.png" in said.getvalue() and "left out" in said.getvalue(), "named, and hours are not lost"
 
 
 def test_a_damaged_cache_is_not_believed(tmp):
@@ -2008,33 +1999,33 @@ def test_a_damaged_cache_is_not_believed(tmp):
     for name, content in itertools.product(("moments.npy", "done.npy", "cache.json"), (None, b"", b"cut", b"[1]")):
         file = shutil.copytree(tmp / "whole", tmp / "cache") / "train" / name
         file.unlink() if content is None else file.write_bytes(content)
-        refused(lambda: open_data(tmp / "cache"), name if content is None and name != "cache.json" else "",
-                "" if content is None else "delete")
+        refused(lambda: open_data(tmp / "cache"), "cache/train", "" if content is None else "delete it")
         shutil.rmtree(tmp / "cache")
     np.save(tmp / "whole/train/done.npy", np.ones(5, np.uint8))
     refused(lambda: open_data(tmp / "whole"), "6 pictures", "delete it and build it again")
 
 
 def test_cifar10_binary_files(tmp):
-    (tmp / "data").mkdir()
-    archive, binary = tmp / "data/cifar-10-binary.tar.gz", tmp / "cifar-10-batches-bin"
-    archive.write_bytes(b"half a download")
-    refused(lambda: data.open_cifar10("train", root=tmp), "--get cifar10", "cifar-10-batches-py", "pickle")
-    refused(lambda: data.get(["cifar10"], tmp), "damaged", "c32a1d4ab5d03f1284b67883e8d87530")
+    binary, archive = Path("data/cifar-10-batches-bin"), Path(PUBLIC["cifar10"][1])
     records = np.zeros((10_000, 3073), np.uint8)
     records[7, 0], records[7, 1:1025], records[7, 2049:] = 9, 200, 50  # a truck: red 200, green 0, blue 50
-    binary.mkdir()
-    records.tofile(binary / "test_batch.bin")
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(binary, binary.name)
-    checksum = f"md5:{data.file_hash(archive, 'md5')}"
-    with patch.dict(data.PUBLIC, cifar10=(*data.PUBLIC["cifar10"][:2], None, checksum)):
-        data.get(["cifar10"], tmp)  # there already: only checked and unpacked
-    test = data.open_cifar10("test", root=tmp)
-    assert len(test) == 10_000 and test.class_names[test.labels[7]] == "truck"
-    assert test.images([7])[0, :, 5, 5].tolist() == [200, 0, 50]
-    refused(lambda: data.open_cifar10("train", root=tmp), "data_batch_1.bin", "missing")
-    refused(lambda: data.open_cifar10("test", img_size=64, root=tmp), "32")
+    with chdir(tmp):
+        binary.mkdir(parents=True)
+        archive.write_bytes(b"half a download")
+        refused(lambda: open_data("cifar10"), "--get cifar10", "cifar-10-batches-py", "pickle")
+        refused(lambda: data.get(["cifar10"]), "damaged", "c32a1d4ab5d03f1284b67883e8d87530")
+        records.tofile(binary / "test_batch.bin")
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(binary, binary.name)
+        shutil.rmtree(binary)
+        checksum = f"md5:{data.file_hash(archive, 'md5')}"
+        with patch.dict(PUBLIC, cifar10=("", archive, None, checksum)):
+            data.get(["cifar10"])  # there already: only checked and unpacked
+        test = open_data("cifar10", "test")
+        assert len(test) == 10_000 and test.class_names[test.labels[7]] == "truck"
+        assert test.images([7])[0, :, 5, 5].tolist() == [200, 0, 50]
+        refused(lambda: open_data("cifar10"), "data_batch_1.bin", "missing")
+        refused(lambda: open_data("cifar10", "test", img_size=64), "32")
 
 
 def test_other_files_are_no_vae(tmp):
@@ -2042,16 +2033,12 @@ def test_other_files_are_no_vae(tmp):
              for i, (name, shape) in enumerate(about("vae")["shapes"].items())}
     part = {name: value for name, value in state.items() if name != "quant_conv.bias"}
     refused_files(tmp, [(data.load_vae, part, "no KLVAE file", "quant_conv.bias is missing"),
-                        (data.load_vae, {"state_dict": {}, "epoch": 3}, "no KLVAE file", "is missing"),
-                        (data.load_vae, public_mar_file().read_bytes(), "no KLVAE file", "conv_in.weight is missing"),
-                        (data.load_vae, public_mar_file().read_bytes()[:500])], "other.ckpt")
-    # plain; as latent-diffusion's training leaves it, with the discriminator; the same from several GPUs
-    loss = {"loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
-    for i, file in enumerate([{**state, **loss}, {"state_dict": {**state, **loss}, "epoch": 3, "callbacks": {}},
-                              {"state_dict": {f"module.{name}": value for name, value in state.items()}}]):
-        torch.save(file, tmp / "trained.ckpt")
-        for name, value in data.load_vae(tmp / "trained.ckpt").state_dict().items():
-            assert torch.equal(value, state[re.sub(r"(block|attn)(\d)", r"\1.\2", name)]), (i, name)
+                        (data.load_vae, public_mar_file().read_bytes(), "no KLVAE file", "conv_in.weight is missing")])
+    # as latent-diffusion's training on several GPUs leaves it, with the discriminator
+    trained = {"loss.logvar": torch.zeros(()), **state}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in trained.items()}, "epoch": 3}, tmp / "a.ckpt")
+    for name, value in data.load_vae(tmp / "a.ckpt").state_dict().items():
+        assert torch.equal(value, state[re.sub(r"(block|attn)(\d)", r"\1.\2", name)]), name
 
 
 def test_latent_batches(tmp):
@@ -2064,7 +2051,7 @@ def test_latent_batches(tmp):
     (tmp / "train/cache.json").write_text(json.dumps({"img_size": 128, "classes": {"a": 2, "b": 2}}))
     latents = open_data(tmp)
     assert (len(latents), latents.pixels, latents.labels.tolist()) == (3, False, [0, 1, 1])
-    refused(lambda: open_data(tmp, pixels=True), "no pixels", "the folder of the images")
+    refused(lambda: open_data(tmp, pixels=True), "no images")
     draw = lambda seed: latents.batch([1, 2], np.array([False, True]), torch.Generator().manual_seed(seed))
     x, labels = draw(0)
     assert x.shape == (2, 16, 8, 8) and x.dtype == torch.float32 and labels.tolist() == [1, 1]
@@ -2073,72 +2060,48 @@ def test_latent_batches(tmp):
     assert torch.allclose(x.std((1, 2, 3)), torch.tensor(2 * 0.2325), atol=0.05)
 
 
-def test_latent_cache_by_command(tmp):
-    # as a user does it, on two processes; every row must be the VAE's own answer for the image and for its mirror
-    folder = make_folder(tmp / "bugs", size=(70, 64), each=3)
-    command = ["--data", f"{folder}", "--vae", f"{vae_file()}", "--img_size", "64", "--out", f"{tmp}/lat", "--device",
-               "cpu", "--batch", "2"]
-    on_ranks(2, script("data.py", *command))
-    built = np.load(tmp / "lat/train/moments.npy")
-    vae, files = data.load_vae(vae_file()), data.find_images(folder / "train")[1]
-    for row, file in zip(built, files, strict=True):
+def test_large_pictures_become_latents_by_the_command_that_is_advised(tmp):
+    # on two processes; every row must be the VAE's own answer for the image and for its mirror
+    folder, vae = make_folder(tmp / "our bugs", size=(70, 64)), data.load_vae(vae_file())
+    (tmp / "pretrained_models/vae").mkdir(parents=True)
+    (tmp / "pretrained_models/vae/kl16.ckpt").symlink_to(vae_file())
+    refused(lambda: open_data(folder), "256 px", "distill.py --pixels; fid.py --classifier")
+    advice = refused(lambda: open_data(folder, img_size=64), "64 px")
+    command, cache = re.search("python data.py (.*); then give --data (.*); or", advice).groups()
+    argv = [*shlex.split(command), "--device", "cpu", "--batch", "2"]
+    said = on_ranks(2, lambda: (os.chdir(tmp), data.main(argv)))
+    assert said.endswith(f"finished, 0 pictures left out; from now on: --data {cache}\n")
+    built = open_data(tmp / cache)
+    for i, file in enumerate(data.find_images(folder / "train")[1]):
         image = torch.from_numpy(data.read_image(file, 64)).float()[None] / 127.5 - 1
-        want = vae.moments(torch.cat([image, image.flip(-1)])).numpy()
-        assert np.abs(row - want).max() <= 2e-3 * np.abs(want).max(), "float16 of the same numbers"
-    assert len(open_data(tmp / "lat")) == 6 and open_data(tmp / "lat").img_size == 64
-    command[command.index("64")] = "128"
-    refused(lambda: data.main(command), "made otherwise", "64 px", "delete it")
-    refused(lambda: open_data(tmp / "lat", img_size=128), "64 px, not 128")
+        both = built.read(np.array([i, i]), np.array([0, 1])).float()
+        close(both, vae.moments(torch.cat([image, image.flip(-1)])), 2e-3)  # float16 of the same numbers
 
 
-def test_latents_of_other_pictures_are_not_believed(tmp):
-    """A picture that changes, comes or goes is noticed; the cache by its own path is what it was."""
+def test_a_cache_is_of_one_list_of_pictures(tmp):
+    """Its builder notices a picture that changes, comes or goes, and another VAE."""
     changes = {"changed": lambda bugs: Image.new("RGB", (64, 64), "red").save(bugs / "ant/1.png"),
                "came": lambda bugs: shutil.copy(bugs / "bee/0.png", bugs / "ant/9.png"),
-               "went": lambda bugs: (bugs / "ant/0.png").unlink(),
                "renamed": lambda bugs: (bugs / "ant/0.png").rename(bugs / "ant/00.png"),
                "touched": lambda bugs: os.utime(bugs / "ant/0.png", ns=(0, 0)),
-               "moved": lambda bugs: (bugs / "ant/0.png").rename(bugs / "bee/9.png"),
-               "class": lambda bugs: (bugs / "ant").rename(bugs / "cat")}
-    folder, cache, vae = make_folder(tmp / "bugs", size=(64, 64)), tmp / "lat 64", tmp / "vae"
-    build = lambda folder: data.main(["--data", f"{folder}", "--vae", f"{vae}", "--img_size", "64", "--device", "cpu"])
-    opened = lambda folder: open_data(folder, img_size=64)
-    with (patch.object(data, "default_cache", lambda path, size: tmp / f"lat {size}"),
-          patch.object(data, "load_vae", lambda path: TinyVAE())):
-        vae.write_bytes(b"x")
-        refused(lambda: opened(folder), f"python data.py --data {folder}", "--img_size 64")
-        (folder / "train/bee/2.png").write_bytes(b"")
-        with redirect_stderr(io.StringIO()) as said:
-            build(folder)
-        assert "bee/2.png" in said.getvalue() and "left out" in said.getvalue(), "named, and hours are not lost"
-        assert opened(folder).labels.tolist() == [0, 0, 0, 1, 1]
-        for name, change in changes.items():
-            shutil.copytree(folder, tmp / name)
-            change(tmp / name / "train")
-            refused(lambda: opened(tmp / name), "no longer those of", "delete", str(cache))
-            refused(lambda: build(tmp / name), "other pictures", "delete it")
-        assert len(open_data(cache)) == 5
-        vae.write_bytes(b"y")
-        refused(lambda: build(folder), "made otherwise", "VAE")
-        shutil.rmtree(cache)
-        build(tmp / "came")
-        assert opened(tmp / "came").labels.tolist() == [0, 0, 0, 0, 1, 1]
+               "class": lambda bugs: (bugs / "ant").rename(bugs / "cat"),
+               "vae": lambda bugs: (bugs.parent / "vae").write_bytes(b"another")}
+    folder, cache = make_folder(tmp / "bugs", size=(64, 64)), tmp / "cache"
+    build_bugs(folder, cache)
+    for name, change in changes.items():
+        shutil.copytree(folder, tmp / name)
+        change(tmp / name / "train")
+        refused(lambda: build_bugs(tmp / name, cache), "other pictures, or made otherwise", "delete it")
+    assert build_bugs(folder, cache) == 0 and len(open_data(cache)) == 6
 
 
-def test_class_names_are_read_and_found_as_people_write_them(tmp):
-    names = tmp / "names"
-    for text in ('["tench", "shark"]', "tench\nshark\n", "\ufefftench\r\nshark", "n01440764 tench\nn01484850 shark"):
-        names.write_bytes(text.encode())
-        assert data.read_class_names(names, ["a", "b"]) == ["tench", "shark"], text
-    refused(lambda: data.read_class_names(names, ["a", "b", "c"]), "2 classes, here are 3", "--class_names")
-    refused_files(tmp, [(data.read_class_names, text, "class names", "a name a line, or a JSON list") for text in (
-        b"", b"tench\n\nshark", b"tench\n \nshark", b'["a", ""]', b'{"0": "tench", "1": "shark"}', b"[1, 2]",
-        b"{0: 'tench'}", b'[["n01440764", "tench"]]', b'["tench"', b"[]", b"\xff\xfet\0")])  # the last: UTF-16
-    of_imagenet = data.read_class_names(of_data=[f"n{i:08}" for i in range(1000)])  # whose folders' names are no words
+def test_class_names_are_words_and_found_by_word_or_number():
+    assert data.read_class_names(["cat", "dog"]) == ["cat", "dog"]
+    of_imagenet = data.read_class_names([f"n{i:08}" for i in range(1000)])  # whose folders' names are no words
     assert len(set(of_imagenet)) == 1000 and (of_imagenet[0], of_imagenet[207]) == ("tench", "Golden Retriever")
-    assert data.read_class_names(of_data=["cat", "dog"]) == ["cat", "dog"]
     if (SHARED / "data" / "imagenet_class_names.json").is_file():
         assert of_imagenet == json.loads((SHARED / "data" / "imagenet_class_names.json").read_text())
+    refused(lambda: data.read_class_names(["n01440764"]), "names 1000 classes, here are 1", "words")
     # a name goes before a number
     numbered = sorted(map(str, range(12)))  # as folders are sorted: 0, 1, 10, 11, 2, ...
     twins = ["crane", "dog", "crane"]  # as in ImageNet, a bird and a machine
@@ -2203,7 +2166,7 @@ def test_every_end_of_a_command_is_one_line():
             (UserError("two\n lines"), 2, "error: two lines\n"),
             (UserError("esc\x1b[31mred \u202e\x07 \udce9 \u00e9"), 2, "esc\\x1b[31mred \\u202e\\x07 \\udce9 \u00e9\n"),
             (OSError(errno.ENOSPC, "No space left", "a.pt"), 2, "error: a.pt: No space left"),
-            (OSError(errno.ENOSPC, "No space left"), 2, "error: OSError in line ", "of test_all.py: No space left"),
+            (OSError(errno.ENOSPC, "No space left"), 2, "error: OSError in line ", "test_all.py: No space left"),
             (ConnectionError("the service did not answer"), 2, "error: ConnectionError in line ", "did not answer"),
             (TimeoutError(), 2, "error: TimeoutError in line "),
             (MemoryError("17 TiB"), 2, "error: MemoryError in line ", "17 TiB"),
@@ -2230,20 +2193,10 @@ def test_a_folder_has_one_owner(folder):
     assert sorted(os.listdir(folder)) == [".lock", "my.writing"]
 
 
-def test_commands_start_where_posix_modules_docstrings_and_letters_are_missing():
-    """Windows, as far as another system can show it: its locks in the place of POSIX's, or none, and a console that
-    lacks letters."""
-    asked = []
-    for windows in (Mock(LK_NBLCK=2, locking=lambda *args: asked.append(args)), None):
-        with scratch() as folder, patch.dict(sys.modules, fcntl=None, msvcrt=windows):
-            data.lock_folder(folder)
-            if windows:
-                windows.locking = Mock(side_effect=PermissionError)
-                data.LOCKS.clear()
-                refused(lambda: data.lock_folder(folder), "in use")
-    assert [args[1:] for args in asked] == [(2, 1)]
+def test_commands_start_where_locks_docstrings_and_letters_are_missing(tmp):
+    """Windows, as far as another system can show it: no fcntl, and a console that lacks letters."""
     code = ("import sys; sys.modules['fcntl'] = None; sys.argv[1:] = ['--help']; import data, sample; "
-            "data.run_main(lambda: [print('caf\u00e9'), sample.main()])")
+            f"data.run_main(lambda: [data.lock_folder({str(tmp)!r}), print('caf\u00e9'), sample.main()])")
     done = fresh("-OO", "-c", code, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0 and done.stdout.startswith("caf\\xe9\nusage: "), done
 
