@@ -129,7 +129,7 @@ def real_pictures(data, model, batch, seed, step, run):
     return model.patchify(run.upload(x)), run.upload(labels)
 
 
-def episodes(config, batch, seed, step, run):
+def labels_and_seeds(config, batch, seed, step, run):
     """Classes and noise of this rank's share of `batch` pictures to draw: labels (B,), seeds (B, 2), on the device, by
     (seed, step) and the place in the global batch alone. Shuffled rounds of all classes draw each equally often."""
     labels, _ = train_indices(config.num_classes, batch, step, seed, run.rank, run.world)
@@ -156,7 +156,7 @@ class OwnPictures(torch.nn.Module):
         """As real_pictures, but any of the pool, whose oldest `batch` pictures `model` draws anew every EVERY steps."""
         drawing = step // self.EVERY
         if step % self.EVERY == 0:
-            labels, seeds = episodes(model.config, self.batch, seed, drawing, run)
+            labels, seeds = labels_and_seeds(model.config, self.batch, seed, drawing, run)
             # one head call a token; so the very first pictures are those of the undistilled network in one step
             tokens = model.patchify(model.generate(labels, self.ar_steps, seeds=seeds))  # (B, L, C), this rank's
             start = drawing % self.POOL * self.batch
@@ -186,13 +186,13 @@ def training_batch(pictures, config, batch, seed, step, run):
     return tokens, labels, keys, visible, masked
 
 
-def micro_batches(batch, parts, gradients, backwards=1):
-    """A batch in `parts`. `gradients` are zeroed first; at the last part they `begin` to be sent to other ranks.
+def micro_batches(batch, count, gradients, backwards=1):
+    """A batch in `count` parts. `gradients` are zeroed first; at the last part they `begin` to be sent to other ranks.
     backwards: how many calls of backward() a part has."""
     for g in gradients:
         g.zero()
-    for i, part in enumerate(zip(*(a.chunk(parts) for a in batch))):
-        if i == parts - 1:
+    for i, part in enumerate(zip(*(a.chunk(count) for a in batch))):
+        if i == count - 1:
             for g in gradients:
                 g.begin(backwards)
         yield part
@@ -211,7 +211,7 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: distillation
 
-DECAY, CLIP = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
+DECAY, MAX_NORM = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
 
 
 def distil(args, teacher, data, run, watch):
@@ -243,8 +243,8 @@ def distil(args, teacher, data, run, watch):
             pictures = pool.pictures(ema, args.seed + 2, step, run)
         batch = training_batch(pictures, teacher.config, args.batch, args.seed + 1, step, run)
 
-        parts = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
-        for tokens, labels, keys, visible, masked in parts:
+        micro = micro_batches(batch, args.accumulate, [critic_gradients, gradients])
+        for tokens, labels, keys, visible, masked in micro:
             # 1. what is known -> a condition for each masked token. With backward the cost of 8 passes: the teacher's 2
             #    (1 without guidance), the critic's and the student's 3 each
             c_p, c_null = teacher.conditions(tokens, visible, labels, masked, args.guidance)  # (B, P, D) each
@@ -255,8 +255,8 @@ def distil(args, teacher, data, run, watch):
             fake = x0.detach()
             # 3. the critic learns the score of what the student draws
             x_q, t_q, noise_q, _, _ = noised(fake, keys, CRITIC, masked)
-            loss_q = critic_loss(critic.eps(x_q, t_q, c_q), noise_q)  # (B, P)
-            (loss_q.mean() / args.accumulate).backward()
+            loss_q = critic_loss(critic.eps(x_q, t_q, c_q), noise_q).mean()
+            (loss_q / args.accumulate).backward()
             # 4. the student: the slope of its loss at x0, through both heads held fixed, goes into its own graph
             x_t, t, eps, alpha, sigma = noised(fake, keys, STUDENT, masked, T_MIN, T_MAX)
             x_t.requires_grad_()
@@ -266,10 +266,10 @@ def distil(args, teacher, data, run, watch):
             slope, loss_theta = SLOPES[args.loss](x_t, eps, eps_q, eps_p, alpha, sigma)
             slope = slope * weight_at(t, args) / (masked.numel() * args.accumulate)  # of the mean over masked tokens
             x0.backward(slope)
-            run.add(args.accumulate, loss=loss_theta.mean(), critic_loss=loss_q.mean())
+            run.add(args.accumulate, loss=loss_theta.mean(), critic_loss=loss_q)
 
         # updates: ranks' gradients are averaged and clipped; the average of the student's weights is the product
-        critic_norm, norm = critic_gradients.finish(CLIP), gradients.finish(CLIP)
+        critic_norm, norm = critic_gradients.finish(MAX_NORM), gradients.finish(MAX_NORM)
         critic_optimizer.step()
         optimizer.step()
         update_ema(ema, student, args.ema)
@@ -337,7 +337,7 @@ def train_teacher(args, config, data, run):
             run.add(loss=loss)  # for the next log line, which stops the run where a figure is not finite
 
         # the update: ranks' gradients are averaged and clipped, for a rare steep batch would throw the weights far
-        norm = gradients.finish(CLIP)
+        norm = gradients.finish(MAX_NORM)
         for optimizer in optimizers.values():
             optimizer.step()
         # the average's decay grows from 0.1, to forget the random start
@@ -615,7 +615,7 @@ def main(argv=None):
     vae = load_vae(args.vae).to(device) if args.vae else None
     # the rows of the table are of this t_init, the pool of own pictures is of this batch
     run = Run(args, device, rank, world, ["teacher", "student"], class_names,
-              same=["t_init"] + ["batch"] * (not data), stands_on=[args.teacher])
+              same=["t_init"] + ["batch"] * (not data), files=["teacher"])
     run.start()
     if not data and config.pixels:
         say(f"no data: figures are by {beside or 'none: no classifier_0.pt lies beside the teacher'}")
@@ -676,15 +676,14 @@ class Run:
     """A run's folder and its bookkeeping: config.json, log.jsonl, resume.pt, products, signals, NaN. It never sees a
     batch or an optimiser's step. A loop calls `restore`, goes through `steps`, and in each `add`s what the log is to
     have and calls `log_and_save`. Written files are whole at any moment, so a run killed in any line resumes from its
-    last checkpoint, on a CPU bit for bit. After a signal all is due, and a save ends the run. `step` counts updates
-    done; a loop's own `step` is the number of its update, from 0."""
+    last checkpoint, on a CPU bit for bit. `step` counts updates done; a loop's own is the number of its update, from
+    0."""
 
-    def __init__(self, args, device, rank, world, stages, class_names, same=(), stands_on=()):
-        """stages: those that the program can go on with; same: flags that a resumed run must have as it began;
-        stands_on: files (None: none) that its figures hang on, which must stay as they are."""
+    def __init__(self, args, device, rank, world, stages, class_names, same=(), files=()):
+        """stages: those that the program can go on with; same: flags that a resumed run must have as it began; files:
+        flags whose files (None: none) must be as they were then, whatever they are called now."""
         self.args, self.class_names = args, class_names
         self.device, self.rank, self.world = device, rank, world
-        self.kept, self.unsaved = 0, False  # the step of resume.pt; whether work was done since
         self.heard = self.stopping = 0  # the signal that this process heard; that all agreed to obey
         path = self.path("resume.pt")
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun --max-restarts, as a rank died
@@ -696,10 +695,11 @@ class Run:
         for steps, batch in (("steps", "batch"), ("teacher_steps", "teacher_batch")):
             if vars(args).get(steps) and vars(args)[batch] % (world * args.accumulate):
                 raise UserError(f"--{batch} must be a multiple of {world} processes x --accumulate {args.accumulate}")
-        self.stands_on = {path: file_hash(path) for path in stands_on if path}
+        hashes = {f"{flag}_sha256": file_hash(vars(args)[flag])[:16] for flag in files if vars(args)[flag]}
+        vars(args).update(hashes)  # in config.json and checkpoints they stand beside the flags
         self.resumed = read_checkpoint(path) if args.resume else {}
         if self.resumed:
-            self.check_resumed(stages, same)
+            self.check_resumed(stages, {*same, *hashes})
 
     def check_resumed(self, stages, same):
         """Refuse to go on with what cannot be another than at the start; say what else is."""
@@ -707,8 +707,6 @@ class Run:
         changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
                    if name != "resume" and was.get(name, value) != value}
         wrong = [text for name, text in changed.items() if name in same]
-        wrong += [f"this {path} (by its SHA-256 another file than at the start)"
-                  for path, sha256 in self.stands_on.items() if sha256 not in self.resumed.get("sha256", [])]
         if stage not in stages:
             wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]
         if wrong:
@@ -721,7 +719,7 @@ class Run:
         return os.path.join(self.args.out, name)
 
     def start(self):
-        """Own the folder, write config.json, cut the log back to where resume.pt was saved; listen to signals."""
+        """Own the folder, write config.json, cut the log back to where resume.pt was saved."""
         if self.rank == 0:
             lock_folder(self.args.out)
             write_json(self.path("config.json"), vars(self.args))
@@ -729,34 +727,6 @@ class Run:
                 f.truncate(min(f.tell(), self.resumed.get("log_bytes", 0)))
         if self.world > 1:
             dist.barrier()  # nobody writes into the folder before it is there
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets SIGINT for a background job
-                signal.signal(number, self.hear)
-
-    def hear(self, number, frame):
-        """A signal. The first lets the update end, or ends a single process whose work is all saved; a second ends the
-        process at once."""
-        if not self.heard:
-            self.heard, self.heard_at = number, time.time()
-            when = "the next log line"
-            if self.world == 1:  # several agree there, and what they agreed on stays
-                self.stopping, when = number, "this update"
-                if not self.unsaved:
-                    self.leave()
-            if self.rank == 0:  # not by print, which may be what the signal interrupts
-                os.write(2, f"\nstopping after {when}; once more ends now\n".encode())
-        elif time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def leave(self):
-        """End after a signal, such as a cluster sends before it takes a machine."""
-        if self.world > 1:
-            dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
-        if self.rank == 0:
-            kept = "--resume goes on" if os.path.exists(self.path("resume.pt")) else "nothing was to be saved yet"
-            os.write(1, f"stopped by {signal.Signals(self.stopping).name} at step {self.kept}; {kept}\n".encode())
-        raise SystemExit(SIGNALS[self.stopping])
 
     def restore(self, stage, **state):
         """A stage begins: load what resume.pt holds of it under the names of `state` into these networks and
@@ -768,34 +738,55 @@ class Run:
                     target.load_state_dict(self.resumed[name])
             self.step = self.resumed["step"]
             self.resumed = {"stage": stage, "step": self.step}  # or the old file keeps its place on the disk
-        self.kept = self.step
+        self.kept = self.step  # that of resume.pt
 
     def upload(self, x):
         """x on the device. A copy from memory that is not pinned would wait for the GPU's queue."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def steps(self, total, images):
-        """The steps that are left, with a bar. images: an update's, of all ranks."""
+        """The steps that are left, with a bar. images: an update's, of all ranks. Only in between is there something to
+        save: elsewhere a signal ends the process at once, as always."""
         self.total, self.images, self.sums = total, images, {}
         self.logged, self.clock = self.step, time.time()  # step of the last log line; since when training goes on
         say(f"{self.stage}: updates {self.step} to {total}, {images} images each on {self.world} process(es)")
         self.bar = tqdm(range(self.step, total), self.stage, total, initial=self.step, disable=self.rank > 0 or None)
-        for step in self.bar:
-            self.step, self.unsaved = step + 1, True  # updates done when the loop's body ends
-            yield step
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            for number, handler in before.items():
+                if handler != signal.SIG_IGN:  # as a shell sets SIGINT for a background job
+                    signal.signal(number, self.hear)
+            for step in self.bar:
+                self.step = step + 1  # updates done when the loop's body ends
+                yield step
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def add(self, parts=1, **values):
-        """Add to the sums over the updates since the last log line: 0-d tensors by name, of one of `parts` of a batch.
-        No host sync."""
+    def hear(self, number, frame):
+        """A first signal ends the run as soon as an update is saved, a second the process at once."""
+        if not self.heard:
+            self.heard, self.heard_at = number, time.time()
+            if self.rank == 0:  # not by print, which may be what the signal interrupts
+                when = "this update" if self.world == 1 else "the next log line"
+                os.write(2, f"\nstopping after {when}; once more ends now\n".encode())
+        elif time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def add(self, count=1, **values):
+        """Add 0-d tensors by name, of one of `count` micro-batches, to sums since the last log line. No host sync."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach() / parts
+            self.sums[name] = self.sums.get(name, 0) + value.detach() / count
 
     def log_and_save(self, product, model):
-        """Log and save every so many updates, at the last one, and when the run is to end. A save comes before a look
-        too, which may be broken off."""
+        """Log and save every so many updates, at the last one, when the run is to end, and before a look, which a kill
+        may break off."""
+        if self.world == 1:  # several agree at a log line
+            self.stopping = self.heard
         due = lambda *every: self.stopping or self.step == self.total or any(self.step % n == 0 for n in every)
-        if due(self.args.log_every):
-            self.log()
+        if due(self.args.log_every, self.args.save_every, self.args.eval_every):
+            self.log()  # before each save, so that nothing is saved of a gradient that was not finite
         if due(self.args.save_every, self.args.eval_every):
             self.save(product, model)
 
@@ -821,23 +812,24 @@ class Run:
         self.note(values)
 
     def note(self, values):
-        """A line of log.jsonl as it is. The clock of images/s restarts: the time before may not have been training."""
+        """A line of log.jsonl. The clock of images/s restarts: the time before may not have been training."""
         if self.rank == 0:
             with open(self.path("log.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": self.stage, "step": self.step, **values}) + "\n")
         self.clock = time.time()
 
     def save(self, product, model):
-        """<product>.pt and resume.pt. Both are whole files at any moment. Leaves, if a signal has told so."""
-        if self.sums:  # so nothing is saved of a gradient that was not finite, and no figure is lost when a run goes on
-            self.log()
+        """<product>.pt and resume.pt, whole files at any moment. Here a run ends that a signal has told so."""
         if self.rank == 0:
             self.write(product, model.config, ema=model.state_dict())
             self.write("resume", model.config, **{name: x.state_dict() for name, x in self.state.items()},
-                       sha256=[*self.stands_on.values()], log_bytes=os.path.getsize(self.path("log.jsonl")))
-        self.kept, self.unsaved = self.step, False
+                       log_bytes=os.path.getsize(self.path("log.jsonl")))
+        self.kept = self.step
         if self.stopping:
-            self.leave()
+            if self.world > 1:
+                dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written
+            say(f"stopped by {signal.Signals(self.stopping).name} at step {self.step}; --resume goes on")
+            raise SystemExit(SIGNALS[self.stopping])
         self.clock = time.time()
 
     def write(self, name, sizes, /, **contents):
@@ -867,9 +859,8 @@ class Watch:
     def look(self, name, model, step=None, **how):
         """Draw with `model` a row of the grid and one of the table, which costs eval_images pictures: -> the row, with
         what it was `made_by`; it is not made again where results.json has one made alike. how: head_steps, guidance,
-        ... of `generate`. A row of a step goes to the log too. Loops save before they look: here a run may end."""
+        ... of `generate`. A row of a step goes to the log too."""
         args, seed = self.run.args, self.run.args.seed
-        self.run.unsaved = False
         how = {"ar_steps": args.ar_steps, "head_steps": 1, "guidance": 1.0, **how}
         draw_with = lambda labels, seed: draw_together(model, labels, self.run.rank, self.run.world, seed=seed,
                                                        vae=self.vae, **how)
@@ -889,7 +880,6 @@ class Watch:
             if "reward" in figures:  # of the EMA's pictures; the log's own is of those trained on
                 figures["eval_reward"] = figures.pop("reward")
             self.run.note({"step": step, **figures})
-        self.run.unsaved = step is not None  # in a loop: what follows is not saved yet
         return row
 
     def show(self, step):

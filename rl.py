@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
-from distill import (Gradients, Run, Watch, check_names, defaults_of, episodes, make_optimizer, micro_batches,
-                     read_flags, set_lr, update_ema)
+from distill import (Gradients, Run, Watch, check_names, defaults_of, labels_and_seeds, make_optimizer,
+                     micro_batches, read_flags, set_lr, update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, need_file,
@@ -153,7 +153,8 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
 
 def prompt_reward(kind):
     """How well a picture fits the prompt of its class, by one of fid.py's public judges."""
-    return lambda args, classifiers, names, device: prompt_scorer(kind, names, args.prompt, args.folder, device)
+    return lambda args, classifiers, names, device: prompt_scorer(kind, read_class_names(of_data=names), args.prompt,
+                                                                  args.folder, device)
 
 
 def writable_folder(ckpt):
@@ -204,10 +205,8 @@ def parse_rewards(words):
     weights = {}
     for word in words:
         name, _, weight = word.partition(":")
-        if name not in REWARDS:
-            raise UserError(f"unknown reward {name}: there are {', '.join(REWARDS)}")
-        if name in weights:
-            raise UserError(f"reward {name} is named twice: once, with the sum of the weights, does the same")
+        if name not in REWARDS or name in weights:
+            raise UserError(f"reward {name} is unknown or named twice: there are {', '.join(REWARDS)}")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -291,7 +290,7 @@ def train(args, start, score, run, watch):
         set_lr(optimizer, args.lr, step, args.steps, args.warmup, decay=0.5)
 
         # classes come equally often whatever they earn, so the reward cannot shift their mixture
-        batch = episodes(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
+        batch = labels_and_seeds(start.config, args.batch, args.seed + 2, step, run)  # + 2: not those that Watch draws
 
         # the gradient, zeroed here; `accumulate` parts of the batch, one after the other, where memory is short. It is
         # sent to other ranks during the last part's K calls of backward()
@@ -307,7 +306,7 @@ def train(args, start, score, run, watch):
             kl_path = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
                                      args.ar_steps)
             # reward_std is that within a part
-            run.add(parts=args.accumulate, reward=r.mean(), reward_std=r.std(correction=0), kl=kl_path)
+            run.add(args.accumulate, reward=r.mean(), reward_std=r.std(correction=0), kl=kl_path)
 
         # the update: ranks' gradients are averaged and clipped; the average of the student's weights is the product
         norm = gradients.finish(clip=1.0)
@@ -336,8 +335,6 @@ def is_best(row, rows):
     if distance not in row.keys() & before.keys():
         return False
     best = rows.get("best", before)
-    if {**best["made_by"], "step": None} != before["made_by"]:  # made before a --resume with other --seed, ...
-        best = before
     varied = row.get("modes", 0) >= (1 - MAX_LOSS) * before.get("modes", 0)
     return varied and row[distance] <= (1 + MAX_RISE) * before[distance] and row["reward"] > best["reward"]
 
@@ -411,7 +408,6 @@ def parse_args(argv=None):
     flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     flag("--ref", default=None, help="students of latents: .npz with mu, sigma of Inception features, to watch FID by")
-    flag("--class_names", default=None, help="names for the prompts (default the checkpoint's, or ImageNet's)")
     flag("--prompt", default=TEMPLATE, help="text that CLIP, PickScore, ImageReward compare a picture with")
     # the reward
     flag("--reward", nargs="+", default=["pickscore"], metavar="NAME[:WEIGHT]",
@@ -469,13 +465,10 @@ def main(argv=None):
     args.ar_steps = args.ar_steps or steps_of(start)
     mask_counts(config.seq_len, args.ar_steps)  # complains about a K above the number of tokens
     names = start.class_names or [*map(str, range(config.num_classes))]
-    wanted = parse_rewards(args.reward) | parse_rewards(args.watch)
-    if args.class_names or {"clip", "pickscore", "imagereward"} & wanted.keys():
-        names = read_class_names(args.class_names, names)  # words, which those of folders need not be
-    vae_file = None if config.pixels else need_file(args.vae, "kl16")
-    # same: what the rows' columns mean. A row of another reward, prompt or reference could not be compared
-    run = Run(args, device, rank, world, ["rl"], names, stands_on=[args.ckpt, args.ref, vae_file],
-              same=["reward", "watch", "prompt", "class_names", "ref", "data"])
+    args.vae = None if config.pixels else need_file(args.vae, "kl16")
+    # same: what figures mean, and of which pictures they are. Rows of others could not be compared
+    run = Run(args, device, rank, world, ["rl"], names, files=["ckpt", "ref", "vae"],
+              same=["reward", "watch", "prompt", "ref", "data", "seed", "eval_images", "ar_steps"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents, and this one draws pixels: leave it out")
     if config.pixels and args.data:
@@ -484,7 +477,7 @@ def main(argv=None):
             raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
                             "give --data as distill.py had it")
         check_names(start, data)
-    vae = load_vae(vae_file).to(device) if vae_file else None
+    vae = load_vae(args.vae).to(device) if args.vae else None
     if rank > 0:
         dist.barrier()  # rank 0 first: it trains the classifiers that are not there yet
     classifiers = {name: open_classifier(args.ckpt, data, seed, device) if config.pixels else None
