@@ -20,14 +20,16 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_all import (HERE, SHARED, Skip, about, close, fake_distillation, fake_rl, flops_of, fresh, need_shared,
+from test_all import (HERE, SHARED, Skip, about, close, fake_distillation, fake_rl, fresh, need_shared,
                       on_fake_gpu, replayed, scratch, write_student)  # first: it says how torch multiplies
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import fid
@@ -142,6 +144,21 @@ def beside_public_mar():
         medians = [np.median(times[kind, *cell], axis=0) for cell in cells]
         rows.append(f"| {kind} |" + "".join(f" {cpu:.1f} ({wall:.1f}) |" for cpu, wall in medians))
     return "\n".join(["the pictures agree", *rows])
+
+
+def flops_of(model, generate_kwargs):
+    """Arithmetic of one picture in floating-point operations, multiply and add apart, matrix products only."""
+    def counted(head_steps):
+        # attention as plain products: of the fused kernels the counter knows only those for CUDA
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model.generate(torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device),
+                           **{**generate_kwargs, "head_steps": head_steps})
+        return counter.get_total_flops()
+
+    if generate_kwargs["head_steps"] == 1:
+        return counted(1)
+    two, three = counted(2), counted(3)  # a chain's steps are all alike
+    return two + (generate_kwargs["head_steps"] - 2) * (three - two)
 
 
 def where_a_pictures_time_goes(size="base", K=8, batches=(1, 4), device=None):
