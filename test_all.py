@@ -699,10 +699,12 @@ def vae_file(folder):
     torch.save({"model": fill(about("vae")["shapes"])}, folder / "kl16.ckpt")
 
 
-def public(name, folder, file):
-    """Fill the public network `name` of the references and save it as its public file: -> its path."""
-    torch.save(fill(about(name)["shapes"]), folder / file)
-    return folder / file
+def public(name, folder):
+    """Fill the public network `name` of the references and save it as it is published, MAR-B with the EMA alone."""
+    path, whole = folder / f"{name}.pt", about("mar_full_shapes")
+    state = fill((whole.get(name) or about(name))["shapes"])
+    torch.save({"model": {}, "model_ema": state} if name in whole else state, path)
+    return path
 
 
 def floats(images):
@@ -756,35 +758,26 @@ def towers(clip=TINY_CLIP, pick=TINY_PICK):
     return patch.multiple(fid, VIT_L14=clip, VIT_H14=pick)
 
 
-AGREES = {  # a network's fixture -> how its public file is opened; its outputs, by the fixture's names; how close
+AGREES = {  # a network's fixture -> what opens its public file; its outputs, by the fixture's names; how close
     "mar_tiny": (lambda _: load_mar(public_mar_file(), ema=False, heads=4), mar_outputs, 1e-4),
-    "mar_base": (lambda folder: load_mar(public_mar_base(folder)), mar_base_outputs, 1e-4),
-    "vae": (lambda _: data.load_vae(vae_file()), lambda net, z: {
+    "mar_base": (load_mar, mar_base_outputs, 1e-4),
+    "vae": (data.load_vae, lambda net, z: {
         "moments": net.moments(2 * floats(z["images"]) - 1), "decoded": net.decode(z["z"])}, 1e-4),
-    "inception": (lambda folder: fid.load_inception(public("inception", folder, "x.pth")), lambda net, z: {
+    "inception": (fid.load_inception, lambda net, z: {
         f"{part}_{name}": out for part in "abc"  # 32, 256 and 299 px: enlarged, enlarged, untouched
         for name, out in zip(("2048", "logits_unbiased"), net(z[f"{part}_images"].permute(0, 3, 1, 2)))}, 1e-3),
-    "clip_tiny": (lambda folder: towers()(fid.load_clip)(public("clip_tiny", folder, "clip.pt")), clip_outputs, 1e-4),
-    "clip_vit_b32": (lambda folder: towers(CLIP_B32)(fid.load_clip)(public("clip_vit_b32", folder, "clip.pt")),
-                     clip_outputs, 1e-4),
-    "pickscore_tiny": (lambda folder: towers()(fid.load_pickscore)(public("pickscore_tiny", folder, "x.bin")),
-                       clip_outputs, 1e-4),
-    "imagereward": (lambda folder: fid.load_imagereward(public("imagereward", folder, "ImageReward.pt")),
-                    imagereward_outputs, 1e-3)}
-
-
-def public_mar_base(folder):
-    """MAR-B's file, as it is published: with the EMA alone."""
-    torch.save({"model": {}, "model_ema": fill(about("mar_full_shapes")["mar_base"]["shapes"])}, folder / "base.pth")
-    return folder / "base.pth"
+    "clip_tiny": (towers()(fid.load_clip), clip_outputs, 1e-4),
+    "clip_vit_b32": (towers(CLIP_B32)(fid.load_clip), clip_outputs, 1e-4),
+    "pickscore_tiny": (towers()(fid.load_pickscore), clip_outputs, 1e-4),
+    "imagereward": (fid.load_imagereward, imagereward_outputs, 1e-3)}
 
 
 def agrees_with_the_public_code(name):
     """The outputs of a public network, its file filled by a rule, are those of the public code."""
-    open_file, outputs, tolerance = AGREES[name]
+    load, outputs, tolerance = AGREES[name]
     with scratch() as folder, torch.no_grad():
         z = fixture(name)
-        for key, ours in outputs(open_file(folder), z).items():
+        for key, ours in outputs(load(public(name, folder)), z).items():
             close(ours, z[key], tolerance)
 
 
@@ -2230,18 +2223,15 @@ def test_edit_keeps_what_is_outside_the_box(folder):
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(np.rot90(picture).copy()).save(folder / "p.png", exif=turned)
     part, stays = sample.open_edit(model, folder / "p.png", (3, 0, 6, 5))  # touches columns 2..5, rows 0..5
-    hole = np.zeros((8, 8), bool)
+    hole, whole = torch.zeros(8, 8, dtype=torch.bool), torch.from_numpy(picture).permute(2, 0, 1)
     hole[0:6, 2:6] = True
-    assert torch.equal(stays[0], torch.from_numpy(picture).permute(2, 0, 1))
-    assert (stays[1][:, hole] == 128).all()
-    assert torch.equal(stays[1][:, ~hole], stays[0][:, ~hole])
+    assert torch.equal(stays, torch.stack([whole, whole.where(~hole, 128)]))
     drawn = draw(model, [0, 1], ar_steps=3, **part)
-    assert torch.equal(drawn[:, :, ~hole], stays[:1, :, ~hole].expand(2, -1, -1))
-    assert (drawn[:, :, hole] != stays[0][:, hole]).float().mean() > 0.5
+    assert torch.equal(drawn[:, :, ~hole], whole[:, ~hole].expand(2, -1, -1))
+    assert (drawn[:, :, hole] != whole[:, hole]).float().mean() > 0.5
     sample_main(folder / "student.pt", "--edit", folder / "p.png", "--box", 0, 0, 3, 2, "--classes", 1,
                 "--out", folder / "e.png")  # two tokens: of the checkpoint's 8 AR steps two are made
-    grid = np.asarray(Image.open(folder / "e.png"))
-    assert grid.shape[0] == GAP + 2 * (96 + GAP)  # the picture's row and the class's
+    assert Image.open(folder / "e.png").height == GAP + 2 * (96 + GAP)  # the picture's row and the class's
 
 
 def test_grid_shows_every_pixel_and_titles_in_letters_that_the_font_has(folder):
@@ -2540,7 +2530,7 @@ def test_wordpiece_on_hand_made_cases(folder):
 
 def test_scores_are_differentiable_in_the_pixels(folder):
     with towers():
-        clip = fid.load_clip(public("clip_tiny", folder, "clip.pt")).double()
+        clip = fid.load_clip(public("clip_tiny", folder)).double()
     torch.manual_seed(0)
     pixels = torch.rand(2, 3, 40, 50, dtype=torch.float64, requires_grad=True)
     text = torch.randn(2, 32).double()
