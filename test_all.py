@@ -716,8 +716,10 @@ def mar_outputs(model, z):
     tokens = model.patchify(z["latents"])
     visible = z["mask"].argsort(dim=1, stable=True)[:, :16 - int(z["mask"][0].sum())]
     assert torch.equal(model.unpatchify(tokens), z["latents"])
-    return {"tokens": tokens, "encoded": model.encode(tokens, visible, z["labels"]),
-            "z": model.condition(tokens, z["mask"], z["labels"]), "z_uncond": model.condition(tokens, z["mask"], None),
+    return {"tokens": tokens,
+            "encoded": model.encode(tokens, visible, z["labels"]),
+            "z": model.condition(tokens, z["mask"], z["labels"]),
+            "z_uncond": model.condition(tokens, z["mask"], None),
             "head_out": model.head(z["head_x"], z["head_t"], z["head_c"])}
 
 
@@ -1049,11 +1051,15 @@ def test_checkpoints_are_read_as_people_keep_them(folder):
     other = {name: value + 1 for name, value in state.items()}
     before = lambda prefix: {prefix + name: value for name, value in state.items()}
     inner = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in state.items()}
-    kept = {"model_ema": {"model": other, "model_ema": state}, "ddp": {"model": other, "model_ema": before("module.")},
-            "compiled": {"model": before("_orig_mod.")}, "compiled blocks": {"model": inner}, "bare": state,
-            "lightning": {"state_dict": before("model.")}, "no ema": {"model": state, "model_ema": None},
+    kept = {"bare": state,
+            "model_ema": {"model": other, "model_ema": state},
+            "ddp": {"model": other, "model_ema": before("module.")},
+            "compiled": {"model": before("_orig_mod.")},
+            "compiled blocks": {"model": inner},
+            "lightning": {"state_dict": before("model.")},
+            "no ema": {"model": state, "model_ema": None},
             "shadow": {"model": state, "ema": {"decay": 0.9, "shadow_params": [*state.values()]}},
-            "dict": {"model": state, "args": {"vae_stride": 16, "vae_embed_dim": 16, "patch_size": 1, "img_size": 64}},
+            "dict": {"model": state, "args": {"vae_stride": 16, "vae_embed_dim": 16}},
             "half": {"model": {name: value.half() for name, value in state.items()}}}
     for name, file in kept.items():
         torch.save(file, folder / name)
