@@ -2862,12 +2862,10 @@ def test_judged_labels_have_the_shares_of_the_data(folder):
             assert torch.bincount(watch(source)).tolist() == [380, 20]
             assert torch.equal(watch(source, 3), watch(None, 3))
             assert torch.bincount(watch(source, 3)).max() == 134
-        seeing.counts, fd = net.counts, []
+        fd = []
         for labels in (watch(pictures).numpy(), watch(None).numpy()):  # of an .npz
-            given = fid.Pictures("a.npz", None, 32, labels, None)
-            seen = real(labels, 80000)
-            row = lambda: fid.make_row(given, fid.examine(seeing, seen, labels), {}, seeing, fid.parse_args(["x"]))
-            said = heard(lambda: fd.append(row()["fd"]))
+            fd.append(fid.judge(seeing, real(labels, 80000), labels)["fd"])
+            said = heard(lambda: fid.agree_on_classes([fid.Pictures("a.npz", None, 32, labels, None)], net, False))
             assert ("a.npz mixes its classes as the data do not, by 45% of" in said) == (len(fd) == 2), said
         assert 8 * fd[0] < fd[1], fd
         # fid.py, whose checkpoint may have the classes in another order; and a file that holds no counts
