@@ -591,10 +591,10 @@ class Tokenizer:
             if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
                 raise ValueError(f"{len(merges)} pairs, 48894 are wanted")
         # every byte gets a printable character: itself where it has one, else the next free one from 256 on (GPT-2)
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        self.byte = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-        symbols = [self.byte[b] for b in printable + others]
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in shown]
+        self.byte = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
+        symbols = [self.byte[b] for b in shown + others]
         words = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
         self.ids = {word: i for i, word in enumerate(words)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
