@@ -822,11 +822,12 @@ def agree_on_classes(sources, real, wanted):
         if set(own) <= set(names) and labels.min() >= 0 and labels.max() < len(own):
             if wanted and source.class_names is None:
                 say(f"{source.name}: labels without names are taken for numbers of {some}")
-            source.labels, source.class_names = np.array([names.index(name) for name in own])[labels], names
-            # the share of the pictures that would have to be of another class
-            moved = abs(source.counts / len(source) - real.counts / real.counts.sum()).sum() / 2 if real else 0
-            if moved > 0.1:
-                say(f"note: {source.name} mixes its classes as the data do not, by {moved:.0%} of the images")
+            source.labels = np.array([names.index(name) for name in own])[labels]
+            source.class_names = names
+            if real:  # the share of the pictures that would have to be of another class
+                moved = (source.counts / len(source) - real.counts / real.counts.sum()).abs().sum() / 2
+                if moved > 0.1:
+                    say(f"note: {source.name} mixes its classes as the data do not, by {moved:.0%} of the images")
         elif wanted:
             raise UserError(f"{source.name} has no labels, or others than {some}: give an .npz with labels, or a "
                             "folder of class folders, and other classes in another call")
@@ -849,10 +850,12 @@ def open_reference(path, sources):
     """--ref -> (statistics in a file: {"mu", "sigma", "n" (None: unknown)}, or {}; Pictures, or None). ADM's file has
     both: statistics of all of ImageNet, and 10,000 pictures, which KID, precision and recall are of."""
     if os.path.isdir(path):
-        sizes = {source.img_size: f"{source.name} has {source.img_size} px" for source in sources}
-        if len(sizes) > 1:
-            raise UserError(f"--ref {path} is cropped like the samples: give one size. {', '.join(sizes.values())}")
-        return {}, folder_pictures(path, *sizes)
+        size = sources[0].img_size
+        for source in sources:
+            if source.img_size != size:
+                raise UserError(f"--ref {path} is cropped to {size} px, {source.name} has {source.img_size} px: give "
+                                "samples of one size in a call")
+        return {}, folder_pictures(path, size)
     arrays = read_npz(path)
     images = npz_pictures(path, arrays) if "arr_0" in arrays else None
     if images and "mu" not in arrays:
@@ -868,18 +871,18 @@ def open_reference(path, sources):
 # Judging
 
 FIGURES = {  # a row's figures, in the table's order, and what they say
-    "fid": "to mu, sigma of {ref}, n = {n}; images resized to 299 by TF1 bilinear without half-pixel centres, float32",
+    "fid": "to mu, sigma of {args.ref}, n = {n}; images resized to 299 by TF1 bilinear, no half-pixel centres, float32",
     "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
-    "kid": "to {features} images of {ref}; mean of 100 subsets of 1,000 (of all, if fewer), unbiased, (x.y/2048 + 1)^3",
+    "kid": "to {features.shape[0]} images of {args.ref}; mean of 100 subsets of 1,000 or all, by (x.y/2048 + 1)^3",
     "precision": "share of the generated inside the manifold of the images that KID is to, k = 3",
     "recall": "share of these inside the manifold of the generated, k = 3",
-    "fd": "by {classifier} to 10,000 training images at most; not FID",
+    "fd": "by {classifier.name} to 10,000 training images at most; not FID",
     "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
     "modes": "how many of the cells, 8 of shapes and else 64, the pictures fill, as exp(entropy) counts them",
-    "accuracy": "by {classifier}, whose own on test images is {own:.4f}",
-    "clip": "exp(logit_scale) * cosine with the prompt {prompt!r}; OpenAI's ViT-L/14, pixels by bicubic",
-    "pickscore": "exp(logit_scale) * cosine with the prompt {prompt!r}; pixels by bicubic",
-    "imagereward": "normalised as published, prompt {prompt!r}",
+    "accuracy": "by {classifier.name}, whose own on test images is {classifier.accuracy:.4f}",
+    "clip": "exp(logit_scale) * cosine with the prompt {args.prompt!r}; OpenAI's ViT-L/14, pixels by bicubic",
+    "pickscore": "exp(logit_scale) * cosine with the prompt {args.prompt!r}; pixels by bicubic",
+    "imagereward": "normalised as published, prompt {args.prompt!r}",
 }
 
 
@@ -929,7 +932,6 @@ def collect(pictures, ask, batch, rank, world):
 def make_row(pictures, said, reference, classifier, args):
     """One row of the table from what the judges said of every picture: what was judged, its figures, their meaning."""
     row = {"name": pictures.name, "n": len(pictures), "made_by": pictures.made_by}
-    facts = {"ref": args.ref, "prompt": args.prompt}
     if "pool" in said:
         row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
         mu, sigma = mean_and_covariance(said["pool"])
@@ -938,20 +940,18 @@ def make_row(pictures, said, reference, classifier, args):
             with replacing(args.save_stats, "wb") as file:
                 np.savez(file, n=len(pictures), made_from=pictures.name, **kept)
     if reference:
-        facts["n"] = reference["n"] or "unknown"
         row["fid"] = frechet_distance(mu, sigma, reference["mu"], reference["sigma"])
     if "features" in reference:
-        facts["features"] = len(reference["features"])
         row["kid"], row["kid_std"] = kernel_distance(said["pool"], reference["features"])
         row["precision"], row["recall"] = precision_recall(said["pool"], reference["features"])
     if classifier:
-        facts |= {"classifier": classifier.name, "own": classifier.accuracy}
         row |= figures_of(classifier, said)
     row |= {kind: float(said[kind].numpy().mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
     few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
             "the images, and KID scatters: compare with equal n only")
+    facts = {**reference, "n": reference.get("n") or "unknown", "classifier": classifier, "args": args}
     row["conventions"] = [f"{name}: {text.format(**facts)}" for name, text in FIGURES.items() if name in row]
     return row
 

@@ -2640,9 +2640,9 @@ def test_export_is_the_public_layout(folder):
 
 
 def test_frechet_distance_has_its_closed_forms():
-    mu, s = torch.zeros(3), torch.eye(3)
+    mu, sigma = torch.tensor([1.0, 2.0, 0.0]), torch.diag(torch.tensor([4.0, 0.25, 1.0]))
     # N(0, 1) and N(m, s^2) per axis: m^2 + (1 - s)^2 each
-    got = fid.frechet_distance(mu, s, torch.tensor([1.0, 2.0, 0.0]), torch.diag(torch.tensor([4.0, 0.25, 1.0])))
+    got = fid.frechet_distance(torch.zeros(3), torch.eye(3), mu, sigma)
     assert abs(got - (1 + 4 + 1 + 0.25)) < 1e-9, got
     x = torch.randn(300, 40, dtype=torch.float64)
     a, b = fid.mean_and_covariance(x), fid.mean_and_covariance(1 + 2 * torch.randn_like(x))
@@ -2656,9 +2656,9 @@ def test_frechet_distance_has_its_closed_forms():
 def test_metrics_agree_with_torch_fidelity():
     z, said = fixture("metrics"), about("metrics")
     a, b = z["features_a"], z["features_b"]
-    ours, theirs = fid.mean_and_covariance(a), fid.mean_and_covariance(b)
+    ours, few, theirs = map(fid.mean_and_covariance, (a, a[:40], b))
     close(fid.frechet_distance(*ours, *theirs), said["fid"])
-    close(fid.frechet_distance(*fid.mean_and_covariance(a[:40]), *theirs), said["fid_singular_first40_of_a_vs_b"])
+    close(fid.frechet_distance(*few, *theirs), said["fid_singular_first40_of_a_vs_b"])
     close(fid.inception_score(z["logits"]), list(said["isc"].values()))
     # the fixture's one subset of 500 was drawn with seed 0, not with torch-fidelity's default of 2020
     kid = said["kid_one_subset_of_500"]["kernel_inception_distance_mean"]
@@ -2714,7 +2714,7 @@ def test_public_networks_are_refused_in_their_files_names(folder):
     for load, shapes, changes, *words in (
             (load_clip, clip, {"visual.ln_pre.bias": None, "more": [2]}, "ln_pre.bias is missing", "more is (2,), not"),
             (load_clip, clip, {"ln_final.weight": [3]}, "ln_final.weight is (3,), not (64,)"),
-            (fid.load_clip, clip, {}, "resblocks.2.attn.in_proj_weight is missing"),  # another CLIP, of other heads
+            (fid.load_clip, clip, {}, "resblocks.2.attn.in_proj_weight is missing"),  # of other heads
             (load_pick, pick, {key: None}, "self_attn.{q,k,v}_proj.weight is missing", "q_proj.weight is (80, 80)"),
             (load_pick, pick, {"visual_projection.weight": [32, 81]}, "visual_projection.weight is (81, 32)"),
             (load_pick, pick, {key: [80, 81]}, "no whole pickscore file", "Sizes of tensors"),
@@ -2761,7 +2761,7 @@ def test_scores_are_differentiable_in_the_pixels(folder):
     with towers():
         clip = fid.load_clip(public("clip_tiny", folder, "clip.pt")).double()
     torch.manual_seed(0)
-    pixels = torch.rand(2, 3, 40, 50, dtype=torch.float64, requires_grad=True)  # they are resized and cropped
+    pixels = torch.rand(2, 3, 40, 50, dtype=torch.float64, requires_grad=True)  # to be resized
     score = functools.partial(clip.score, text_features=torch.randn(2, 32).double())
     assert torch.autograd.gradcheck(score, pixels, eps=1e-5, atol=0, rtol=1e-4, fast_mode=True)
 
@@ -2790,7 +2790,7 @@ def test_classifier_takes_bytes_and_floats_and_its_pictures_may_lack_a_split(fol
     one = open_data(make_folder(folder / "one", classes=("ant",), each=1))
     refused(lambda: fid.train_classifier(one, 0, "cpu"), "one picture")
     make_folder(folder / "tiny", each=20)
-    for test in (("images",), ("",), ()):  # Tiny ImageNet's test split has no classes; others lack folders, or all
+    for test in (("images",), ("",), ()):  # Tiny ImageNet's has no classes; others lack folders, or all
         shutil.rmtree(folder / "tiny/test", ignore_errors=True)
         make_folder(folder / "tiny", classes=test, split="test")
         with redirect_stdout(io.StringIO()) as said, patch.object(fid, "tqdm", lambda steps, **_: steps[:9]):
@@ -2841,13 +2841,14 @@ def test_judged_labels_have_the_shares_of_the_data(folder):
             assert torch.bincount(watch(source)).tolist() == [380, 20]
             assert torch.equal(watch(source, 3), torch.arange(400) % 3)  # not of this data
     # fid.py says how an .npz differs
-    for labels, words in ((watch(pictures), ""), (torch.arange(400) % 2, "a.npz mixes its classes as the data do not")):
+    for labels, words in ((watch(pictures), ""), (torch.arange(400) % 2, "mixes its classes as the data do not")):
         given = fid.Pictures("a.npz", None, 8, labels.numpy(), None)
         said = heard(lambda: fid.agree_on_classes([given], net, False))
         assert words in said and ("by 45% of" in said) == bool(words), said
     # its checkpoint may have the classes in another order; and a file may hold no counts
     tiny_mar(folder, num_classes=2)
-    save_checkpoint({**read_checkpoint(folder / "student.pt"), "class_names": ["square", "disc"]}, folder / "x.pt")
+    file = read_checkpoint(folder / "student.pt")
+    save_checkpoint({**file, "class_names": ["square", "disc"]}, folder / "x.pt")
     args = fid.parse_args(["--ckpt", "x", "--judges", "classifier", "--data", "x", "--num", "400"])
     (source,) = fid.checkpoint_pictures(folder / "x.pt", args, "cpu", None, net)
     assert abs((source.labels == 0).sum() - 20) <= 2, source.labels  # squares
@@ -2879,14 +2880,14 @@ def test_classifier_keeps_the_statistics_of_its_data_and_colours_of_shapes_are_c
 
 def test_a_lost_half_of_the_data_is_seen():
     """Real CIFAR-10 pictures of which the warm half and of these the bright half is kept. By the class's features they
-    are nearer to the data than what a weak network draws; thumbnails and modes tell which of the two has lost most."""
+    are hardly farther from the data than what a network draws; thumbnails and modes tell which has lost most."""
     need_shared()
     read = lambda member: np.asarray(Image.open(archive.extractfile(member)).convert("RGB"))
     with tarfile.open(SHARED / "data/cifar10-jpeg.tar.xz") as archive:
         files = (member for member in archive if "test" in Path(member.name).parts and member.isfile())
         images = np.stack([read(file) for file in itertools.islice(files, 0, None, 4)])
-    images = torch.from_numpy(np.random.default_rng(0).permutation(images))
-    images = images.permute(0, 3, 1, 2)  # (N, 3, 32, 32)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, 32, 32)
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     red, green, blue = images.float().mean((2, 3)).T  # (N,) each
     warm, bright = red - blue, red + green + blue
     half = images[(warm > warm.median()) & (bright > bright.median())]
@@ -2896,8 +2897,9 @@ def test_a_lost_half_of_the_data_is_seen():
     real, half, weak = (fid.judge(net, x[:300], labels) for x in (images, half, weak))
     assert half["modes"] < min(0.7 * real["modes"], 0.8 * weak["modes"])
     assert half["fd_thumb"] > 5 * weak["fd_thumb"] > real["fd_thumb"]
-    return "; ".join(f"{what} FD {row['fd']:.1f}, of thumbnails {row['fd_thumb']:.1f}, {row['modes']:.0f} modes of 64"
-                     for what, row in (("real", real), ("the warm, bright quarter", half), ("student", weak)))
+    rows = {"real": real, "the warm, bright quarter": half, "student": weak}
+    return "; ".join(f"{name} FD {row['fd']:.1f}, of thumbnails {row['fd_thumb']:.1f}, {row['modes']:.0f} modes of 64"
+                     for name, row in rows.items())
 
 
 def quick(images):
@@ -2944,15 +2946,15 @@ def test_fid_command_on_npz_folder_and_statistics():
         close(judged("a.npz", "--ref", "folder")[0]["fid"], ab["fid"], 1e-9)  # the same pictures as files
         judged("b.npz", "--save_stats", "stats.npz")
         stats = dict(np.load("stats.npz"))
-        assert (stats["mu"].dtype, stats["sigma"].dtype) == (np.float32, np.float64)  # torch-fidelity compares them
+        assert (stats["mu"].dtype, stats["sigma"].dtype) == (np.float32, np.float64)  # torch-fidelity's
         plain = {name: stats[name] for name in ("mu", "sigma")}
         np.savez("other.npz", **plain)  # no more than that in MAR's and pytorch-fid's
-        np.savez("adm.npz", **plain, arr_0=pictures(20, seed=2))  # statistics of all, and some of the pictures
+        np.savez("adm.npz", **plain, arr_0=pictures(20, seed=2))  # of all; some of the pictures
         for file in ("stats.npz", "other.npz", "adm.npz"):
             (row,) = judged("a.npz", "--ref", file)
             close(row["fid"], ab["fid"], 1e-6)  # mu is kept in float32
             assert ("kid" in row) == (file == "adm.npz")  # needs images, not only their statistics
-            assert ("TF1's bilinear resize" in judged.printed) == (file == "other.npz")  # whose that is it does not say
+            assert ("TF1's bilinear resize" in judged.printed) == (file == "other.npz")  # of unknown origin
         nan = lambda *_: {"clip": torch.tensor([1, torch.nan])}  # a judge that says NaN is not believed
         source = fid.npz_pictures("a.npz", fid.read_npz("a.npz"))
         refused(lambda: fid.collect(source, nan, 2, 0, 1), "says NaN or infinity")
@@ -2973,8 +2975,8 @@ def test_results_are_added_to():
             rows = judged("--ckpt", "teacher.pt", "--ar_steps", 2, "--head_steps", 3, "--seed", 5, "--num", 12)
             assert [row["name"] for row in rows[:3]] == ["a.npz", "b.npz", "a.npz"]
             assert rows[2]["is"] != rows[0]["is"] and rows[3]["n"] == 12
-            assert rows[3]["made_by"] == {"ar_steps": 2, "head_steps": 3, "guidance": 2.0, "temperature": 1.0,
-                                          "seed": 5, "guidance_schedule": "constant", "orders": "random"}
+            assert rows[3]["made_by"] == dict(ar_steps=2, head_steps=3, guidance=2.0, guidance_schedule="constant",
+                                              temperature=1.0, seed=5, orders="random")
             assert any("10 splits" in line for line in rows[3]["conventions"])
             for text in ("[]", '{"rows": {"a": 1}}'):
                 Path("out/fid/results.json").write_text(text)
@@ -3001,7 +3003,7 @@ def test_fid_judges_checkpoints_and_folders_by_the_classifier():
         assert "accuracy" in judged("samples.npz", *flags)[0]  # an .npz of ours names its classes
         assert np.load("samples.npz")["class_names"].tolist() == SHAPES
         os.rename("folder/disc", "folder/part")
-        assert "accuracy" not in judged("folder", *flags)[0]  # the folder's classes are not the classifier's
+        assert "accuracy" not in judged("folder", *flags)[0]  # a class that is not the classifier's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
