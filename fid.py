@@ -59,8 +59,6 @@ def mean_and_covariance(features):
     """(N, F) features -> mu (F,), sigma (F, F), float64; N - 1 in the denominator, as numpy.cov. Takes twice the
     features' float64 size for a moment: 1.6 GB for 50,000 of Inception's."""
     x = as_features(features).double()
-    if len(x) < 2:
-        raise UserError(f"a covariance needs at least 2 images, there are {len(x)}: generate or give more")
     return x.mean(0), torch.cov(x.T)
 
 
@@ -227,8 +225,6 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if images.dtype != torch.uint8:
-            raise UserError("Inception reads uint8: round float images to 0..255 first, as the published numbers do")
         x = resize_tf1(images.to(self.fc.weight.device).float())
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # TF32 and autocast would each move FID in the second decimal
@@ -905,7 +901,9 @@ def make_judges(args, names, real, device, rank, world):
         said = {kind: score(images.to(device).float() / 255, labels.to(device)) for kind, score in scorers.items()}
         if inception:
             said["pool"], said["logits"] = inception(images)
-        return {**said, **examine(classifier, images, labels)} if classifier else said
+        if classifier:
+            said |= examine(classifier, images, labels)
+        return said
     return inception, classifier, ask
 
 
@@ -946,7 +944,8 @@ def make_row(pictures, said, reference, classifier, args):
         row["precision"], row["recall"] = precision_recall(said["pool"], reference["features"])
     if classifier:
         row |= figures_of(classifier, said)
-    row |= {kind: float(said[kind].numpy().mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
+    for kind in set(PROMPTED) & set(said):
+        row[kind] = float(said[kind].double().mean())
     few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
