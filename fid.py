@@ -817,7 +817,7 @@ def agree_on_classes(sources, real, wanted):
         own, labels = source.class_names or names, source.labels
         if set(own) <= set(names) and labels.min() >= 0 and labels.max() < len(own):
             if wanted and source.class_names is None:
-                say(f"{source.name}: labels without names are taken for numbers of {some}")
+                say(f"{source.name}: labels without names are taken to mean {some}")
             source.labels = np.array([names.index(name) for name in own])[labels]
             source.class_names = names
             if real:  # the share of the pictures that would have to be of another class
@@ -869,7 +869,7 @@ def open_reference(path, sources):
 FIGURES = {  # a row's figures, in the table's order, and what they say
     "fid": "to mu, sigma of {args.ref}, n = {n}; images resized to 299 by TF1 bilinear, no half-pixel centres, float32",
     "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
-    "kid": "to {features.shape[0]} images of {args.ref}; mean of 100 subsets of 1,000 or all, by (x.y/2048 + 1)^3",
+    "kid": "to {features.shape[0]} images of {args.ref}; mean of 100 subsets of 1,000 or all, unbiased, (x.y/2048 + 1)^3",
     "precision": "share of the generated inside the manifold of the images that KID is to, k = 3",
     "recall": "share of these inside the manifold of the generated, k = 3",
     "fd": "by {classifier.name} to 10,000 training images at most; not FID",
