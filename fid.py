@@ -869,7 +869,7 @@ def open_reference(path, sources):
 FIGURES = {  # a row's figures, in the table's order, and what they say
     "fid": "to mu, sigma of {args.ref}, n = {n}; images resized to 299 by TF1 bilinear, no half-pixel centres, float32",
     "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
-    "kid": "to {features.shape[0]} images of {args.ref}; mean of 100 subsets of 1,000 or all, unbiased, (x.y/2048 + 1)^3",
+    "kid": "to {features.shape[0]} images of {args.ref}; mean of 100 subsets of 1,000 or all, unbiased, (x.y/2048+1)^3",
     "precision": "share of the generated inside the manifold of the images that KID is to, k = 3",
     "recall": "share of these inside the manifold of the generated, k = 3",
     "fd": "by {classifier.name} to 10,000 training images at most; not FID",

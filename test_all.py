@@ -2663,29 +2663,18 @@ def test_metrics_agree_with_torch_fidelity():
     # the fixture's one subset of 500 was drawn with seed 0, not with torch-fidelity's default of 2020
     kid = said["kid_one_subset_of_500"]["kernel_inception_distance_mean"]
     close(fid.kernel_distance(a, b, 1, 500, seed=0)[0], kid)
-    close(fid.precision_recall(a, b), [said["prc"]["precision"], said["prc"]["recall"]])
+    both = fid.precision_recall(a, b)
+    close(both, [said["prc"]["precision"], said["prc"]["recall"]])
+    assert fid.precision_recall(a, b, chunk=50) == both  # a matter of memory alone
 
 
-def test_inception_score_kid_precision_and_recall_of_known_cases():
+def test_inception_score_needs_a_shuffle_and_kid_has_a_spread_where_subsets_differ():
     logits = 20 * torch.eye(10).repeat_interleave(50, dim=0)  # ten sure classes, in class order
     assert abs(fid.inception_score(logits, splits=5)[0] - 2) < 1e-3  # each split knows two of them
     assert abs(fid.inception_score(logits, splits=5, shuffle=True)[0] - 10) < 0.8
-    # KID is unbiased, and has a std only where its subsets differ
-    draw = torch.Generator().manual_seed(0)
-    values = [fid.kernel_distance(*torch.randn(2, 60, 8, generator=draw), subsets=1)[0] for _ in range(300)]
-    error = np.std(values) / 300**0.5
-    assert abs(np.mean(values)) < 4 * error  # with the diagonals left in it is 25 errors off
-    a, b = torch.randn(2, 60, 8, generator=draw)
+    a, b = torch.randn(2, 60, 8)
     assert fid.kernel_distance(a, b)[1] is None and fid.kernel_distance(a, b[:20])[1] is None
     assert fid.kernel_distance(a, b, subset_size=20)[1] > 0
-    # precision and recall are not swapped; blocks are a matter of memory alone
-    real, collapsed = torch.randn(2, 400, 2, generator=draw)
-    precision, recall = fid.precision_recall(0.01 * collapsed, real)  # one good picture, again and again
-    assert precision == 1 and recall < 0.05, (precision, recall)
-    scattered = torch.cat([real, 50 + 100 * torch.rand(400, 2, generator=draw)])  # the data, and as much rubbish
-    precision, recall = fid.precision_recall(scattered, real)
-    assert abs(precision - 0.5) < 0.05 and recall == 1, (precision, recall)
-    assert fid.precision_recall(scattered, real, chunk=50) == (precision, recall)
 
 
 def test_clip_loads_from_a_half_precision_torchscript_archive(folder):
