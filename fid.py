@@ -944,8 +944,9 @@ def make_row(pictures, said, reference, classifier, args):
         row["precision"], row["recall"] = precision_recall(said["pool"], reference["features"])
     if classifier:
         row |= figures_of(classifier, said)
-    for kind in set(PROMPTED) & set(said):
-        row[kind] = float(said[kind].double().mean())
+    for kind in PROMPTED:
+        if kind in said:
+            row[kind] = float(said[kind].double().mean())
     few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
