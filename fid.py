@@ -8,7 +8,7 @@ judged; and the judges' public weights. Rows, with what they mean, are added to 
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
-    python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
+    python fid.py --ckpt out/shapes/student.pt --judges classifier --classifier out/shapes/classifier_0.pt --num 2048
     python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row each
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 """
@@ -787,12 +787,12 @@ def folder_pictures(path, size=None):
     return Pictures(f"{path} (ADM centre crop to {size} px)" if size else str(path), names, side, labels, read)
 
 
-def checkpoint_pictures(path, args, device, vae, real):
+def checkpoint_pictures(path, args, device, vae, classifier):
     """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
-    Image i is that of (seed, i), its class by `labels_like`, as in `real` (Data or Classifier) where it knows them."""
+    Image i is that of (seed, i), its class by `labels_like`, as in the classifier's data where these know it."""
     model = load_mar(path)
     check_vae(model, vae)
-    known = dict(zip(real.class_names, real.counts.tolist())) if real else {}
+    known = dict(zip(classifier.class_names, classifier.counts.tolist())) if classifier else {}
     names, counts = model.class_names or [*known], torch.ones(model.config.num_classes)
     if len(names) == len(counts) and set(names) <= known.keys():
         counts = torch.tensor([known[name] for name in names])
@@ -807,10 +807,10 @@ def checkpoint_pictures(path, args, device, vae, real):
                      functools.partial(read, how), made_by=how) for how in ways_to_draw(args, model)]
 
 
-def agree_on_classes(sources, real, wanted):
-    """-> the names of the judges' classes: those of `real`, Data or Classifier; else the first that a source has; else
-    ImageNet's. The sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
-    named = [one.class_names for one in (real, *sources) if one and one.class_names]
+def agree_on_classes(sources, classifier, wanted):
+    """-> the names of the judges' classes: the classifier's; else the first that a source has; else ImageNet's. The
+    sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
+    named = [one.class_names for one in (classifier, *sources) if one and one.class_names]
     names = named[0] if named else read_class_names()
     some = f"{names[0]}, ... ({len(names)} classes)"
     for source in sources:
@@ -820,8 +820,9 @@ def agree_on_classes(sources, real, wanted):
                 say(f"{source.name}: labels without names are taken to mean {some}")
             source.labels = np.array([names.index(name) for name in own])[labels]
             source.class_names = names
-            if real:  # the share of the pictures that would have to be of another class
-                moved = (source.counts / len(source) - real.counts / real.counts.sum()).abs().sum() / 2
+            if classifier:  # the share of the pictures that would have to be of another class
+                shares = classifier.counts / classifier.counts.sum()
+                moved = (source.counts / len(source) - shares).abs().sum() / 2
                 if moved > 0.1:
                     say(f"note: {source.name} mixes its classes as the data do not, by {moved:.0%} of the images")
         elif wanted:
@@ -882,20 +883,14 @@ FIGURES = {  # a row's figures, in the table's order, and what they say
 }
 
 
-def make_judges(args, names, real, device, rank, world):
-    """-> (Inception or None, the classifier or None, ask). ask(images uint8 (n, 3, H, W), labels (n,) or None) gives
-    all that --judges say of them, {what: tensor (n, ...)}. names: of the classes that labels are numbers of."""
+def make_judges(args, names, classifier, device):
+    """-> (Inception or None, ask). ask(images uint8 (n, 3, H, W), labels (n,) or None) gives all that --judges say of
+    them, {what: tensor (n, ...)}. names: of the classes that labels are numbers of."""
     scorers = {kind: prompt_scorer(kind, read_class_names(of_data=names), args.prompt, args.folder, device)
                for kind in PROMPTED if kind in args.judges}
-    inception, classifier = None, real
+    inception = None
     if "inception" in args.judges:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
-    if args.data:
-        if rank > 0:
-            dist.barrier()  # rank 0 trains it where there is none, the others read the file
-        classifier = load_or_train_classifier(real, args.classifier or f"out/{Path(args.data).name}", 0, device)
-        if rank == 0 and world > 1:
-            dist.barrier()
 
     def ask(images, labels):
         said = {kind: score(images.to(device).float() / 255, labels.to(device)) for kind, score in scorers.items()}
@@ -904,7 +899,7 @@ def make_judges(args, names, real, device, rank, world):
         if classifier:
             said |= examine(classifier, images, labels)
         return said
-    return inception, classifier, ask
+    return inception, ask
 
 
 @torch.no_grad()
@@ -988,12 +983,11 @@ def parse_args(argv=None):
     flag("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     flag("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
     # images drawn from --ckpt; what is not given is as the checkpoint was made for
-    flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as in --data")
+    flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as the classifier's data")
     drawing_flags(flag)
     # the judges' weights and words
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
-    flag("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
-    flag("--classifier", help="the folder where it is kept (None: out/<data>); or its file, without --data")
+    flag("--classifier", help="file of the judge classifier: a run of distill.py leaves classifier_0.pt in its folder")
     flag("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
     flag("--out", default="out/fid", help="folder of results.json")
     args = p.parse_args(argv)
@@ -1005,8 +999,8 @@ def parse_args(argv=None):
             raise UserError(f"--{name} is for images drawn from a --ckpt: leave it out")
     if (args.ref or args.save_stats) and "inception" not in args.judges:
         raise UserError("--ref and --save_stats are for --judges inception: name that judge")
-    if bool(args.data or args.classifier) != ("classifier" in args.judges):
-        raise UserError("--judges classifier goes with --data, the set whose classes it learns, or --classifier FILE")
+    if bool(args.classifier) != ("classifier" in args.judges):
+        raise UserError("--judges classifier and --classifier FILE belong together: give both")
     return args
 
 
@@ -1015,19 +1009,19 @@ def main(argv=None):
     args = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
     vae = load_vae(args.vae).to(device) if args.vae else None
-    real = open_data(args.data) if args.data else args.classifier and load_classifier(args.classifier, device)
+    classifier = load_classifier(args.classifier, device) if args.classifier else None
     # all that is judged is checked before hours go into the first of it, and before a folder is made
     sources = [folder_pictures(path, args.size) if os.path.isdir(path) else npz_pictures(path, read_npz(path))
                for path in args.samples]
     for path in args.ckpt:
-        sources += checkpoint_pictures(path, args, device, vae, real)
+        sources += checkpoint_pictures(path, args, device, vae, classifier)
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
     reference, images = open_reference(args.ref, sources) if args.ref else ({}, None)
-    names = agree_on_classes(sources, real, wanted=any(kind in args.judges for kind in PROMPTED))
+    names = agree_on_classes(sources, classifier, wanted=any(kind in args.judges for kind in PROMPTED))
     results = Path(args.out) / "results.json"
     rows_in(results)  # complains now, not after the work
-    inception, classifier, ask = make_judges(args, names, real, device, rank, world)
+    inception, ask = make_judges(args, names, classifier, device)
     if rank == 0:
         if args.save_stats:
             check_output(args.save_stats, ".npz")

@@ -2673,7 +2673,7 @@ def test_judged_labels_have_the_shares_of_the_data(folder):
     tiny_mar(folder, num_classes=2)
     file = read_checkpoint(folder / "student.pt")
     save_checkpoint({**file, "class_names": ["square", "disc"]}, folder / "x.pt")
-    args = fid.parse_args(["--ckpt", "x", "--judges", "classifier", "--data", "x", "--num", "400"])
+    args = fid.parse_args(["--ckpt", "x", "--num", "400"])
     (source,) = fid.checkpoint_pictures(folder / "x.pt", args, "cpu", None, net)
     assert abs((source.labels == 0).sum() - 20) <= 2, source.labels  # squares
     file = read_checkpoint(folder / "classifier_0.pt")
@@ -2812,7 +2812,7 @@ def test_fid_judges_checkpoints_and_folders_by_the_classifier():
         for stage in ("teacher", "student"):
             tiny_mar(Path("."), stage, **PIXELS_16)
         shutil.copy(shapes_classifier(), ".")
-        flags = ("--judges", "classifier", "--data", "shapes", "--classifier", ".")
+        flags = ("--judges", "classifier", "--classifier", "classifier_0.pt")
         draws = ("--ckpt", "teacher.pt", "student.pt", "--num", 16, "--ar_steps", 2, 4, "--guidance", 1, 3)
         rows = judged(*draws, "--head_steps", 5, *flags)  # a student has a guidance and head steps of its own
         assert [[row["made_by"][flag] for flag in ("ar_steps", "guidance", "head_steps")] for row in rows] == [
@@ -3215,7 +3215,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         named.npz drawn.npz --judges clip | drawn.npz has no labels, or others than ant
         marked.npz large.npz --judges clip | large.npz has no labels | 1000 classes
         marked.npz --judges clip | --get bpe
-        good.npz --judges classifier | --data
+        good.npz --judges classifier | --classifier FILE
         good.npz --ref good.npz --judges clip | inception
         good.npz minus.npz --save_stats s.npz | one set
         good.npz --save_stats file/x.npz | file
