@@ -797,7 +797,7 @@ def checkpoint_pictures(path, args, device, vae, classifier):
     labels = labels_like(counts, args.num).numpy()
 
     def read(how, numbers):
-        bf16_weights(model.to(device))  # at the first call; until then the file is mapped, not read
+        bf16_weights(model.to(device))  # at the first call: a GPU need not hold those of later rows
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
