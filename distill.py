@@ -11,14 +11,14 @@ Needed before: nothing for shapes; for ImageNet the public teacher (data.py --ge
 The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop,
 `gsim_loss` the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
-2. the critic and the student are updated at once, from the same weights, so that gradient accumulation and ranks
-   change nothing (but for a VAE's noise, and dropout in stage 0, which go by the rank); betas (0, .99), as in SiD
-   (Zhou et al. 2024), because the critic's target moves;
+2. both losses of an update are taken at the same weights, the critic's and then the student's, and both step after
+   it: so neither gradient accumulation nor the number of ranks matters (but to a VAE's noise, and to stage 0's
+   dropout); betas (0, .99): no momentum, as in SiD (Zhou et al. 2024), because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. for shapes the teacher is guided at t < 500 only and 100 <= t < 400 counts a tenth: else the student loses modes of
-   the data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there, on a CPU, guidance
-   ends at 700, and t < 100 counts threefold. For ImageNet, untried, the target is the paper's.
+   the data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there the size for a CPU
+   is guided below 700, and t < 100 counts threefold. Other sizes, untried, have the paper's target.
 
 Last stands what all loops, rl.py's too, train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data
 parallelism by hand.
@@ -702,10 +702,12 @@ class Run:
             self.check_resumed(stages, {*same, *hashes})
 
     def check_resumed(self, stages, same):
-        """Refuse to go on with what cannot be another than at the start; say what else is."""
+        """Refuse to go on where what must be as at the start is not; say what else has changed."""
         was, stage = self.resumed.get("args", {}), self.resumed.get("stage")
         changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
                    if name != "resume" and was.get(name, value) != value}
+        changed |= {name: f"another file for --{name.removesuffix('_sha256')} (by its SHA-256)" for name in changed
+                    if name.endswith("_sha256")}
         wrong = [text for name, text in changed.items() if name in same]
         if stage not in stages:
             wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]
@@ -961,7 +963,7 @@ class Gradients:
                 work.wait()
             torch._foreach_div_(self.flats, self.world)
         self.waiting = None
-        # of the views: a CPU adds up one long buffer in float32, which is 3e-4 off at 2.4 M numbers
+        # of the views: one long buffer, added up in float32, loses digits
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.views)))
         if clip > 0:
             torch._foreach_mul_(self.flats, (clip / (norm + 1e-6)).clamp(max=1.0))

@@ -981,7 +981,7 @@ def parse_args(argv=None):
     flag("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     flag("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
     # images drawn from --ckpt; what is not given is as the checkpoint was made for
-    flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as the classifier's data")
+    flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes as often as in the classifier's data")
     drawing_flags(flag)
     # the judges' weights and words
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")

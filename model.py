@@ -13,7 +13,8 @@ This file needs nothing before it. It is imported, not run:
 
 Alphabet, here and in every other file:
     B images   L tokens an image   C channels a token   D transformer width   W head width   S buffer slots
-    V visible tokens   P tokens to predict   K AR steps   t integer time step 0..999   ... any leading dimensions
+    V visible tokens   P tokens to predict   T, Q positions in attention, those that ask   ... any leading dimensions
+    K AR steps   t integer time step 0..999
     x0 a clean token   n, eps Gaussian noise   c condition   alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
     x_t = alpha_t x0 + sigma_t eps   s = t_init, the one t of the one-step form   z = sigma_s n, what it starts from
     theta the student, p the teacher, q the critic; s_q, s_p scores, -eps / sigma; y = s_q - s_p, d(y) its length
@@ -103,19 +104,19 @@ SIZES = {
 @functools.lru_cache(maxsize=None)
 def cosine_schedule(steps=1000):
     """The 1,000-step cosine schedule (Nichol & Dhariwal 2021), respaced to `steps`, two or more: -> float64 arrays of
-    that length, t (the index the network sees), beta, abar (cumulative alpha), abar_prev, log_beta, log_post_var (the
-    two bounds of the learned variance), coef_x0, coef_xt (posterior mean)."""
+    that length, t (the index the network sees), abar (cumulative alpha), log_beta, log_post_var (the two bounds of the
+    learned variance), coef_x0, coef_xt (posterior mean)."""
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     abar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
-    # round(i * stride) and not linspace: the public code's rounding decides which steps "100" means
-    t = np.array([round(i * 999 / (steps - 1)) for i in range(steps)])
+    # the stride added up, as in the public code, whose rounding it decides: at 21, 23, 27, ... i * stride differs
+    t = np.cumsum([0.0] + [999 / (steps - 1)] * (steps - 1)).round().astype(int)
     abar = abar[t]
     abar_prev = np.append(1.0, abar[:-1])
     beta = 1 - abar / abar_prev  # so that products of 1 - beta are the kept abar
     post_var = beta * (1 - abar_prev) / (1 - abar)  # 0 at index 0: its logarithm is that of index 1, as in MAR
     log_post_var = np.log(np.append(post_var[1], post_var[1:]))
-    return {"t": t, "beta": beta, "abar": abar, "abar_prev": abar_prev, "log_beta": np.log(beta),
-            "log_post_var": log_post_var, "coef_x0": beta * np.sqrt(abar_prev) / (1 - abar),
+    return {"t": t, "abar": abar, "log_beta": np.log(beta), "log_post_var": log_post_var,
+            "coef_x0": beta * np.sqrt(abar_prev) / (1 - abar),
             "coef_xt": (1 - abar_prev) * np.sqrt(1 - beta) / (1 - abar)}
 
 
@@ -293,8 +294,7 @@ def put(x, index, rows):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with bias, (B, T, D) -> (B, T, D), no mask; timm's, by PyTorch's fused kernel, whose
-    backward in bf16 takes a CPU 8 times as long as three products written out (64 pictures of 72 tokens)."""
+    """Multi-head self-attention with bias, (B, T, D) -> (B, T, D), no mask; timm's."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -308,7 +308,7 @@ class Attention(nn.Module):
             q = take(q, ask)
         q, k, v = (a.unflatten(2, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))  # (B, heads, T or Q, D/heads)
         dropout = self.dropout if self.training else 0.0
-        if q.dtype == torch.bfloat16 and not q.is_cuda:
+        if q.dtype == torch.bfloat16 and not q.is_cuda:  # the fused kernel's backward takes a CPU 8 times as long
             x = F.dropout((q * q.shape[-1]**-0.5 @ k.mT).softmax(-1), dropout) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -344,8 +344,8 @@ class Block(nn.Module):
 
 
 class MAR(nn.Module):
-    """The public MAR, function for function; only its speed differs. Names of parameters are the public ones but for
-    the head's prefix (`head_net.` here, `diffloss.net.` there)."""
+    """The public MAR, function for function, but faster; pixels, which it does not draw, are clamped. Parameters have
+    the public names but for the head's prefix (`head_net.` here, `diffloss.net.` there)."""
 
     def __init__(self, config):
         super().__init__()
@@ -630,8 +630,8 @@ def load_mar(path, ema=True, **config_overrides):
     if stage not in STAGES:
         raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
     with reading(path, "MAR checkpoint"):
-        if ours:  # "passes": 0 stands in files of before December 2026
-            config = MARConfig(**dict(file["config"].items() - {("passes", 0)}))
+        if ours:
+            config = MARConfig(**file["config"])
             made = dict(file.get("args") or {})
         else:
             config, made = config_of_public(state, file.get("args"), config_overrides.get("heads"), path), {}
@@ -764,8 +764,9 @@ def runs_bf16(device):
 
 
 def bf16_products(device):
-    """Inside it matrix products are in bf16, where `runs_bf16`: those of the transformer, and of stage 0's head. The
-    head that distils stays float32: what is learned is a difference of two heads, which bf16 drowns at low noise."""
+    """Inside it matrix products are in bf16, where `runs_bf16`: those of the transformer, and of a teacher's head while
+    it is trained. (Its chain casts by itself.) The head that distils stays float32: what is learned is a difference of
+    two heads, which bf16 drowns at low noise."""
     return torch.autocast("cuda" if device.type == "cuda" else "cpu", torch.bfloat16, enabled=runs_bf16(device))
 
 

@@ -674,11 +674,15 @@ def test_schedule_is_the_public_one():
     theirs = fixture("diffusion")
     for steps, prefix in ((1000, "train"), (10, "gen10"), (25, "gen25"), (100, "gen100")):
         ours = cosine_schedule(steps)
-        names = {"betas": "beta", "alphas_cumprod": "abar", "posterior_log_variance_clipped": "log_post_var"}
+        close(np.exp(ours["log_beta"]), theirs[f"{prefix}_betas"], 1e-10)
+        names = {"alphas_cumprod": "abar", "posterior_log_variance_clipped": "log_post_var"}
         names |= ({"timesteps": "t"} if steps < 1000 else
                   {"posterior_mean_coef1": "coef_x0", "posterior_mean_coef2": "coef_xt"})
         for name, key in names.items():
             close(ours[key], theirs[f"{prefix}_{name}"], 1e-10)
+    for steps in range(2, 1001):  # which of the 1,000 are kept: MAR adds the stride up and rounds the sums
+        at = itertools.accumulate([999 / (steps - 1)] * (steps - 1), initial=0.0)
+        assert cosine_schedule(steps)["t"].tolist() == [round(sum_of_strides) for sum_of_strides in at]
     alpha, sigma = alpha_sigma(torch.tensor([755, 973, 999]))
     ratio = (sigma / alpha)[:, 0]  # where the student starts; the noisiest level trained; unusable
     assert abs(ratio[0] - 2.5) < 0.01 and abs(ratio[1] - 24.7) < 0.1 and abs(ratio[2] - 20291) < 300, ratio
@@ -1512,7 +1516,7 @@ def test_resume_with_other_flags_goes_on_or_says_why_not(folder):
         shutil.move(folder / f"{stage}.pt", folder / f"moved_{stage}.pt")
         go(f"moved_{stage}.pt", "--steps", 2, "--resume")
         save_checkpoint({**read_checkpoint(folder / f"moved_{stage}.pt"), "step": 7}, folder / f"{stage}.pt")
-        refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "cannot go on", "_sha256")
+        refused(lambda: go(f"{stage}.pt", "--steps", 3, "--resume"), "cannot go on", "another file for --")
         assert saved(folder / out)["step"] == 2
 
 
