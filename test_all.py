@@ -3045,53 +3045,39 @@ def test_reinforce_does_not_depend_on_batch_or_chunk():
     close(part, whole[1:3], 1e-4)
 
 
-class Held:
-    """Counts the bytes that autograd holds for backward, now and at most."""
+def held_by(work):
+    """The most bytes that autograd holds for backward at a time during work()."""
     now = most = 0
 
-    def __init__(self, tensor):
-        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
-        Held.now += self.bytes
-        Held.most = max(Held.most, Held.now)
+    class Held:
+        def __init__(self, tensor):
+            nonlocal now, most
+            self.tensor = tensor
+            now += tensor.nbytes
+            most = max(most, now)
 
-    def __del__(self):
-        Held.now -= self.bytes
+        def __del__(self):
+            nonlocal now
+            now -= self.tensor.nbytes
 
-
-def held_by(work):
-    Held.now = Held.most = 0
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
         work()
-    return Held.most
+    return most
 
 
 def test_chain_memory_is_that_of_one_step():
-    most = {}
+    ours, graph = {}, {}
     for K in (4, 8, 16):
         model, labels, seeds, loss, x, slope = chain_problem(K)
         keys, start = image_keys(seeds), shifted(model)
-        most[K, "ours"] = held_by(lambda: rl.backward_chain(model, start, x, slope, 0.1, 0.1, labels, keys, K))
-        most[K, "graph"] = held_by(lambda: loss(naive_chain(model, labels, keys, K, start)[0]).backward())
-    assert max(most[8, "ours"], most[16, "ours"]) < 1.1 * most[4, "ours"], most
-    assert most[8, "graph"] > 1.7 * most[4, "graph"] and most[16, "graph"] > 5 * most[16, "ours"], most
-
-
-def test_rl_clamps_what_is_scored(folder):
-    """Nothing is earned outside the range that a screen can show."""
-    scored = []
-
-    def noted(images, labels):
-        scored.extend([images.min(), images.max()])
-        return images.mean((1, 2, 3))
-
-    write_student(folder)
-    with patch.dict(rl.REWARDS, noted=lambda *_: noted):
-        run_rl(folder, "--reward", "noted", "--noise_std", 5, "--steps", 1)
-    assert min(scored) == 0 and max(scored) == 1, "noise of 5 goes far beyond"
+        ours[K] = held_by(lambda: rl.backward_chain(model, start, x, slope, 0.1, 0.1, labels, keys, K))
+        graph[K] = held_by(lambda: loss(naive_chain(model, labels, keys, K, start)[0]).backward())
+    assert max(ours.values()) < 1.1 * ours[4], ours
+    assert graph[8] > 1.7 * graph[4] and graph[16] > 5 * ours[16], (graph, ours)
 
 
 def rl_gradient_and_autograds(folder, vae, *flags):
-    """Adam's first moment after one update of rl.py / 0.1, and the derivative of the whole loss by one graph."""
+    """.grad after one update of rl.py, unclipped, and the derivative of the whole loss by one graph."""
     path, kl, s = folder / "student.pt", 0.3, 0.5
     file = read_checkpoint(path)
     with torch.no_grad():  # as in chain_problem: every token shall heed the others
@@ -3099,28 +3085,26 @@ def rl_gradient_and_autograds(folder, vae, *flags):
             p += p.ndim == 1 and name.endswith("weight")
     save_checkpoint(file, path)
     reward = lambda images, labels: (labels + 1) * (images - 0.3).square().mean((1, 2, 3))
-    chains, backward, finish = [], rl.backward_chain, Gradients.finish
     model = load_mar(path).requires_grad_(True)
-    start = shifted(model)
+    start, chains = shifted(model), []
+    backward, finish = rl.backward_chain, Gradients.finish
 
     def noted(student, _, x, slope, kl, s, labels, keys, *rest):  # as if the student had been trained some way
-        chains.append((labels, keys))
+        chains.append((student, labels, keys))
         return backward(student, start, x, slope, kl, s, labels, keys, *rest)
 
     with (patch.object(rl, "backward_chain", noted), patch.dict(rl.REWARDS, smooth=lambda *_: reward),
-          patch.object(Gradients, "finish", lambda gradients, clip: finish(gradients, 0))):  # unclipped
+          patch.object(Gradients, "finish", lambda gradients, clip: finish(gradients, 0))):
         run_rl(folder, "--reward", "smooth", "--estimator", "pathwise", "--kl", kl, "--noise_std", s, "--steps", 1,
                *flags)
-    state = read_checkpoint(Path(flags[flags.index("--out") + 1]) / "resume.pt")["optimizer"]["state"]
-    ours = torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)]) / 0.1  # beta_1 is 0.9
 
-    labels, keys = (torch.cat(parts) for parts in zip(*chains))
+    (student, *_), parts, keys = zip(*chains)
+    labels, keys = torch.cat(parts), torch.cat(keys)
     x, squares = naive_chain(model, labels, keys, 4, start)  # (B, c, h, w), a graph of all AR steps of both
     pictures = vae.decode(x / data.LATENT_SCALE) if vae else x
     r = reward(((pictures + 1) / 2).clamp(0, 1), labels)
     (kl * squares / (2 * s**2 * x.numel()) - r.mean()).backward()
-    groups = distill.make_optimizer(model, 1, (0.0, 0.9)).param_groups  # in the order of the state
-    return ours, torch.cat([p.grad.flatten() for group in groups for p in group["params"]])
+    return flat_gradient(student), flat_gradient(model)
 
 
 @once()
@@ -3179,14 +3163,11 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
         assert again["before"]["fd"] != rows["before"]["fd"]
         files[0].write_text("{")
         refused(lambda: run_rl(folder, *whole, "--resume"), "results.json", "delete it")
-    strict = folder / "strict"
-    strict.mkdir()
-    (strict / "best.pt").write_text("left over")
-    with patch.multiple(rl, MAX_RISE=0, MAX_LOSS=1):
-        run_rl(folder, "--steps", 2, "--lr", "3e-3", "--kl", 0, "--reward", "red:-1", "--out", strict)
-    rows = table_of(strict)
-    assert "best" not in rows or rows["best"]["fd"] <= rows["before"]["fd"]
-    assert ("best" in rows) == (strict / "best.pt").exists()
+    (folder / "none").mkdir()
+    (folder / "none/best.pt").write_text("of an earlier run")
+    with patch.object(rl, "MAX_RISE", -1):  # nothing can be best
+        run_rl(folder, "--steps", 2, "--out", folder / "none")
+    assert "best" not in table_of(folder / "none") and not (folder / "none/best.pt").exists()
 
 
 def test_best_has_the_most_reward_at_a_bounded_distance():
@@ -3204,16 +3185,12 @@ def test_best_has_the_most_reward_at_a_bounded_distance():
 
 def write_judges(folder):
     """CLIP and PickScore with tiny random weights, where `data.py --get` puts the public files. -> --folder's value."""
-    clip, pick = about("clip_tiny"), about("pickscore_tiny")
-    for name in ("clip", "pickscore", "bpe"):
-        os.makedirs((folder / PUBLIC[name][1]).parent, exist_ok=True)
-    save_checkpoint(fill(clip["shapes"]), folder / PUBLIC["clip"][1])
-    write_safetensors(fill(pick["shapes"]), folder / PUBLIC["pickscore"][1])
+    for name in ("clip", "pickscore", "imagereward"):
+        (folder / PUBLIC[name][1]).parent.mkdir(parents=True)
+    public("clip_tiny", folder, PUBLIC["clip"][1]), public("pickscore_tiny", folder, PUBLIC["pickscore"][1])
     letters = [chr(i) for i in range(0x4E00, 0x4E00 + 222)]  # a table of CLIP's size, whose pairs no prompt has
     pairs = [f"{a} {b}" for a, b in itertools.product(letters, letters)][:48894]
-    with gzip.open(folder / PUBLIC["bpe"][1], "wt", encoding="utf-8") as file:
-        file.write("\n".join(["#", *pairs]) + "\n")
-    os.makedirs((folder / PUBLIC["imagereward"][1]).parent)
+    (folder / PUBLIC["bpe"][1]).write_bytes(gzip.compress("\n".join(["#", *pairs, ""]).encode()))
     (folder / PUBLIC["imagereward_vocab"][1]).write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SHAPES]))
     return folder
 
@@ -3250,14 +3227,13 @@ def test_rl_is_judged_by_a_classifier_that_is_not_rewarded(folder):
 def test_rl_asks_for_words_and_not_for_the_names_of_imagenets_folders(folder):
     """A student of ImageNet has classes n01440764 and so on; prompts must be of the names in assets/."""
     scorer = Mock(return_value=lambda images, labels: images.mean((1, 2, 3)))
+    path = write_student(folder)
     with patch.object(rl, "check_names"), patch.object(rl, "prompt_scorer", scorer):
-        path = write_student(folder)
+        run_rl(folder, "--reward", "clip", "--watch", "clip", "--steps", 1, "--out", folder / "clip")
+        assert [call.args[1] for call in scorer.call_args_list] == [SHAPES]  # once, though trained and watched
         save_checkpoint({**read_checkpoint(path), "class_names": [f"n{i:08}" for i in range(8)]}, path)
-        run_rl(folder, "--steps", "1", "--out", folder / "red")  # no words are needed: none are asked for
+        run_rl(folder, "--steps", 1, "--out", folder / "red")  # no words are needed: none are asked for
         refused(lambda: run_rl(folder, "--reward", "clip"), "names 1000 classes, here are 8")
-        (folder / "words.json").write_text(json.dumps(SHAPES))
-        run_rl(folder, "--reward", "clip", "--watch", "clip", "--class_names", folder / "words.json", "--steps", "1")
-    assert [call.args[1] for call in scorer.call_args_list] == [SHAPES]  # once, though trained and watched
 
 
 def test_rl_red_and_jpeg_mean_what_they_say():
