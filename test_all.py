@@ -3136,31 +3136,29 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
     """A finished run that is resumed changes nothing; with other --eval_images it makes all its rows again."""
     write_student(folder)
     whole = ("--steps", 12, "--eval_every", 6, "--lr", "3e-3", "--ema", 0.5, "--kl", 0, "--calls", 64, "--chunk", 1024)
+    out = folder / "rl"
     with patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
         run_rl(folder, *whole)
-        rows, out = table_of(folder / "rl"), folder / "rl"
+        files = [out / name for name in ("results.json", "log.jsonl")]
+        rows, lines, was = table_of(out), log_of(out), [file.read_text() for file in files]
         before, after, best = (rows[name] for name in ("before", "after", "best"))
         assert after["red"] > before["red"] + 0.05 and best["reward"] >= after["reward"], rows
         assert after["reward"] == after["red"] and after["seconds_per_image"] > 0
         assert before["made_by"] == {"n": 32, "seed": 1, "step": None, "ar_steps": 4, "head_steps": 1, "guidance": 1.0}
         assert after["made_by"] == {**before["made_by"], "step": 12} and (out / "grid_000012.png").exists()
-        for name in ("student", "best"):  # both can be drawn from, judged, and trained on
-            assert load_mar(out / f"{name}.pt").config.img_size == 8
-        lines = log_of(out)
         assert {"reward", "reward_std", "kl", "grad_norm", "images_per_s"} <= set(lines[0])
         assert lines[0]["kl"] == 0 and lines[-2]["kl"] > 0  # the first picture is the reference's own
         assert lines[-1]["eval_reward"] == after["reward"] and "reward" not in lines[-1]
-        run_rl(folder, "--ckpt", out / "best.pt", "--steps", 1)
+        for name in ("student", "best"):  # both can be drawn from, judged, and trained on
+            run_rl(folder, "--ckpt", out / f"{name}.pt", "--steps", 1, "--out", folder / name)
         refused(lambda: run_rl(folder), "already holds a run")
         refused(lambda: run_rl(folder, "--resume", "--reward", "jpeg"), "cannot go on with --reward")
-        files = [out / name for name in ("results.json", "log.jsonl")]
-        was = [file.read_text() for file in files]
         run_rl(folder, *whole, "--resume")
         assert [file.read_text() for file in files] == was
         run_rl(folder, *whole, "--resume", "--eval_images", 16)
         again = table_of(out)
         assert again["before"]["made_by"]["n"] == again["after"]["made_by"]["n"] == 16
-        assert again["before"]["fd"] != rows["before"]["fd"]
+        assert again["before"]["fd"] != before["fd"]
         files[0].write_text("{")
         refused(lambda: run_rl(folder, *whole, "--resume"), "results.json", "delete it")
     (folder / "none").mkdir()
@@ -3255,9 +3253,9 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
     write_student(folder, **LATENT)
     vae, ref = folder / "vae.ckpt", folder / "a.npz"
     vae.touch(), ref.touch()
-    flags = ["--vae", vae, "--data", "nowhere", "--steps", "1", "--kl", "0"]
-    judged = [*flags, "--out", folder / "judged", "--ref", ref]
-    blind = [*flags, "--reward", "red:100", "--lr", "1e-2", "--out", folder / "blind"]
+    flags = ["--vae", vae, "--data", "nowhere", "--steps", 1, "--kl", 0]
+    judged, blind = ([*flags, "--out", folder / name] for name in ("judged", "blind"))
+    judged += ["--ref", ref]
     with patch.multiple(
             rl, load_vae=lambda path: TinyVAE(), load_inception=lambda path: Mock(to=lambda device: inception),
             read_npz=lambda path: None, statistics_in=lambda path, arrays: (np.zeros(12), np.eye(12))):
@@ -3270,33 +3268,29 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
             file.write_text("another")
             refused(lambda: run_rl(folder, *judged, "--resume"), f"this {file} (by its SHA-256")
             file.write_text("")
-        for more, word in ((["--ref", ref, "--resume"], f"--ref {ref} (was None)"),  # the start has no fid
-                           (["--reward", "classifier", "--out", folder / "other"], "clip"),
-                           (["--vae", folder / "no.ckpt", "--out", folder / "other"], "--get kl16")):
-            refused(lambda: run_rl(folder, *blind, *more), word)
+        refused(lambda: run_rl(folder, *blind, "--ref", ref, "--resume"), f"--ref {ref} (was None)")  # no fid so far
+        refused(lambda: run_rl(folder, *flags, "--reward", "classifier"), "clip, pickscore")
 
 
 def test_rewards_of_every_kind_are_numbers(folder):
-    """Numbers are trained on in chunks whose last has one picture; what has no gradient may be watched."""
+    """They may write into what they are given. Those that have no gradient may still be watched."""
     numbers = {"count": lambda a, i: (a > 0.5).sum((1, 2, 3)), "truth": lambda a, i: a[:, 0, 0, 0] > 0.5,
                "double": lambda a, i: a.double().mean((1, 2, 3)), "half": lambda a, i: a.mean((1, 2, 3)).bfloat16(),
                "squeezed": lambda a, i: a.mean((1, 2, 3)).squeeze(), "numpy": lambda a, i: a.mean((1, 2, 3)).numpy(),
                "listed": lambda a, i: [float(one.max()) for one in a],
-               "in_place": lambda a, i: a.sub_(0.5).mean((1, 2, 3)) + i.zero_()}  # writes into what it is given
+               "in_place": lambda a, i: a.sub_(0.5).mean((1, 2, 3)) + i.zero_()}
+    for (name, f), n in itertools.product(numbers.items(), (1, 3)):
+        images, labels = torch.ones(n, 3, 8, 8), torch.arange(n)
+        r = rl.guarded(name, f)(images, labels)
+        assert r.shape == (n,) and r.dtype == torch.float32, name
+        assert images.min() == 1 and labels.tolist() == [*range(n)], name
     late = lambda a, i: torch.full((len(a),), math.nan if len(a) > 2 else 0.0)  # a trial has two pictures
     write_student(folder)
     with patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in {**numbers, "late": late}.items()}):
         refused(lambda: run_rl(folder, "--reward", "late"), "reward late is nan")
-        for name in numbers:
-            run_rl(folder, "--reward", name, "--watch", "count", "--steps", 1, "--eval_images", 33, "--chunk", 32,
-                   "--out", folder / name)
-            assert math.isfinite(table_of(folder / name)["after"]["reward"]), name
-        for flags in (["in_place"], ["red", "--watch", "jpeg", "count"]):
-            run_rl(folder, "--estimator", "pathwise", "--steps", 1, "--out", folder / f"path_{flags[0]}",
-                   "--reward", *flags)
-    labels = torch.arange(2)
-    rl.guarded("in_place", numbers["in_place"])(torch.ones(2, 3, 8, 8), labels)
-    assert labels.tolist() == [0, 1]
+        shared = ("--reward", "in_place", "--steps", 1)
+        run_rl(folder, *shared, "--watch", "listed", "--eval_images", 33, "--chunk", 32, "--out", folder / "rest")
+        run_rl(folder, *shared, "--watch", "jpeg", "count", "--estimator", "pathwise", "--out", folder / "path")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3400,6 +3394,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --ckpt student.pt --reward red --watch --calls 1 | --calls
         --ckpt student.pt --reward red --watch --noise_std 0 | --noise_std
         --ckpt student.pt --reward red --watch --ar_steps 17 | 16
+        --ckpt rl.pt --reward red --watch | --get kl16
         --ckpt student.pt --reward red --watch --data bugs | bugs has 2 classes, the student 8
         --ckpt student.pt --reward red --watch --ref good.npz | leave it out
         --ckpt student.pt --reward red --watch --resume --out new | resume.pt
