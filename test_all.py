@@ -3167,9 +3167,9 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
 
 def test_best_has_the_most_reward_at_a_bounded_distance():
     row = lambda reward, fd: {"reward": reward, "fd": fd}
-    for new, best, verdict in ((row(1, 12), {}, True), (row(1, 12.1), {}, False), (row(0, 9), {}, False), ({}, {}, False),
-                               (row(3, 10), {"best": row(2, 10)}, True), (row(1, 9), {"best": row(2, 10)}, False),
-                               ({"reward": 3}, {}, False)):
+    for new, best, verdict in (
+            (row(1, 12), {}, True), (row(1, 12.1), {}, False), (row(0, 9), {}, False), ({"reward": 3}, {}, False),
+            ({}, {}, False), (row(3, 10), {"best": row(2, 10)}, True), (row(1, 9), {"best": row(2, 10)}, False)):
         assert rl.is_best(new, {"before": row(0, 10), **best}) == verdict, (new, best)
     for modes, verdict in ((7.3, True), (7.1, False)):  # of 8: a reward that costs colours is hacked at any FD
         assert rl.is_best({**row(1, 9), "modes": modes}, {"before": {**row(0, 10), "modes": 8}}) == verdict
@@ -3476,20 +3476,15 @@ struct Guard : NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Device exchangeDevice(Device) const override { return getDevice(); }
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
   Stream getDefaultStream(Device d) const override { return getStream(d); }
-  Stream exchangeStream(Stream s) const noexcept override { return s; }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 }
 namespace at {
 struct CUDAHooks : CUDAHooksInterface {
   CUDAHooks(CUDAHooksArgs) {}
-  void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
-  int getNumGPUs() const override { return 1; }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks);
 }
@@ -3522,13 +3517,12 @@ def on_fake_gpu(work):
 
 class Strict(TorchDispatchMode):
     """What fake tensors let pass: matrix products of two dtypes, and copies to the host."""
-
-    PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution}
+    products = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given, made = ([x for x in tree_leaves(tree) if torch.is_tensor(x)] for tree in ((args, kwargs), out))
-        if func.overloadpacket in self.PRODUCTS and len({x.dtype for x in given}) > 1:
+        if func.overloadpacket in self.products and len({x.dtype for x in given}) > 1:
             raise RuntimeError(f"{func} of {[x.dtype for x in given]}")
         if any(x.is_cuda for x in given) and not all(x.is_cuda for x in made):
             raise RuntimeError(f"{func} copies from the GPU")
@@ -3538,11 +3532,12 @@ class Strict(TorchDispatchMode):
 @contextmanager
 def fake_cuda(mode=Strict):
     """Tensors made inside are fake, and bf16 autocast believes in the GPU."""
-    flash = lambda q, k, v, dropout_p: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
-    choose = F.scaled_dot_product_attention
+    plain = F.scaled_dot_product_attention
 
     def attention(q, k, v, dropout_p=0.0, **more):  # in bf16 a GPU takes the kernel that keeps no T x T matrix
-        return flash(q, k, v, dropout_p) if q.dtype == torch.bfloat16 else choose(q, k, v, dropout_p=dropout_p, **more)
+        if q.dtype != torch.bfloat16:
+            return plain(q, k, v, dropout_p=dropout_p, **more)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
 
     with (patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
           patch("torch.cuda.is_bf16_supported", lambda *_: True), patch("torch.cuda.synchronize"),
@@ -3560,14 +3555,20 @@ def fake_module(build):
     return module
 
 
-def up_to_its_log_line(loop, mode=Strict, report=lambda mode: None):
-    """loop(folder), updates on the GPU that is not there, until they wait for the device: then report(mode). In a fork
-    that ends there: taking fake tensors apart now and then crashes the interpreter (PyTorch 2.13)."""
+def fake_frozen(build):
+    return fake_module(build).eval().requires_grad_(False)
+
+
+def to_its_log_line(loop, program, flags, mode=Strict, report=lambda mode: None):
+    """loop(args, run), a loop of this program, on the GPU that is not there, until it waits for the device at its first
+    log line: then report(mode). In a fork that ends there: taking fake tensors apart now and then crashes the
+    interpreter (PyTorch 2.13)."""
     def work():
+        args = program.parse_args([*flags, "--out", f"{folder}/run"])
         with fake_cuda(mode) as inside:
             reached = lambda *_, **__: (report(inside), sys.stdout.flush(), os._exit(0))
             with patch.object(distill.Run, "log", reached):
-                loop(folder)
+                loop(args, distill.Run(args, torch.device("cuda", 0), 0, 1, [], []))
         raise AssertionError("no log line")
 
     with scratch() as folder:
@@ -3577,61 +3578,53 @@ def up_to_its_log_line(loop, mode=Strict, report=lambda mode: None):
 
 
 def fake_distillation(stage, config, size, *flags, **how):
-    """Updates of a loop of distill.py's, of such a network: `up_to_its_log_line`."""
+    """A stage of distill.py, of such a network: `to_its_log_line`."""
     shape = (config.vae_channels, config.latent_size, config.latent_size)
 
     class Pictures(list):
         def batch(self, indices, flip, generator):
             return torch.zeros(len(indices), *shape), torch.zeros(len(indices), dtype=torch.long)
 
-    def loop(folder):
-        args = distill.parse_args(["--data", "imagenet", "--size", size, "--steps", "9", "--teacher_steps", "9",
-                                   "--log_every", "1", *flags, "--out", f"{folder}/run"])
-        run = distill.Run(args, torch.device("cuda", 0), 0, 1, [stage], [])
+    def loop(args, run):
+        pictures = Pictures([0] * 99) if args.data else None
         if stage == "teacher":
-            return distill.train_teacher(args, config, Pictures([0] * 99), run)
-        teacher = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
+            return distill.train_teacher(args, config, pictures, run)
+        teacher = fake_frozen(lambda: MAR(config))
         teacher.made = {"ar_steps": 4}
-        distill.distil(args, teacher, Pictures([0] * 99) if args.data else None, run, Blind())
+        distill.distil(args, teacher, pictures, run, Blind())
 
+    flags = ["--data", "imagenet", "--size", size, "--steps", "9", "--teacher_steps", "9", "--log_every", "1", *flags]
     with patch.object(distill, "MAR", lambda config: fake_module(lambda: MAR(config))):
-        up_to_its_log_line(loop, **how)
+        to_its_log_line(loop, distill, flags, **how)
 
 
 def fake_rl(config, *flags, **how):
-    """Updates of rl.train likewise, with a reward that needs no weights."""
-    def loop(folder):
-        args = rl.parse_args(["--steps", "9", "--log_every", "1", "--ar_steps", "2", "--calls", "6",
-                              "--out", f"{folder}/rl", *flags])
-        vae = None if config.pixels else fake_module(data.KLVAE).eval().requires_grad_(False)
-        reference = fake_module(lambda: MAR(config)).eval().requires_grad_(False)
+    """rl.train likewise, with a reward that needs no weights."""
+    def loop(args, run):
+        vae = None if config.pixels else fake_frozen(data.KLVAE)
         decode = (lambda x: x) if config.pixels else (lambda x: vae.decode(x / data.LATENT_SCALE))
-        run = distill.Run(args, torch.device("cuda", 0), 0, 1, ["rl"], [])
-        rl.train(args, reference, lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind())
+        rl.train(args, fake_frozen(lambda: MAR(config)), lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind())
 
-    up_to_its_log_line(loop, **how)
+    to_its_log_line(loop, rl, ["--steps", "9", "--log_every", "1", "--ar_steps", "2", "--calls", "6", *flags], **how)
 
 
 def steps_on_fake_gpu():
     import torch._dynamo  # seconds, of the first optimiser: once, and not in each fork
     pixels, latents = tiny_config(), tiny_config(**LATENT)
-    small = ("--batch", "4", "--teacher_batch", "4")
-    for flags in ([], ["--accumulate", "2", "--recompute"]):
+    small, parts = ("--batch", "4", "--teacher_batch", "4"), ("--accumulate", "2", "--recompute")
+    for flags in ((), parts):
         fake_distillation("teacher", replace(pixels, dropout=0.1), "shapes", *small, *flags)
-    for flags in (["--data", ""], ["--guidance", "1"], ["--accumulate", "2", "--recompute"],
-                  ["--loss", "vsd", "--log_every", "2"]):
+    for flags in (("--data", ""), ("--guidance", "1"), parts, ("--loss", "vsd", "--log_every", "2")):
         fake_distillation("student", pixels, "shapes", *small, *flags)
-    for config, flags in ((pixels, ["--estimator", "pathwise", "--accumulate", "2", "--recompute"]),
-                          (latents, ["--log_every", "2"]), (latents, ["--estimator", "pathwise"])):
+    for config, *flags in ((pixels, "--estimator", "pathwise", *parts), (latents, "--log_every", "2"),
+                           (latents, "--estimator", "pathwise")):
         fake_rl(config, "--batch", "4", *flags)
 
     with fake_cuda():
         cuda, seen = torch.device("cuda", 0), set()
-        model = bf16_weights(fake_module(lambda: MAR(latents)).eval().requires_grad_(False))
+        model, vae = bf16_weights(fake_frozen(lambda: MAR(latents))), fake_frozen(data.KLVAE)
         model.decoder_blocks[0].mlp.register_forward_hook(lambda _, x, y: seen.add(y.dtype))
-        vae = fake_module(data.KLVAE).eval().requires_grad_(False)
-        labels = torch.zeros(3, dtype=torch.long, device=cuda)
-        keys = torch.zeros(3, 2, dtype=torch.long, device=cuda)
+        labels, keys = torch.zeros(3, dtype=torch.long, device=cuda), torch.zeros(3, 2, dtype=torch.long, device=cuda)
         for how in ({}, {"head_steps": 3, "guidance": 2.0}):
             with patch.object(sample, "check_finite") as check:  # which looks at numbers: here are none
                 images = sample.decode(model, model.generate(labels, 4, seeds=keys, **how), vae)
@@ -3639,15 +3632,12 @@ def steps_on_fake_gpu():
         assert seen == {torch.bfloat16}
         pool, logits = fake_module(fid.Inception).eval()(images)
         assert pool.is_cuda and pool.dtype == logits.dtype == torch.float32
-        pixels = torch.zeros(3, 3, 64, 64, device=cuda).requires_grad_()
 
-        # that the net has no hole: what must be refused is
-        for wrong, words in ((lambda: pixels + torch.zeros(64), "same device"),
-                             (lambda: pixels.sum().item(), "_local_scalar_dense"),
-                             (lambda: pixels.cpu(), "copies from the GPU"),
-                             (lambda: pixels[0, 0].bfloat16() @ pixels[0, 0], "bfloat16")):
-            error = refused(wrong, by=(RuntimeError, DataDependentOutputException))
-            assert words in error, error
+        x = torch.zeros(3, 3, 64, 64, device=cuda).requires_grad_()
+        for wrong, words in (  # that the net has no hole: what must be refused is
+                (lambda: x + torch.zeros(64), "same device"), (lambda: x.sum().item(), "_local_scalar_dense"),
+                (lambda: x.cpu(), "copies from the GPU"), (lambda: x[0, 0].bfloat16() @ x[0, 0], "bfloat16")):
+            assert words in refused(wrong, by=(RuntimeError, DataDependentOutputException))
     print("all steps reached")
 
 
@@ -3658,10 +3648,9 @@ def test_every_stage_runs_on_a_gpu_that_is_not_there():
 
 def test_measurements_name_what_prints_them(folder):
     """Tests and functions of assets/measure.py that assets/measurements.md names are there, and a small one runs."""
-    with patch.dict(sys.modules, test_all=sys.modules[__name__]):
-        spec = importlib.util.spec_from_file_location("measure", HERE / "assets/measure.py")
-        measure = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(measure)
+    place = patch.object(sys, "path", [str(HERE / "assets"), *sys.path])
+    with place, patch.dict(sys.modules, test_all=sys.modules[__name__]):
+        measure = importlib.import_module("measure")
     text = (HERE / "assets/measurements.md").read_text()
     functions, tests = re.findall(r"measure\.py ([a-z_]+)", text), re.findall(r"`(test_\w+)`", text)
     words = " ".join(re.findall(r"python test_all\.py ([\w ]+)`", text)).split()
@@ -3684,13 +3673,13 @@ def judged(test, said):
     torch.manual_seed(0)
     try:
         with scratch() as folder:  # for a test that takes one
-            verdict, code = test(*[folder] * len(inspect.signature(test).parameters)), 0
+            result, code = test(*[folder] * len(inspect.signature(test).parameters)), 0
     except Skip as reason:
-        verdict, code = reason, SKIPPED
+        result, code = reason, SKIPPED
     except BaseException:  # SystemExit too: a program under test that leaves is no success
         traceback.print_exc()
         os._exit(1)
-    said.seek(0), said.truncate(), said.write(str(verdict or "")), said.flush()
+    said.seek(0), said.truncate(), said.write(str(result or "")), said.flush()
     os._exit(code)
 
 
@@ -3700,7 +3689,7 @@ def run_tests(names, jobs):
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))  # by way of `finally`
     todo = sorted(names, key=lambda name: not any(word in name for word in LONG))
-    running, counts = {}, [0, 0, 0]
+    running, counts = {}, {"ok": 0, "FAILED": 0, "skipped": 0}
     try:
         while todo or running:
             while todo and len(running) < jobs:
@@ -3714,16 +3703,17 @@ def run_tests(names, jobs):
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             said.seek(0)
-            code, text = os.waitstatus_to_exitcode(status), said.read()
-            counts[{0: 0, SKIPPED: 2}.get(code, 1)] += 1
-            verdict = {0: f"ok{text and ': '}{text}", SKIPPED: f"skipped: {text}"}.get(
-                code, f"FAILED, exit code {code}\n{text[-6000:]}")
-            print(f"{name} {verdict} ({time.time() - start:.1f} s, {usage.ru_utime + usage.ru_stime:.1f} of CPU)",
-                  flush=True)
+            code, text = os.waitstatus_to_exitcode(status), said.read()[-6000:]
+            verdict = {0: "ok", SKIPPED: "skipped"}.get(code, "FAILED")
+            counts[verdict] += 1
+            if verdict == "FAILED":
+                text = f"exit code {code}\n{text}"
+            print(f"{name} {verdict}{': ' * bool(text)}{text} ({time.time() - start:.1f} s, "
+                  f"{usage.ru_utime + usage.ru_stime:.1f} of CPU)", flush=True)
     finally:
         for pid in running:
             os.killpg(pid, signal.SIGKILL)
-    return counts
+    return counts.values()
 
 
 def main():
