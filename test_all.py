@@ -3532,17 +3532,9 @@ class Strict(TorchDispatchMode):
 @contextmanager
 def fake_cuda(mode=Strict):
     """Tensors made inside are fake, and bf16 autocast believes in the GPU."""
-    plain = F.scaled_dot_product_attention
-
-    def attention(q, k, v, dropout_p=0.0, **more):  # in bf16 a GPU takes the kernel that keeps no T x T matrix
-        if q.dtype != torch.bfloat16:
-            return plain(q, k, v, dropout_p=dropout_p, **more)
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
-
     with (patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
           patch("torch.cuda.is_bf16_supported", lambda *_: True), patch("torch.cuda.synchronize"),
           patch.object(torch.Tensor, "pin_memory", lambda x: x),
-          patch.object(F, "scaled_dot_product_attention", attention),
           FakeTensorMode(allow_non_fake_inputs=True), mode() as inside):
         yield inside
 
@@ -3559,22 +3551,20 @@ def fake_frozen(build):
     return fake_module(build).eval().requires_grad_(False)
 
 
-def to_its_log_line(loop, program, flags, mode=Strict, report=lambda mode: None):
-    """loop(args, run), a loop of this program, on the GPU that is not there, until it waits for the device at its first
-    log line: then report(mode). In a fork that ends there: taking fake tensors apart now and then crashes the
-    interpreter (PyTorch 2.13)."""
-    def work():
-        args = program.parse_args([*flags, "--out", f"{folder}/run"])
-        with fake_cuda(mode) as inside:
-            reached = lambda *_, **__: (report(inside), sys.stdout.flush(), os._exit(0))
-            with patch.object(distill.Run, "log", reached):
-                loop(args, distill.Run(args, torch.device("cuda", 0), 0, 1, [], []))
-        raise AssertionError("no log line")
+KEPT = []  # what the loops held: taking fake tensors apart now and then crashes the interpreter (PyTorch 2.13)
 
-    with scratch() as folder:
-        result = Command(work).ended()
-    assert result.returncode == 0, result
-    print(result.stdout, end="")
+
+def to_its_log_line(loop, program, flags, mode=Strict):
+    """loop(args, run), a loop of this program, on the GPU that is not there, until it waits for the device at its first
+    log line: -> the mode that watched it."""
+    args = program.parse_args([*flags, "--out", "nowhere"])
+    with fake_cuda(mode) as inside, patch.object(distill.Run, "log", Mock(side_effect=Killed)):
+        try:
+            loop(args, distill.Run(args, torch.device("cuda", 0), 0, 1, [], []))
+        except Killed as end:
+            KEPT.append(end)
+            return inside
+    raise AssertionError("no log line")
 
 
 def fake_distillation(stage, config, size, *flags, **how):
@@ -3595,7 +3585,7 @@ def fake_distillation(stage, config, size, *flags, **how):
 
     flags = ["--data", "imagenet", "--size", size, "--steps", "9", "--teacher_steps", "9", "--log_every", "1", *flags]
     with patch.object(distill, "MAR", lambda config: fake_module(lambda: MAR(config))):
-        to_its_log_line(loop, distill, flags, **how)
+        return to_its_log_line(loop, distill, flags, **how)
 
 
 def fake_rl(config, *flags, **how):
@@ -3605,11 +3595,11 @@ def fake_rl(config, *flags, **how):
         decode = (lambda x: x) if config.pixels else (lambda x: vae.decode(x / data.LATENT_SCALE))
         rl.train(args, fake_frozen(lambda: MAR(config)), lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind())
 
-    to_its_log_line(loop, rl, ["--steps", "9", "--log_every", "1", "--ar_steps", "2", "--calls", "6", *flags], **how)
+    flags = ["--steps", "9", "--log_every", "1", "--ar_steps", "2", "--calls", "6", *flags]
+    return to_its_log_line(loop, rl, flags, **how)
 
 
 def steps_on_fake_gpu():
-    import torch._dynamo  # seconds, of the first optimiser: once, and not in each fork
     pixels, latents = tiny_config(), tiny_config(**LATENT)
     small, parts = ("--batch", "4", "--teacher_batch", "4"), ("--accumulate", "2", "--recompute")
     for flags in ((), parts):
@@ -3638,7 +3628,8 @@ def steps_on_fake_gpu():
                 (lambda: x + torch.zeros(64), "same device"), (lambda: x.sum().item(), "_local_scalar_dense"),
                 (lambda: x.cpu(), "copies from the GPU"), (lambda: x[0, 0].bfloat16() @ x[0, 0], "bfloat16")):
             assert words in refused(wrong, by=(RuntimeError, DataDependentOutputException))
-    print("all steps reached")
+    print("all steps reached", flush=True)
+    os._exit(0)  # and takes nothing apart
 
 
 def test_every_stage_runs_on_a_gpu_that_is_not_there():
