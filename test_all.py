@@ -3475,7 +3475,6 @@ struct Guard : NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
   Device exchangeDevice(Device) const override { return getDevice(); }
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
-  Stream getDefaultStream(Device d) const override { return getStream(d); }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 }
@@ -3483,14 +3482,11 @@ namespace at {
 struct CUDAHooks : CUDAHooksInterface {
   CUDAHooks(CUDAHooksArgs) {}
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks);
 }
-namespace at::accelerator {  // loaded first, these stand in the place of PyTorch's own
+namespace at::accelerator {  // loaded first, it stands in the place of PyTorch's own
 __attribute__((visibility("default"))) std::optional<c10::DeviceType> getAccelerator(bool) { return c10::kCUDA; }
-__attribute__((visibility("default"))) bool isAccelerator(c10::DeviceType d) { return d == c10::kCUDA; }
 }
 """
 

@@ -144,51 +144,6 @@ def beside_public_mar():
     return "\n".join(["the pictures agree", *rows])
 
 
-def where_a_pictures_time_goes(size="base", K=8, batches=(1, 4), device=None):
-    """Shares of transformer and head in the time of a picture; how near the products come to the machine's own rate,
-    and the reading of the weights to that of a copy. DEVICE=cuda in front: on a GPU."""
-    device = torch.device(device or os.environ.get("DEVICE", "cpu"))
-    on_cuda, model = device.type == "cuda", MAR(SIZES[size]).eval().requires_grad_(False).to(device)
-    heads = sum(p.numel() for p in model.head_net.parameters())
-    if on_cuda:
-        setup(str(device))
-        bf16_weights(model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes; the head's are float32
-    side, kind = (8192, torch.bfloat16) if on_cuda else (2048, torch.float32)
-    a, bias = torch.ones(side, side, device=device, dtype=kind), torch.ones(side, device=device, dtype=kind)
-    block = torch.ones(256 << 20, device=device, dtype=torch.uint8)  # far beyond any cache
-    copy_of = torch.empty_like(block)
-    # a limit is the best that is seen, not the median: other work at that moment would make shares above 100 %
-    rate = 2 * side**3 / min(seconds_of(lambda: model_file.linear(a, a, bias), device) for _ in range(50))
-    bandwidth = 2 * len(block) / min(seconds_of(lambda: copy_of.copy_(block), device) for _ in range(10))
-    figures = [f"{size}, K = {K}, {device}: products {rate / 1e12:.2f} TFLOP/s, copies {bandwidth / 1e9:.1f} GB/s"]
-    for batch, (who, how) in itertools.product(batches, (("student", {"head_steps": 1, "guidance": 1.0}),
-                                                         ("teacher", {"head_steps": 100, "guidance": 2.9}))):
-        labels, spent = torch.arange(batch, device=device) % model.config.num_classes, {"transformer": 0.0, "head": 0.0}
-
-        def timed(part, inner):
-            def call(*args):
-                result = []
-                spent[part] += seconds_of(lambda: result.append(inner(*args)), device)
-                return result[0]
-            return call
-
-        draw_them = lambda: model.generate(labels, K, **how)
-        model.generate(labels, K, **{**how, "head_steps": min(2, how["head_steps"])})  # meets every shape
-        seconds = seconds_of(draw_them, device)
-        # another call for the shares: to time the parts the device is waited for after each, which slows the whole
-        with (mock.patch.object(model, "transformer", timed("transformer", model.transformer)),
-              mock.patch.object(model, "one_step", timed("head", model.one_step)),
-              mock.patch.object(model, "denoise", timed("head", model.denoise))):
-            whole = seconds_of(draw_them, device)
-        read = K * (weights + 4 * heads * (how["head_steps"] - 1))
-        figures.append(f"{who}, batch {batch}: {seconds / batch:.4f} s an image; transformer "
-                       f"{spent['transformer'] / whole:.0%}, head {spent['head'] / whole:.0%}; of the products' limit "
-                       f"{flops_of(model, {'ar_steps': K, **how}) * batch / seconds / rate:.1%}, of the copies' "
-                       f"{read / seconds / bandwidth:.1%}")
-    return "\n".join(figures)
-
-
 def random_latents(folder, images=16):
     """A latent cache of noise at ImageNet's size, for what does not depend on what the numbers say."""
     (folder / "train").mkdir(parents=True)
@@ -256,16 +211,23 @@ class LiveBytes(TorchDispatchMode):
 def memory_on_fake_gpu():
     """In a process of its own, with a CUDA that does nothing: the most bytes alive at once in two updates of distill.py
     (32 images) and in one of rl.py (64 images, K = 16), by size and flags, printed in GiB. Source: LiveBytes."""
-    importlib.import_module("torch._dynamo")  # seconds, of the first optimiser: once, and not in each fork
-    peak_of = lambda what: lambda live: print(f"{what}: alive {live.peak / 2**30:.1f} GiB")
-    for size, *flags in (["base"], ["base", "--recompute"], ["large"], ["large", "--recompute"], ["huge"],
-                         ["huge", "--recompute"]):
-        flags = ("--batch", "32", "--log_every", "2", *flags)
-        fake_distillation("student", SIZES[size], size, *flags, mode=LiveBytes,
-                          report=peak_of(f"distill {' '.join([size, *flags])}"))
-    for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"], ["huge", "--recompute"]):
-        fake_rl(SIZES[size], "--ar_steps", "16", "--log_every", "1", *flags, mode=LiveBytes,
-                report=peak_of(f"rl {' '.join([size, *flags])}"))
+    plain = F.scaled_dot_product_attention
+
+    def attention(q, k, v, dropout_p=0.0):  # in bf16 a GPU takes the kernel that keeps no T x T matrix
+        if q.dtype != torch.bfloat16:
+            return plain(q, k, v, dropout_p=dropout_p)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        for size, flags in itertools.product(("base", "large", "huge"), ([], ["--recompute"])):
+            live = fake_distillation("student", SIZES[size], size, "--batch", "32", "--log_every", "2", *flags,
+                                     mode=LiveBytes)
+            print(f"distill {size}, 32 images {' '.join(flags)}: alive {live.peak / 2**30:.1f} GiB")
+        for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"],
+                             ["huge", "--recompute"]):
+            live = fake_rl(SIZES[size], "--ar_steps", "16", *flags, mode=LiveBytes)
+            print(f"rl {size}, 64 images {' '.join(flags)}: alive {live.peak / 2**30:.1f} GiB", flush=True)
+    os._exit(0)  # and takes no fake tensor apart
 
 
 def cuda_memory():
@@ -632,7 +594,7 @@ def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=1
 
 MEASUREMENTS = {measurement.__name__: measurement for measurement in (
     gradient_cosine, paired, grain, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu,
-    rl_memory, shortcuts, speed, where_a_pictures_time_goes)}
+    rl_memory, shortcuts, speed)}
 
 
 def main():
