@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_all import (HERE, SHARED, Skip, about, close, fake_distillation, fake_rl, flops_of, fresh, need_shared,
+from test_all import (HERE, SHARED, Skip, TinyVAE, about, close, fake_distillation, fake_rl, fresh, need_shared,
                       on_fake_gpu, replayed, scratch, write_student)  # first: it says how torch multiplies
 import numpy as np
 import torch
@@ -157,9 +157,8 @@ def random_latents(folder, images=16):
 
 def random_checkpoint(path, config, stage):
     torch.manual_seed(0)
-    names = [f"class {i}" for i in range(config.num_classes)]
     save_checkpoint({"config": asdict(config), "stage": stage, "ema": MAR(config).state_dict(), "step": 0,
-                     "args": {"ar_steps": 8}, "class_names": names}, path)
+                     "args": {"ar_steps": 8}, "class_names": [*map(str, range(config.num_classes))]}, path)
     return path
 
 
@@ -242,8 +241,15 @@ if os.fork():  # the peak of a process begins with that of the one that started 
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 import torch
 sys.path.insert(0, '.')
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB: Linux counts KiB
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB: Linux counts KiB
 """
+
+
+def peaks(script, **env):
+    """The numbers, in MiB, in the last line that this script prints in a new process, where PEAK went before it."""
+    result = fresh("-c", PEAK + script, **env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [float(word) for word in result.stdout.splitlines()[-1].split()]
 
 
 def distillation_memory():
@@ -257,15 +263,13 @@ def distillation_memory():
             argv = ["--data", str(latents), "--teacher", str(teacher), "--steps", "2", "--log_every", "1", "--device",
                     "cpu", *flags, "--out", str(folder / "out")]
             # writing is left out: it comes after the peak and would want 11 GB of disk a setting
-            script = PEAK + f"""
+            (more,) = peaks(f"""
 import distill
 distill.save_checkpoint, before = lambda *_: None, peak()
 distill.main({argv!r})
-print('GiB', peak() - before)
-"""
-            result = fresh("-c", script)
-            assert result.returncode == 0, result.stderr[-2000:]
-            figures.append(f"{' '.join(flags)}: {float(result.stdout.split()[-1]):.2f} GiB")
+print(peak() - before)
+""")
+            figures.append(f"{' '.join(flags)}: {more / 1024:.2f} GiB")
             shutil.rmtree(folder / "out")
     return "\n".join(figures)
 
@@ -278,7 +282,7 @@ def rl_memory():
     figures = []
     for K in (8, 64):
         for kind in ("ours", "graph"):
-            script = PEAK + f"""
+            whole, more = peaks(f"""
 import copy, model, rl
 from model import *
 torch.manual_seed(0)
@@ -297,11 +301,8 @@ else:
     x = model.generate(labels, {K}, seeds=seeds)
     start = copy.deepcopy(model).requires_grad_(False)
     rl.backward_chain(model, start, x, torch.ones_like(x) / x.numel(), 0.1, 0.1, labels, keys, {K})
-print('MiB', 1024 * peak(), 1024 * (peak() - before))
-"""
-            result = fresh("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-            assert result.returncode == 0, result.stderr[-2000:]
-            whole, more = map(float, result.stdout.split()[-2:])
+print(peak(), peak() - before)
+""", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
             figures.append(f"K {K} {kind}: {whole:.0f} MiB ({more:.0f} above weights and gradients)")
     return "\n".join(figures)
 
@@ -424,13 +425,10 @@ def grain():
 
 
 STUB_VAE = """
-import sys, torch
+import sys
 sys.path.insert(0, '.')
-import data
-class Stub(torch.nn.Module):  # averages in place of the encoder: everything around it is the real thing
-    def moments(self, x):
-        return torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
-data.load_vae = lambda path: Stub()
+from test_all import TinyVAE, data
+data.load_vae = lambda path: TinyVAE()
 data.run_main(data.main)
 """
 
@@ -451,7 +449,7 @@ def latent_cache():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
                    str(folder / "stub.py"), "--data", str(folder / "jpeg"), "--vae", str(folder / "vae"), "--out",
                    str(folder / "latents"), "--device", "cpu"]
-        seconds, kills, start = 0.0, 0, time.time()
+        kills, start = 0, time.time()
         while True:
             process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -470,15 +468,12 @@ def latent_cache():
         for i in (0, 7_777, 19_999):
             file = sorted((folder / "jpeg/train").rglob("*.jpg"))[i]
             x = torch.from_numpy(data.read_image(file, 256)).float()[None] / 127.5 - 1
-            want = torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
-            close(latents.read(np.array([i]), np.array([0])).float(), want, 2e-3)
-        draw = lambda k: latents.batch(rng.integers(0, 20_000, 256), rng.random(256) < 0.5)
-        for k in range(80):  # warm: each page once
-            draw(k)
-        clock = time.time()
-        for k in range(80):
-            draw(k)
-        rate = 80 * 256 / (time.time() - clock)
+            close(latents.read(np.array([i]), np.array([0])).float(), TinyVAE().moments(x), 2e-3)
+        for _ in range(2):  # the first time touches each page
+            clock = time.time()
+            for _ in range(80):
+                latents.batch(rng.integers(0, 20_000, 256), rng.random(256) < 0.5)
+            rate = 80 * 256 / (time.time() - clock)
         size = (folder / "latents/train/moments.npy").stat().st_size
     return (f"built in {seconds:.0f} s with {kills} kills of both processes, {size / 2**20:.0f} MiB; 20,480 latents of "
             f"256 px read at random in batches of 256: {rate:,.0f}/s, one thread")
@@ -521,7 +516,6 @@ def true_size(kind):
 def judges():
     """rl.py with CLIP, PickScore, ImageReward at their true sizes and random weights, tiny student, one update each."""
     figures = []
-    fid.WEIGHTS["pickscore"] = fid.WEIGHTS["pickscore"].replace("model.safetensors", "pytorch_model.bin")
     with scratch() as folder:
         for name in ("clip", "pickscore", "imagereward", "bpe"):
             (folder / PUBLIC[name][1]).parent.mkdir(parents=True, exist_ok=True)
@@ -557,10 +551,10 @@ def judges():
     return "\n".join(figures)
 
 
-def seconds_of(work, device, repeat=1):
-    """Median wall time of `repeat` calls. The caller warms up."""
+def seconds_of(work, device):
+    """Median wall time of three calls. The caller warms up."""
     wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
-    for _ in range(repeat):
+    for _ in range(3):
         wait()  # launches on a GPU return at once: without it the clock would measure Python
         start = time.perf_counter()
         work()
@@ -587,7 +581,7 @@ def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=1
             print(f"{who:10}{batch:6}{K:5}{steps:12}{g:10.2f}", end="", flush=True)
             generate = lambda steps: model.generate(labels, K, head_steps=steps, guidance=g, seeds=seeds)
             generate(min(2, steps))  # meets every shape of a hundred
-            seconds[who] = seconds_of(lambda: generate(steps), device, repeat=3)
+            seconds[who] = seconds_of(lambda: generate(steps), device)
             print(f"{seconds[who] / batch:10.4g}{batch / seconds[who]:10.3g}"
                   f"{seconds[who] / seconds['student']:16.1f}x", flush=True)
 
