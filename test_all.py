@@ -3644,7 +3644,7 @@ def test_measurements_name_what_prints_them(folder):
     assert functions and set(functions) <= set(measure.MEASUREMENTS) and tests and set(tests) <= set(globals())
     assert words and all(any("test_" in name and word in name for name in globals()) for word in words), words
     assert "student, batch 4, without the last block's cut" in measure.shortcuts(repeat=1, size="shapes")
-    teacher = measure.random_checkpoint(folder / "x.pt", tiny_config(num_classes=1000, **LATENT), "teacher")
+    teacher = measure.random_teacher(folder / "x.pt", tiny_config(num_classes=1000, **LATENT))
     distill.check_names(load_mar(teacher), open_data(measure.random_latents(folder)))  # as distill.py would
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_all import (HERE, SHARED, Skip, TinyVAE, about, close, fake_distillation, fake_rl, fresh, need_shared,
-                      on_fake_gpu, replayed, scratch, write_student)  # first: it says how torch multiplies
+from test_all import (HERE, Skip, TinyVAE, about, close, fake_distillation, fake_rl, fresh, on_fake_gpu, replayed,
+                      scratch, write_judges, write_student)  # first: it says how torch multiplies
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ import data
 import fid
 import model as model_file
 import rl
-from data import PUBLIC, SHAPES, open_data, run_main, setup
+from data import open_data, run_main, setup
 from fid import classify, load_classifier
 from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar,
                    read_checkpoint, save_checkpoint, token_orders)
@@ -155,24 +155,23 @@ def random_latents(folder, images=16):
     return folder
 
 
-def random_checkpoint(path, config, stage):
+def random_teacher(path, config):
     torch.manual_seed(0)
-    save_checkpoint({"config": asdict(config), "stage": stage, "ema": MAR(config).state_dict(), "step": 0,
+    save_checkpoint({"config": asdict(config), "stage": "teacher", "ema": MAR(config).state_dict(), "step": 0,
                      "args": {"ar_steps": 8}, "class_names": [*map(str, range(config.num_classes))]}, path)
     return path
 
 
-def on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
+def on_a_gpu(images=32, updates=60, device="cuda"):
     """Distillation of random latents at ImageNet's size, as a user starts it: images/s and peak memory;
     then `speed`, one picture and 128. SIZES="base large huge" in front for others."""
     if device == "cuda" and not torch.cuda.is_available():
         raise Skip("no GPU: none of the figures that it prints has been taken")
     setup(device)
-    sizes = os.environ.get("SIZES", " ".join(sizes)).split()
-    for size in sizes:
+    for size in os.environ.get("SIZES", "base").split():
         with scratch() as folder:
             latents = random_latents(folder / "latents")
-            teacher = random_checkpoint(folder / "teacher.pt", SIZES[size], "teacher")
+            teacher = random_teacher(folder / "teacher.pt", SIZES[size])
             for flags in ([], ["--recompute"]):
                 argv = ["--data", latents, "--teacher", teacher, "--batch", images, "--steps", updates, "--log_every",
                         updates // 3, "--save_every", 10 * updates, "--device", device, *flags, "--out", folder / "out"]
@@ -257,7 +256,7 @@ def distillation_memory():
     figures = []
     with scratch() as folder:
         latents = random_latents(folder / "latents")
-        teacher = random_checkpoint(folder / "teacher.pt", SIZES["base"], "teacher")
+        teacher = random_teacher(folder / "teacher.pt", SIZES["base"])
         for flags in (["--batch", "2"], ["--batch", "4"], ["--batch", "4", "--recompute"],
                       ["--batch", "4", "--loss", "vsd"]):
             argv = ["--data", str(latents), "--teacher", str(teacher), "--steps", "2", "--log_every", "1", "--device",
@@ -275,10 +274,8 @@ print(peak() - before)
 
 
 def rl_memory():
-    """Peak memory of one RL update's chain for K = 8 and 64: ours, and one graph of the whole chain.
-
-    glibc is told to give freed blocks back at once: else the peak tells how its heap is broken up by 64 shapes.
-    """
+    """Peak memory of one RL update's chain for K = 8 and 64: ours, and one graph of the whole chain. glibc is told to
+    give freed blocks back at once: else the peak tells how its heap is broken up by 64 shapes."""
     figures = []
     for K in (8, 64):
         for kind in ("ours", "graph"):
@@ -517,12 +514,7 @@ def judges():
     """rl.py with CLIP, PickScore, ImageReward at their true sizes and random weights, tiny student, one update each."""
     figures = []
     with scratch() as folder:
-        for name in ("clip", "pickscore", "imagereward", "bpe"):
-            (folder / PUBLIC[name][1]).parent.mkdir(parents=True, exist_ok=True)
-        need_shared()
-        shutil.copy(SHARED / "data/bpe_simple_vocab_16e6.txt.gz", folder / PUBLIC["bpe"][1])
-        (folder / PUBLIC["imagereward_vocab"][1]).write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SHAPES]))
-        write_student(folder, num_classes=8)
+        write_judges(folder), write_student(folder)
         for kind in ("clip", "pickscore", "imagereward"):
             torch.manual_seed(0)
             state = {name: torch.randn(shape) * (0.02 if len(shape) > 1 else 0.1)
