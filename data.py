@@ -7,7 +7,7 @@ Three kinds of data, one class (`Data`):
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
     python data.py --get kl16                                          # nothing is downloaded that it does not name
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
-Killed at any moment, the same command goes on where it stopped.
+Killed at any moment, the same command goes on where it stopped. At its end it says what --data takes from then on.
 """
 import argparse
 import contextlib
@@ -15,21 +15,21 @@ import functools
 import hashlib
 import http.client
 import json
-import math
 import os
 import re
 import shlex
 import shutil
 import sys
 import traceback
-import urllib.request
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -124,22 +124,23 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 def split_folder(path, split):
     for name in SPLITS[split]:
-        if (Path(path) / name).is_dir():
-            return Path(path) / name
+        if Path(path, name).is_dir():
+            return Path(path, name)
     raise UserError(f"{path}: no folder {' or '.join(map(repr, SPLITS[split]))} there; {LAYOUT}")
 
 
 def walk(folder, above=()):
-    """All files in `folder` and below, in the order of names, but for hidden ones: beside x.jpg macOS keeps a ._x.jpg
+    """The images in `folder` and below, in the order of names, but no hidden ones: beside x.jpg macOS keeps a ._x.jpg
     that is no picture. Links are followed, but not back up. above: real paths of the folders it lies in."""
     above = (*above, os.path.realpath(folder))
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry.path):
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
             continue
-        if entry.is_file():
-            yield entry.path
-        elif entry.is_dir() and os.path.realpath(entry.path) not in above:
-            yield from walk(entry.path, above)
+        if name.lower().endswith(SUFFIXES):
+            yield path
+        elif os.path.isdir(path) and os.path.realpath(path) not in above:
+            yield from walk(path, above)
 
 
 def find_images(folder, need_classes=False):
@@ -147,38 +148,32 @@ def find_images(folder, need_classes=False):
 
     The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). Pictures in no
     folder are of the class "", unless some lie in one. Sorted by class, then by name: ImageNet's usual label order."""
-    found, passed, start = {}, [], len(os.path.join(folder, ""))
+    found = {path.name: [] for path in sorted(Path(folder).iterdir()) if path.is_dir() and path.name[0] != "."}
+    loose, start = [], len(os.path.join(folder, ""))
     for file in walk(folder):
-        name, _, below = file[start:].partition(os.sep)
-        if file.lower().endswith(SUFFIXES):
-            found.setdefault(name if below else "", []).append(file)
-        else:
-            passed.append(file)
-    if len(found) > 1:
-        passed += found.pop("", [])
-    if passed:
-        say(f"{folder}: {len(passed):,} files are no images, or in no class folder, and passed over: {passed[0]}, ...")
-    if not found:
-        raise UserError(f"{folder}: no images in it")
+        name = file[start:].split(os.sep)[0]
+        found.get(name, loose).append(file)
+    if not any(found.values()):
+        found = {"": loose}
+    elif loose:
+        say(f"{folder}: {len(loose):,} images are in no class folder, and passed over: {loose[0]}, ...")
+    if need_classes and "" in found:
+        raise UserError(f"{folder}: no images in class folders there; {LAYOUT}")
     if set(found) <= {name for names in SPLITS.values() for name in names}:
         raise UserError(f"{folder}: {', '.join(found)} are no classes: give the folder of one, {folder}/{[*found][0]}")
-    empty = [name for name in sorted(os.listdir(folder)) if name not in found and os.path.isdir(f"{folder}/{name}")
-             and name[0] != "."]
-    if empty and "" not in found:
-        raise UserError(f"{folder}/{empty[0]}: no images in it, and each folder there is a class: remove it")
-    if need_classes and "" in found:
-        raise UserError(f"{folder}: its images lie in no class folder; {LAYOUT}")
-    labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
-    return list(found), [file for files in found.values() for file in files], labels
+    for name, files in found.items():
+        if not files:
+            raise UserError(f"{Path(folder, name)}: no images in it: fill it, or remove it if it is no class")
+    labels = np.repeat(np.arange(len(found)), [*map(len, found.values())])
+    return list(found), [*chain(*found.values())], labels
 
 
 def native_size(path, split, pixels=False):
     """px at which a folder is used unless told otherwise: its first image's if below 64 or if `pixels`, else 256."""
     folder = split_folder(path, split)
-    for file in walk(folder):  # stops at the first: to list all of ImageNet takes long
-        if file.lower().endswith(SUFFIXES):
-            with contextlib.suppress(UserError), reading(file, "image"), Image.open(file) as image:
-                return min(image.size) if pixels or min(image.size) < PIXEL_LIMIT else 256
+    for file in walk(folder):  # the first is enough: to list all of ImageNet takes long
+        side = min(read_image(file).shape[1:])
+        return side if pixels or side < PIXEL_LIMIT else 256
     raise UserError(f"{folder}: no images in it")
 
 
@@ -224,67 +219,54 @@ def read_image(path, size=None, upright=False):
 # A folder with moments.npy  float16 (N, 2, 32, h, w), a row a picture: [0] of it, [1] of its mirror image
 #               done.npy     uint8 (N,): LACKING, DONE once the row is on the disk, BROKEN: it cannot be decoded
 #               cache.json   what it is made of: settings, {class: how many}, a digest of names, sizes and times
-# Rows are in the order of find_images, so a cache is of one list of pictures.
+# Rows are in the order of find_images, so a cache is of one list of pictures. Only its builder looks at them again.
 LACKING, DONE, BROKEN = 0, 1, 2
 
 
-def made_of(folder, pictures):
-    """What cache.json says of the pictures in `folder`. Half a minute for ImageNet on a local disk."""
-    class_names, files, labels = pictures
-    digest, start = hashlib.sha256(), len(os.path.join(folder, ""))
-    for file in files:
-        stat = os.stat(file)
-        name = os.fsencode(file[start:])  # which need not be UTF-8
-        digest.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
-    return {"classes": dict(zip(class_names, np.bincount(labels).tolist())), "digest": digest.hexdigest()}
-
-
 def default_cache(path, img_size):
-    """Where the builder puts a folder's cache and open_data looks for it, so that --data PATH is all one has to say."""
+    """Where the builder puts a folder's cache unless told otherwise."""
     return Path("out/cache") / f"{Path(path).resolve().name}-{img_size}-latents"
 
 
-def read_meta(folder):
-    """What cache.json says; {} where none is."""
-    path = Path(folder) / "cache.json"
-    with reading(path, "cache.json", f": delete {folder}"):
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def start_cache(out, meta):
-    """Make the files of a cache, unless a killed build has left them."""
+def start_cache(out, folder, files, meta):
+    """Make the files of a cache, or make sure that those which are there are of the same pictures."""
     lock_folder(out)  # two builders would write over each other's rows
-    found, count, side = read_meta(out), sum(meta["classes"].values()), meta["img_size"] // 16
-    if found and found != meta:
-        raise UserError(f"{out} is of other pictures, or made otherwise ({found.get('img_size')} px, VAE "
-                        f"{found.get('vae_sha256')}): delete it, or give another --out")
+    path, count, side = out / "cache.json", len(files), meta["img_size"] // 16
     need, free = count * 2 * 32 * side**2 * 2, shutil.disk_usage(out).free  # bytes
     say(f"{out}: {count:,} pictures, {need / 1e9:.2f} GB; if stopped, the same command goes on")
-    if found:
-        return
-    if need > free:
-        raise UserError(f"{out}: only {free / 1e9:.2f} GB are free: make room, or give another --out")
-    np.lib.format.open_memmap(out / "done.npy", "w+", np.uint8, (count,))
-    np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, (count, 2, 32, side, side))
-    write_json(out / "cache.json", meta)
+    digest, start = hashlib.sha256(), len(os.path.join(folder, ""))
+    for file in files:  # half a minute for ImageNet on a local disk
+        stat = os.stat(file)
+        digest.update(os.fsencode(f"{file[start:]} {stat.st_size} {stat.st_mtime_ns}\n"))
+    meta["digest"] = digest.hexdigest()
+    if not path.exists():
+        if need > free:
+            raise UserError(f"{out}: only {free / 1e9:.2f} GB are free: make room, or give another --out")
+        np.lib.format.open_memmap(out / "done.npy", "w+", np.uint8, (count,))
+        np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, (count, 2, 32, side, side))
+        write_json(path, meta)
+    with reading(path, "cache.json", f": delete {out}"):
+        found = json.loads(path.read_text())
+    if found != meta:
+        raise UserError(f"{out} is of other pictures, or made otherwise: delete it, or give another --out")
 
 
 def build_cache(args):
     """Fill the rows that lack, each rank its share of them. A picture that cannot be decoded is named and left out."""
-    folder = split_folder(args.data, args.split)
-    size = args.img_size or native_size(args.data, args.split)
+    folder = split_folder(args.data, "train")
+    size = args.img_size or native_size(args.data, "train")
     if size < PIXEL_LIMIT:
         raise UserError(f"{args.data}: images of {size} px are used as pixels: nothing is to be built, train on them")
     if not args.vae or size % 16:
         raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
-    out = Path(args.out or default_cache(args.data, size)) / args.split
-    pictures = find_images(folder, need_classes=True)
-    files = pictures[1]
+    out = Path(args.out or default_cache(args.data, size))
+    class_names, files, labels = find_images(folder, need_classes=True)
     device, rank, world = setup(args.device)
     vae = load_vae(args.vae).to(device)
     barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0:
-        start_cache(out, {"img_size": size, "vae_sha256": file_hash(args.vae)[:16], **made_of(folder, pictures)})
+        start_cache(out, folder, files, {"img_size": size, "vae_sha256": file_hash(args.vae)[:16],
+                                         "classes": dict(zip(class_names, np.bincount(labels).tolist()))})
     barrier()
     with reading(out, "latent cache", ": delete it"):
         moments, done = (np.load(out / f"{name}.npy", "r+") for name in ("moments", "done"))
@@ -310,14 +292,14 @@ def build_cache(args):
             bar.update(len(rows))
     done.flush()
     barrier()
-    say(f"{out.parent} is finished, {(done == BROKEN).sum():,} pictures left out: --data takes it"
-        f"{'' if args.out else f', or {args.data}'}")
+    say(f"finished, {(done == BROKEN).sum():,} pictures left out; from now on: --data {out}")
 
 
-def open_cache(folder, name, img_size=None):
+def open_cache(folder):
     """A finished latent cache -> Data."""
-    meta = read_meta(folder)
+    folder = Path(folder)
     with reading(folder, "latent cache", ": delete it and build it again"):
+        meta = json.loads((folder / "cache.json").read_text())
         size, classes = meta["img_size"], meta["classes"]
         labels = np.repeat(np.arange(len(classes)), [*classes.values()])
         done = np.load(folder / "done.npy")
@@ -326,26 +308,9 @@ def open_cache(folder, name, img_size=None):
             raise ValueError(f"{len(labels)} pictures, {len(moments)} rows")
     if (done == LACKING).any():
         raise UserError(f"{folder}: this cache is not finished: the command that began it goes on with it")
-    if img_size not in (None, size):
-        raise UserError(f"{folder}: this cache is of {size} px, not {img_size}")
     rows = np.flatnonzero(done == DONE)
     read = lambda indices, flips: torch.from_numpy(moments[rows[indices], flips])  # a copy of these rows alone
-    return Data(name, [*classes], size, labels[rows], read, pixels=False)
-
-
-def open_latents(name, split, img_size):
-    """The latents of an image folder, from the cache that data.py made of it -> Data. UserError where they differ."""
-    source, folder = split_folder(name, split), default_cache(name, img_size) / split
-    build = (f"python data.py --data {shlex.quote(name)} --split {split} --img_size {img_size} "
-             f"--vae {PUBLIC['kl16'][1]}")
-    meta = read_meta(folder)
-    if not meta:
-        raise UserError(f"{name}: images of {img_size} px need their latents computed once, by: {build}; or use them "
-                        "as pixels (distill.py --pixels; fid.py --classifier FILE)")
-    if made_of(source, find_images(source, need_classes=True))["digest"] != meta.get("digest"):
-        raise UserError(f"{name}: its pictures are no longer those of {folder}: delete that, then {build}; or use it "
-                        f"as it is, by --data {folder.parent}")
-    return open_cache(folder, name, img_size)
+    return Data(str(folder), [*classes], size, labels[rows], read, pixels=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,7 +344,9 @@ class Data:
     def images(self, indices, flip=None):
         """uint8 (B, 3, H, W) of indices (B,), mirrored where flip (B,) bool says so. Of data of pixels."""
         x = self.read(np.asarray(indices))
-        return x if flip is None else torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
+        if flip is None:
+            return x
+        return torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
 
     def batch(self, indices, flip, generator=None):
         """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64. Pixels are in [-1, 1];
@@ -398,7 +365,7 @@ class Data:
 def open_data(name, split="train", img_size=None, pixels=False):
     """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache. img_size: px;
     None: 16 for shapes, native_size for a folder. Images below 64 px, or of any size with `pixels`, are decoded into
-    memory; for others data.py must have computed the latents."""
+    memory; of others data.py must have computed the latents."""
     name = str(name)
     if name in ("shapes", "cifar10") and Path(name, "train").is_dir():
         say(f"--data {name} is data that this program knows; the folder of that name here is --data ./{name}")
@@ -409,16 +376,16 @@ def open_data(name, split="train", img_size=None, pixels=False):
     if name == "cifar10":
         return open_cifar10(split, img_size)
     if not Path(name).is_dir():
-        raise UserError(f"{name}: {'is a file' if Path(name).exists() else 'no such folder'}; --data takes shapes, "
-                        "cifar10 or a folder with train/<class>/*.jpg")
-    if read_meta(Path(name) / split):
-        if pixels:
-            raise UserError(f"{name}: a latent cache, which holds no pixels: give the folder of the images")
-        return open_cache(Path(name) / split, name, img_size)
+        raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
+    if not pixels and Path(name, "cache.json").exists():
+        return open_cache(name)
     img_size = img_size or native_size(name, split, pixels)
     if pixels or img_size < PIXEL_LIMIT:
         return open_images(name, split, img_size)
-    return open_latents(name, split, img_size)
+    cache = default_cache(name, img_size)
+    raise UserError(f"{name}: images of {img_size} px become latents, once, by: python data.py --data "
+                    f"{shlex.quote(name)} --img_size {img_size} --vae {PUBLIC['kl16'][1]}; then give --data "
+                    f"{cache}; or use them as pixels (distill.py --pixels; fid.py --classifier FILE)")
 
 
 def open_images(name, split, img_size):
@@ -433,11 +400,11 @@ def open_images(name, split, img_size):
     return Data(name, class_names, img_size, labels, lambda indices: images[indices])
 
 
-def open_cifar10(split, img_size=None, root="data"):
+def open_cifar10(split, img_size=None):
     """The official binary files: per image 1 label byte, then 3,072 pixel bytes (red, green, blue planes)."""
     if img_size not in (None, 32):
         raise UserError(f"cifar10 is of 32 px, not {img_size}")
-    folder = Path(root) / "cifar-10-batches-bin"  # under the current folder, where --get cifar10 puts it
+    folder = Path("data/cifar-10-batches-bin")  # under the current folder, where --get cifar10 puts it
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     try:
         records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(10_000, 3073) for name in names])
@@ -469,20 +436,14 @@ def train_indices(n, batch, step, seed, rank=0, world=1):
     return indices, flips[rank * share:(rank + 1) * share]
 
 
-def read_class_names(path=None, of_data=None):
-    """Words for classes, in label order: those in the file `path` if given, else those `of_data`, else ImageNet's (also
-    where the data's are ImageNet's folders, n01440764 and so on, which no text encoder knows)."""
-    if path is None and of_data and not re.fullmatch(r"n\d{8}", of_data[0]):
+def read_class_names(of_data=None):
+    """Words for classes, in label order: the data's own, or ImageNet's where it has none, or has ImageNet's folders
+    (n01440764 and so on), which no text encoder knows."""
+    if of_data and not re.fullmatch(r"n\d{8}", of_data[0]):
         return of_data
-    path = path or Path(__file__).parent / "assets/imagenet_class_names.json"
-    with reading(path, "list of class names", ": wanted is a name a line, or a JSON list of names"):
-        text = Path(path).read_text("utf-8-sig")  # some editors of Windows begin a file by a mark
-        lines = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
-        names = [re.sub(r"^n\d{8}\s+", "", line.strip()) for line in lines]  # "n01440764 tench"
-        if isinstance(lines, dict) or not names or not all(names):  # an empty line would shift all that follow
-            raise ValueError("no list, or an empty name in it")
+    names = json.loads((Path(__file__).parent / "assets/imagenet_class_names.json").read_text("utf-8"))
     if of_data and len(of_data) != len(names):
-        raise UserError(f"{path} names {len(names)} classes, here are {len(of_data)}: give --class_names")
+        raise UserError(f"ImageNet names {len(names)} classes, here are {len(of_data)}: call their folders by words")
     return names
 
 
@@ -492,6 +453,7 @@ def read_class_names(path=None, of_data=None):
 
 CHANNELS = (128, 128, 256, 256, 512)  # a level: full size, 1/2, 1/4, 1/8, 1/16
 norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
+conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -499,8 +461,8 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = norm(c_in), conv3(c_in, c_out)
+        self.norm2, self.conv2 = norm(c_out), conv3(c_out, c_out)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -539,20 +501,20 @@ def encoder():
             for c_in, c in zip((128, *CHANNELS), CHANNELS[:-1])]
     deepest = sequence(block0=ResnetBlock(256, 512), attn0=SelfAttention(512),
                        block1=ResnetBlock(512, 512), attn1=SelfAttention(512))
-    return sequence(conv_in=nn.Conv2d(3, 128, 3, padding=1), down=nn.Sequential(*down, deepest), mid=middle(512),
-                    norm_out=norm(512), silu=nn.SiLU(), conv_out=nn.Conv2d(512, 32, 3, padding=1))
+    return sequence(conv_in=conv3(3, 128), down=nn.Sequential(*down, deepest), mid=middle(512),
+                    norm_out=norm(512), silu=nn.SiLU(), conv_out=conv3(512, 32))
 
 
 def decoder():
     """(B, 16, h, w) -> (B, 3, 16h, 16w). A block a level more than the encoder, and no attention on the way up."""
-    double = lambda c: sequence(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1))
+    double = lambda c: sequence(nearest=nn.Upsample(scale_factor=2), conv=conv3(c, c))
     up = {}
     for level in (4, 3, 2, 1, 0):  # the public list begins with the full size
         c_in, c = CHANNELS[min(level + 1, 4)], CHANNELS[level]
         up[str(level)] = sequence(block0=ResnetBlock(c_in, c), block1=ResnetBlock(c, c), block2=ResnetBlock(c, c),
                                   upsample=double(c) if level else nn.Identity())
-    return sequence(conv_in=nn.Conv2d(16, 512, 3, padding=1), mid=middle(512), up=sequence(**up),
-                    norm_out=norm(128), silu=nn.SiLU(), conv_out=nn.Conv2d(128, 3, 3, padding=1))
+    return sequence(conv_in=conv3(16, 512), mid=middle(512), up=sequence(**up),
+                    norm_out=norm(128), silu=nn.SiLU(), conv_out=conv3(128, 3))
 
 
 class KLVAE(nn.Module):
@@ -607,8 +569,8 @@ PUBLIC = {
     "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
             "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
             "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
-    "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/model.safetensors",
-                  "pretrained_models/pickscore/model.safetensors", None, "sha256:"),
+    "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/pytorch_model.bin",
+                  "pretrained_models/pickscore/pytorch_model.bin", None, "sha256:"),
     "imagereward": (f"{HUB}/THUDM/ImageReward/resolve/main/ImageReward.pt",
                     "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
     "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
@@ -630,7 +592,7 @@ def fetch(name, url, part):
     # Dropbox sends the file itself, and not a page about it, to this user agent (LTH14/mar util/download.py)
     headers = {"User-Agent": "Wget/1.16 (linux-gnu)", "Range": f"bytes={start}-"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+        with urlopen(Request(url, headers=headers), timeout=60) as reply:
             start = start if reply.status == 206 else 0  # else the server sends the whole file again
             total = start + int(reply.headers.get("Content-Length") or 0)
             with (open(part, "ab" if start else "wb") as file,
@@ -694,29 +656,29 @@ class Parser(argparse.ArgumentParser):
 def check_numbers(args, one="", two="", share=""):
     """Refuse negative numbers and NaN; of flags named in `one` 0 too, in `two` 0 and 1, in `share` 1 and more."""
     for name, value in vars(args).items():
+        low = 2 if name in two.split() else int(name in one.split())
+        high = 1 if name in share.split() else 2**31
+        if name.endswith("head_steps"):
+            high = 1001  # a chain has 1,000 time steps
         for number in value if isinstance(value, list) else [value]:
-            low = 2 if name in two.split() else int(name in one.split())
-            high = 1 if name in share.split() else 2**31 if isinstance(number, int) else math.inf
-            high = 1001 if name.endswith("head_steps") else high  # a chain has 1,000 time steps
             if isinstance(number, (int, float)) and not low <= number < high:  # false for NaN too
                 raise UserError(f"--{name} {number}: must be at least {low} and below {high}")
 
 
 def run_main(main):
     """main() as a command: what a user can mend becomes one line on stderr and exit code 2."""
-    code = 0
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console's code page need not have every letter of a name
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        code = 0
     except UserError as error:
         code = f"error: {error}"
     # a disk's error mostly has its file: full, no permission, not there; a service's, and memory that ends, has not
     except (OSError, MemoryError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} in line {place.lineno} of {os.path.basename(place.filename)}"
-        where = getattr(error, "filename", None) or where
+        where = getattr(error, "filename", None) or f"{type(error).__name__} in line {place.lineno} of {place.filename}"
         code = f"error: {where}: {getattr(error, 'strerror', None) or error}; what was written before is kept"
     except KeyboardInterrupt:  # before a run listens (distill.py), or where none does
         code = 130
@@ -740,15 +702,11 @@ def lock_folder(folder):
         return
     file = open(Path(folder) / ".lock", "a")
     try:  # the system's lock of an open file, which ends with the process
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ModuleNotFoundError:  # Windows
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise UserError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
-    except (OSError, ImportError):  # some network disks have no locks
+    except (OSError, ImportError):  # some network disks, and Windows, have no such locks
         pass
     LOCKS[os.path.abspath(folder)] = file
     for left in Path(folder).glob("*.*.*.writing"):  # model.replacing's names
@@ -758,8 +716,9 @@ def lock_folder(folder):
 def setup(device="auto", dtype="auto"):
     """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
     of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
-    number = lambda name, otherwise: int(os.environ.get(name) or otherwise)  # some machines set them to nothing
-    rank, world, local = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+    # some machines set them to nothing
+    rank, local, world = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    world = world or 1
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -810,15 +769,12 @@ def main(argv=None):
     """Download what --get names, or build the latent cache of --data; UserError before anything long."""
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
-    # the cache
     flag("--data", help="image folder with train/<class>/*")
-    flag("--split", choices=SPLITS, default="train", help="test reads test, val or validation")
     flag("--vae", help="KL-16 VAE file (--get kl16)")
     flag("--img_size", type=int, help="px a side; default 256")
     flag("--out", help="folder of the cache; default out/cache/<name>-<size>-latents")
     flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
-    # downloads
     flag("--get", nargs="+", default=[], choices=PUBLIC, metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
     flag("--folder", default=".", help="where --get puts its files; other scripts look in the default")
     args = p.parse_args(argv)
