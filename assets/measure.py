@@ -146,12 +146,12 @@ def beside_public_mar():
 
 def random_latents(folder, images=16):
     """A latent cache of noise at ImageNet's size, for what does not depend on what the numbers say."""
-    (folder / "train").mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
     moments = np.random.default_rng(0).standard_normal((images, 2, 32, 16, 16)).astype(np.float16)
-    np.save(folder / "train/moments.npy", moments)
-    np.save(folder / "train/done.npy", np.full(images, data.DONE, np.uint8))
+    np.save(folder / "moments.npy", moments)
+    np.save(folder / "done.npy", np.full(images, data.DONE, np.uint8))
     meta = {"img_size": 256, "classes": {f"{i}": int(i < images) for i in range(1000)}}
-    (folder / "train/cache.json").write_text(json.dumps(meta))
+    (folder / "cache.json").write_text(json.dumps(meta))
     return folder
 
 
@@ -471,7 +471,7 @@ def latent_cache():
             for _ in range(80):
                 latents.batch(rng.integers(0, 20_000, 256), rng.random(256) < 0.5)
             rate = 80 * 256 / (time.time() - clock)
-        size = (folder / "latents/train/moments.npy").stat().st_size
+        size = (folder / "latents/moments.npy").stat().st_size
     return (f"built in {seconds:.0f} s with {kills} kills of both processes, {size / 2**20:.0f} MiB; 20,480 latents of "
             f"256 px read at random in batches of 256: {rate:,.0f}/s, one thread")
 
