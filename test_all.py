@@ -2936,8 +2936,8 @@ def rl_gradient_and_autograds(folder, vae, *flags):
         run_rl(folder, "--reward", "smooth", "--estimator", "pathwise", "--kl", kl, "--noise_std", s, "--steps", 1,
                *flags)
 
-    (student, *_), parts, keys = zip(*chains)
-    labels, keys = torch.cat(parts), torch.cat(keys)
+    (student, *_), labels, keys = zip(*chains)
+    labels, keys = torch.cat(labels), torch.cat(keys)
     x, squares = naive_chain(model, labels, keys, 4, start)  # (B, c, h, w), a graph of all AR steps of both
     pictures = vae.decode(x / data.LATENT_SCALE) if vae else x
     r = reward(((pictures + 1) / 2).clamp(0, 1), labels)
@@ -3005,10 +3005,15 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
 
 def test_best_has_the_most_reward_at_a_bounded_distance():
     row = lambda reward, fd: {"reward": reward, "fd": fd}
-    for new, best, verdict in (
-            (row(1, 12), {}, True), (row(1, 12.1), {}, False), (row(0, 9), {}, False), ({"reward": 3}, {}, False),
-            ({}, {}, False), (row(3, 10), {"best": row(2, 10)}, True), (row(1, 9), {"best": row(2, 10)}, False)):
-        assert rl.is_best(new, {"before": row(0, 10), **best}) == verdict, (new, best)
+    none, best = {"before": row(0, 10)}, {"before": row(0, 10), "best": row(2, 10)}
+    for new, rows, verdict in (
+            (row(1, 12), none, True),
+            (row(1, 12.1), none, False),  # too far
+            (row(0, 9), none, False),
+            (row(3, 10), best, True),
+            (row(1, 9), best, False),
+            ({"reward": 3}, none, False), ({}, none, False)):
+        assert rl.is_best(new, rows) == verdict, (new, rows)
     for modes, verdict in ((7.3, True), (7.1, False)):  # of 8: a reward that costs colours is hacked at any FD
         assert rl.is_best({**row(1, 9), "modes": modes}, {"before": {**row(0, 10), "modes": 8}}) == verdict
 
@@ -3017,7 +3022,8 @@ def write_judges(folder):
     """CLIP and PickScore with tiny random weights, where `data.py --get` puts the public files. -> --folder's value."""
     for name in ("clip", "pickscore", "imagereward"):
         (folder / PUBLIC[name][1]).parent.mkdir(parents=True)
-    public("clip_tiny", folder, PUBLIC["clip"][1]), public("pickscore_tiny", folder, PUBLIC["pickscore"][1])
+    public("clip_tiny", folder, PUBLIC["clip"][1])
+    public("pickscore_tiny", folder, PUBLIC["pickscore"][1])
     letters = [chr(i) for i in range(0x4E00, 0x4E00 + 222)]  # a table of CLIP's size, whose pairs no prompt has
     pairs = [f"{a} {b}" for a, b in itertools.product(letters, letters)][:48894]
     (folder / PUBLIC["bpe"][1]).write_bytes(gzip.compress("\n".join(["#", *pairs, ""]).encode()))
@@ -3106,9 +3112,12 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
 
 def test_rewards_of_every_kind_are_numbers(folder):
     """They may write into what they are given. Those that have no gradient may still be watched."""
-    numbers = {"count": lambda a, i: (a > 0.5).sum((1, 2, 3)), "truth": lambda a, i: a[:, 0, 0, 0] > 0.5,
-               "double": lambda a, i: a.double().mean((1, 2, 3)), "half": lambda a, i: a.mean((1, 2, 3)).bfloat16(),
-               "squeezed": lambda a, i: a.mean((1, 2, 3)).squeeze(), "numpy": lambda a, i: a.mean((1, 2, 3)).numpy(),
+    numbers = {"count": lambda a, i: (a > 0.5).sum((1, 2, 3)),
+               "truth": lambda a, i: a[:, 0, 0, 0] > 0.5,
+               "double": lambda a, i: a.double().mean((1, 2, 3)),
+               "half": lambda a, i: a.mean((1, 2, 3)).bfloat16(),
+               "squeezed": lambda a, i: a.mean((1, 2, 3)).squeeze(),
+               "numpy": lambda a, i: a.mean((1, 2, 3)).numpy(),
                "listed": lambda a, i: [float(one.max()) for one in a],
                "in_place": lambda a, i: a.sub_(0.5).mean((1, 2, 3)) + i.zero_()}
     for (name, f), n in itertools.product(numbers.items(), (1, 3)):
@@ -3374,15 +3383,11 @@ def fake_cuda(mode=Strict):
 
 
 def fake_module(build):
-    """build() with fake CUDA weights. (`Module.to` does not know fake tensors.)"""
+    """build() with fake CUDA weights, frozen. (`Module.to` does not know fake tensors.)"""
     with torch.device("cuda", 0):
-        module = build()
+        module = build().eval().requires_grad_(False)
     module.to = lambda *_, **__: module
     return module
-
-
-def fake_frozen(build):
-    return fake_module(build).eval().requires_grad_(False)
 
 
 KEPT = []  # what the loops held: taking fake tensors apart now and then crashes the interpreter (PyTorch 2.13)
@@ -3413,21 +3418,21 @@ def fake_distillation(stage, config, size, *flags, **how):
         pictures = Pictures([0] * 99) if args.data else None
         if stage == "teacher":
             return distill.train_teacher(args, config, pictures, run)
-        teacher = fake_frozen(lambda: MAR(config))
+        teacher = fake_module(lambda: MAR(config))
         teacher.made = {"ar_steps": 4}
         distill.distil(args, teacher, pictures, run, Blind())
 
     flags = ["--data", "imagenet", "--size", size, "--steps", "9", "--teacher_steps", "9", "--log_every", "1", *flags]
-    with patch.object(distill, "MAR", lambda config: fake_module(lambda: MAR(config))):
+    with patch.object(distill, "MAR", lambda config: fake_module(lambda: MAR(config)).requires_grad_(True)):
         return to_its_log_line(loop, distill, flags, **how)
 
 
 def fake_rl(config, *flags, **how):
     """rl.train likewise, with a reward that needs no weights."""
     def loop(args, run):
-        vae = None if config.pixels else fake_frozen(data.KLVAE)
+        vae = None if config.pixels else fake_module(data.KLVAE)
         decode = (lambda x: x) if config.pixels else (lambda x: vae.decode(x / data.LATENT_SCALE))
-        rl.train(args, fake_frozen(lambda: MAR(config)), lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind())
+        rl.train(args, fake_module(lambda: MAR(config)), lambda x, labels: decode(x).mean((1, 2, 3)), run, Blind())
 
     flags = ["--steps", "9", "--log_every", "1", "--ar_steps", "2", "--calls", "6", *flags]
     return to_its_log_line(loop, rl, flags, **how)
@@ -3446,7 +3451,7 @@ def steps_on_fake_gpu():
 
     with fake_cuda():
         cuda, seen = torch.device("cuda", 0), set()
-        model, vae = bf16_weights(fake_frozen(lambda: MAR(latents))), fake_frozen(data.KLVAE)
+        model, vae = bf16_weights(fake_module(lambda: MAR(latents))), fake_module(data.KLVAE)
         model.decoder_blocks[0].mlp.register_forward_hook(lambda _, x, y: seen.add(y.dtype))
         labels, keys = torch.zeros(3, dtype=torch.long, device=cuda), torch.zeros(3, 2, dtype=torch.long, device=cuda)
         for how in ({}, {"head_steps": 3, "guidance": 2.0}):
@@ -3454,7 +3459,7 @@ def steps_on_fake_gpu():
                 images = sample.decode(model, model.generate(labels, 4, seeds=keys, **how), vae)
             assert check.call_args.args[1].is_cuda and images.shape == (3, 3, 64, 64) and images.is_cuda
         assert seen == {torch.bfloat16}
-        pool, logits = fake_module(fid.Inception).eval()(images)
+        pool, logits = fake_module(fid.Inception)(images)
         assert pool.is_cuda and pool.dtype == logits.dtype == torch.float32
 
         x = torch.zeros(3, 3, 64, 64, device=cuda).requires_grad_()
