@@ -385,7 +385,7 @@ def open_data(name, split="train", img_size=None, pixels=False):
     cache = default_cache(name, img_size)
     raise UserError(f"{name}: images of {img_size} px become latents, once, by: python data.py --data "
                     f"{shlex.quote(name)} --img_size {img_size} --vae {PUBLIC['kl16'][1]}; then give --data "
-                    f"{cache}; or use them as pixels (distill.py --pixels; fid.py --classifier FILE)")
+                    f"{cache}; or use them as pixels (distill.py --pixels)")
 
 
 def open_images(name, split, img_size):

@@ -8,7 +8,7 @@ judged; and the judges' public weights. Rows, with what they mean, are added to 
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
-    python fid.py --ckpt out/shapes/student.pt --data shapes --judges classifier --num 2048       # needs no download
+    python fid.py --ckpt out/shapes/student.pt --judges classifier --classifier out/shapes/classifier_0.pt --num 2048
     python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row each
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 """
@@ -59,8 +59,6 @@ def mean_and_covariance(features):
     """(N, F) features -> mu (F,), sigma (F, F), float64; N - 1 in the denominator, as numpy.cov. Takes twice the
     features' float64 size for a moment: 1.6 GB for 50,000 of Inception's."""
     x = as_features(features).double()
-    if len(x) < 2:
-        raise UserError(f"a covariance needs at least 2 images, there are {len(x)}: generate or give more")
     return x.mean(0), torch.cov(x.T)
 
 
@@ -227,8 +225,6 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if images.dtype != torch.uint8:
-            raise UserError("Inception reads uint8: round float images to 0..255 first, as the published numbers do")
         x = resize_tf1(images.to(self.fc.weight.device).float())
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
         # TF32 and autocast would each move FID in the second decimal
@@ -266,13 +262,12 @@ class Classifier(nn.Module):
     def __init__(self, num_classes, img_size):
         super().__init__()
         self.num_classes, self.img_size = num_classes, img_size
-        layers, channels = [], 3
-        for out, stride in ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1)):
-            layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
+        layers = []
+        for c_in, c_out, stride in ((3, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1)):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
         # channels last: 1.5x faster on a CPU for so few channels
         self.body = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-        self.last = nn.Linear(channels, num_classes)
+        self.last = nn.Linear(96, num_classes)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, images):
@@ -592,10 +587,10 @@ class Tokenizer:
             if len(merges) != 48894 or any(len(pair) != 2 for pair in merges):
                 raise ValueError(f"{len(merges)} pairs, 48894 are wanted")
         # every byte gets a printable character: itself where it has one, else the next free one from 256 on (GPT-2)
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        self.byte = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-        symbols = [self.byte[b] for b in printable + others]
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in shown]
+        self.byte = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
+        symbols = [self.byte[b] for b in shown + others]
         words = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
         self.ids = {word: i for i, word in enumerate(words)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
@@ -741,8 +736,6 @@ class Pictures(Data):
     numbers of the judges' classes."""
     made_by: dict = field(default_factory=dict)  # {setting: value} of what is drawn here
 
-    labelled = property(lambda self: self.labels[0] >= 0)
-
     def __post_init__(self):
         if len(self) < 10:
             raise UserError(f"{self.name}: {len(self)} image(s) are no distribution: 10 at least")
@@ -761,12 +754,13 @@ def npz_pictures(path, arrays):
     Read to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process."""
     images = arrays.get("arr_0", np.empty(0))
     if images.dtype != np.uint8 or images.shape[3:] != (3,):
-        raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are "
-                        f"{', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())}")
-    labels = arrays.get("labels", arrays.get("arr_1"))
+        here = {name: f"{array.dtype} {array.shape}" for name, array in arrays.items()}
+        raise UserError(f"{path}: wanted is arr_0, uint8 (N, H, W, 3), RGB in 0..255; here are {here}")
     names = arrays["class_names"].tolist() if "class_names" in arrays else None
-    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        labels = np.full(len(images), -1)
+    unknown = np.full(len(images), -1)
+    labels = arrays.get("labels", arrays.get("arr_1", unknown))
+    if labels.shape != unknown.shape or labels.dtype.kind not in "iu":
+        labels = unknown
     again = functools.cache(lambda: read_npz(path)["arr_0"])
     return Pictures(str(path), names, images.shape[1], labels,
                     lambda numbers: torch.from_numpy(again()[numbers].transpose(0, 3, 1, 2).copy()))  # NHWC -> NCHW
@@ -780,10 +774,10 @@ def folder_pictures(path, size=None):
     side = size or read_image(files[0]).shape[2]
 
     def one(number):
-        picture = read_image(files[number], size)  # (3, H, W)
-        if picture.shape[1:] != (side, side):
-            width_height = f"{picture.shape[2]} x {picture.shape[1]}"
-            raise UserError(f"{files[number]} is {width_height}, not {side} x {side}: crop all by --size")
+        picture = read_image(files[number], size)
+        _, height, width = picture.shape
+        if (height, width) != (side, side):
+            raise UserError(f"{files[number]} is {width} x {height}, not {side} x {side}: crop all by --size")
         return picture
 
     def read(numbers):
@@ -793,12 +787,12 @@ def folder_pictures(path, size=None):
     return Pictures(f"{path} (ADM centre crop to {size} px)" if size else str(path), names, side, labels, read)
 
 
-def checkpoint_pictures(path, args, device, vae, real=None):
+def checkpoint_pictures(path, args, device, vae, classifier):
     """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
-    Image i is that of (seed, i), its class by `labels_like`, as in `real` (Data or Classifier) where it knows them."""
+    Image i is that of (seed, i), its class by `labels_like`, as in the classifier's data where these know it."""
     model = load_mar(path)
     check_vae(model, vae)
-    known = dict(zip(real.class_names, real.counts.tolist())) if real else {}
+    known = dict(zip(classifier.class_names, classifier.counts.tolist())) if classifier else {}
     names, counts = model.class_names or [*known], torch.ones(model.config.num_classes)
     if len(names) == len(counts) and set(names) <= known.keys():
         counts = torch.tensor([known[name] for name in names])
@@ -813,22 +807,29 @@ def checkpoint_pictures(path, args, device, vae, real=None):
                      functools.partial(read, how), made_by=how) for how in ways_to_draw(args, model)]
 
 
-def agree_on_classes(sources, real, wanted):
-    """-> the names of the judges' classes: those of `real`, Data or Classifier; else the first that a source has; else
-    ImageNet's. The sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
-    named = [one.class_names for one in (real, *sources) if one and one.class_names]
+def agree_on_classes(sources, classifier, wanted):
+    """-> the names of the judges' classes: the classifier's; else the first that a source has; else ImageNet's. The
+    sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
+    named = [one.class_names for one in (classifier, *sources) if one and one.class_names]
     names = named[0] if named else read_class_names()
+    some = f"{names[0]}, ... ({len(names)} classes)"
     for source in sources:
-        own = source.class_names or names
-        if set(own) <= set(names) and source.labels.min() >= 0 and source.labels.max() < len(own):
-            source.labels = np.array([names.index(name) for name in own])[source.labels]
+        own, labels = source.class_names or names, source.labels
+        if set(own) <= set(names) and labels.min() >= 0 and labels.max() < len(own):
+            if wanted and source.class_names is None:
+                say(f"{source.name}: labels without names are taken to mean {some}")
+            source.labels = np.array([names.index(name) for name in own])[labels]
+            source.class_names = names
+            if classifier:  # the share of the pictures that would have to be of another class
+                shares = classifier.counts / classifier.counts.sum()
+                moved = (source.counts / len(source) - shares).abs().sum() / 2
+                if moved > 0.1:
+                    say(f"note: {source.name} mixes its classes as the data do not, by {moved:.0%} of the images")
         elif wanted:
-            raise UserError(f"{source.name} has no labels, or others than {names[0]}, ... ({len(names)} classes): give "
-                            "an .npz with labels, or a folder of class folders, and other classes in another call")
+            raise UserError(f"{source.name} has no labels, or others than {some}: give an .npz with labels, or a "
+                            "folder of class folders, and other classes in another call")
         else:
             source.labels = np.full(len(source), -1)
-    if wanted and any(source.class_names is None for source in sources):
-        say(f"labels without names are taken for numbers of these classes: {names[0]}, {names[1]}, ... ({len(names)})")
     return names
 
 
@@ -842,11 +843,16 @@ def statistics_in(path, arrays):
     return mu, sigma
 
 
-def open_reference(path, side):
+def open_reference(path, sources):
     """--ref -> (statistics in a file: {"mu", "sigma", "n" (None: unknown)}, or {}; Pictures, or None). ADM's file has
     both: statistics of all of ImageNet, and 10,000 pictures, which KID, precision and recall are of."""
     if os.path.isdir(path):
-        return {}, folder_pictures(path, side)
+        size = sources[0].img_size
+        for source in sources:
+            if source.img_size != size:
+                raise UserError(f"--ref {path} is cropped to {size} px, {source.name} has {source.img_size} px: give "
+                                "samples of one size in a call")
+        return {}, folder_pictures(path, size)
     arrays = read_npz(path)
     images = npz_pictures(path, arrays) if "arr_0" in arrays else None
     if images and "mu" not in arrays:
@@ -861,28 +867,39 @@ def open_reference(path, side):
 # ----------------------------------------------------------------------------------------------------------------------
 # Judging
 
+FIGURES = {  # a row's figures, in the table's order, and what they say
+    "fid": "to mu, sigma of {args.ref}, n = {n}; images resized to 299 by TF1 bilinear, no half-pixel centres, float32",
+    "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
+    "kid": "to {features.shape[0]} images of {args.ref}; mean of 100 subsets of 1,000 or all, unbiased, (x.y/2048+1)^3",
+    "precision": "share of the generated inside the manifold of the images that KID is to, k = 3",
+    "recall": "share of these inside the manifold of the generated, k = 3",
+    "fd": "by {classifier.name} to 10,000 training images at most; not FID",
+    "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
+    "modes": "how many of the cells, 8 of shapes and else 64, the pictures fill, as exp(entropy) counts them",
+    "accuracy": "by {classifier.name}, whose own on test images is {classifier.accuracy:.4f}",
+    "clip": "exp(logit_scale) * cosine with the prompt {args.prompt!r}; OpenAI's ViT-L/14, pixels by bicubic",
+    "pickscore": "exp(logit_scale) * cosine with the prompt {args.prompt!r}; pixels by bicubic",
+    "imagereward": "normalised as published, prompt {args.prompt!r}",
+}
 
-def make_judges(args, names, real, device, rank, world):
-    """-> (Inception or None, the classifier or None, ask). ask(images uint8 (n, 3, H, W), labels (n,) or None) gives
-    all that --judges say of them, {what: tensor (n, ...)}. names: of the classes that labels are numbers of."""
+
+def make_judges(args, names, classifier, device):
+    """-> (Inception or None, ask). ask(images uint8 (n, 3, H, W), labels (n,) or None) gives all that --judges say of
+    them, {what: tensor (n, ...)}. names: of the classes that labels are numbers of."""
     scorers = {kind: prompt_scorer(kind, read_class_names(of_data=names), args.prompt, args.folder, device)
                for kind in PROMPTED if kind in args.judges}
-    inception, classifier = None, real
+    inception = None
     if "inception" in args.judges:
         inception = load_inception(os.path.join(args.folder, WEIGHTS["inception"])).to(device)
-    if args.data:
-        if rank > 0:
-            dist.barrier()  # rank 0 trains it where there is none, the others read the file
-        classifier = load_or_train_classifier(real, args.classifier or f"out/{Path(args.data).name}", 0, device)
-        if rank == 0 and world > 1:
-            dist.barrier()
 
     def ask(images, labels):
         said = {kind: score(images.to(device).float() / 255, labels.to(device)) for kind, score in scorers.items()}
         if inception:
             said["pool"], said["logits"] = inception(images)
-        return {**said, **examine(classifier, images, labels)} if classifier else said
-    return inception, classifier, ask
+        if classifier:
+            said |= examine(classifier, images, labels)
+        return said
+    return inception, ask
 
 
 @torch.no_grad()
@@ -890,11 +907,11 @@ def collect(pictures, ask, batch, rank, world):
     """What `ask` says of every picture -> {what: tensor (N, ...)} on rank 0, None on the others.
     A rank judges one stretch and keeps what was said in memory: 600 MB of Inception of 50,000, all ranks together."""
     mine, parts = np.array_split(np.arange(len(pictures)), world)[rank], []
-    name = printable(pictures.name[:40])
-    for start in tqdm(range(0, len(mine), batch), name, unit="batch", disable=rank > 0 or None):
+    starts = range(0, len(mine), batch)
+    for start in tqdm(starts, printable(pictures.name[:40]), unit="batch", disable=rank > 0 or None):
         numbers = mine[start:start + batch]
-        labels = torch.from_numpy(pictures.labels[numbers]) if pictures.labelled else None
-        said = ask(pictures.read(numbers), labels)
+        labels = torch.from_numpy(pictures.labels[numbers])
+        said = ask(pictures.read(numbers), labels if labels[0] >= 0 else None)
         parts.append({what: as_features(values) for what, values in said.items()})
     if world > 1:
         shares = [None] * world if rank == 0 else None
@@ -905,26 +922,9 @@ def collect(pictures, ask, batch, rank, world):
     return {what: torch.cat([part[what] for part in parts]) for what in parts[0]}
 
 
-FIGURES = {  # what a row's figures say
-    "fid": "to {reference}; images resized to 299 by TF1 bilinear without half-pixel centres, float32",
-    "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
-    "kid": "to {features}; mean of 100 subsets of 1,000 (of all, if fewer), unbiased, (x.y/2048 + 1)^3",
-    "precision": "share of the generated inside the manifold of {features}, k = 3",
-    "recall": "share of the same inside the manifold of the generated, k = 3",
-    "fd": "by {classifier} to 10,000 training images at most; not FID",
-    "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
-    "modes": "how many of the cells, 8 of shapes and else 64, the pictures fill, as exp(entropy) counts them",
-    "accuracy": "by {classifier}, whose own on test images is {own}",
-    "clip": "exp(logit_scale) * cosine with the prompt {prompt}; OpenAI's ViT-L/14, pixels by bicubic",
-    "pickscore": "exp(logit_scale) * cosine with the prompt {prompt}; pixels by bicubic",
-    "imagereward": "normalised as published, prompt {prompt}",
-}
-
-
 def make_row(pictures, said, reference, classifier, args):
     """One row of the table from what the judges said of every picture: what was judged, its figures, their meaning."""
     row = {"name": pictures.name, "n": len(pictures), "made_by": pictures.made_by}
-    facts = {"prompt": repr(args.prompt), "classifier": args.classifier or f"the classifier of {args.data}"}
     if "pool" in said:
         row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
         mu, sigma = mean_and_covariance(said["pool"])
@@ -933,66 +933,22 @@ def make_row(pictures, said, reference, classifier, args):
             with replacing(args.save_stats, "wb") as file:
                 np.savez(file, n=len(pictures), made_from=pictures.name, **kept)
     if reference:
-        facts["reference"] = f"mu, sigma of {args.ref}, n = {reference['n'] or 'not in the file'}"
         row["fid"] = frechet_distance(mu, sigma, reference["mu"], reference["sigma"])
     if "features" in reference:
-        facts["features"] = f"{len(reference['features'])} images of {args.ref}"
         row["kid"], row["kid_std"] = kernel_distance(said["pool"], reference["features"])
         row["precision"], row["recall"] = precision_recall(said["pool"], reference["features"])
     if classifier:
-        facts["own"] = f"{classifier.accuracy:.4f}"
         row |= figures_of(classifier, said)
-        if pictures.labelled:
-            counts = torch.bincount(torch.from_numpy(pictures.labels), minlength=len(classifier.counts))
-            real = classifier.counts / classifier.counts.sum()
-            moved = float((counts / counts.sum() - real).abs().sum()) / 2
-            if moved > 0.1:  # the share of the pictures that would have to be of another class
-                say(f"note: {pictures.name} mixes its classes as the data do not, by {moved:.0%} of the images")
-    row |= {kind: float(said[kind].numpy().mean(dtype=np.float64)) for kind in PROMPTED if kind in said}
+    for kind in PROMPTED:
+        if kind in said:
+            row[kind] = float(said[kind].double().mean())
     few = min(len(pictures), reference.get("n") or len(pictures))
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
             "the images, and KID scatters: compare with equal n only")
+    facts = {**reference, "n": reference.get("n") or "unknown", "classifier": classifier, "args": args}
     row["conventions"] = [f"{name}: {text.format(**facts)}" for name, text in FIGURES.items() if name in row]
     return row
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def parse_args(argv=None):
-    """The flags, contradictions refused."""
-    p = Parser("The judges of samples.")
-    flag = p.add_argument
-    # what is judged, by whom, against what
-    flag("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
-    flag("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
-    flag("--judges", nargs="+", choices=JUDGES, default=["inception"], help="each brings columns")
-    flag("--ref", help=".npz of mu and sigma (FID alone) or of images; or a folder, cropped like the samples")
-    flag("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
-    flag("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
-    # images drawn from --ckpt; what is not given is as the checkpoint was made for
-    flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as in --data")
-    drawing_flags(flag)
-    # the judges' weights and words
-    flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
-    flag("--data", help="classifier: the data set whose train split it learns (shapes, cifar10, a folder)")
-    flag("--classifier", help="the folder where it is kept (None: out/<data>); or its file, without --data")
-    flag("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
-    flag("--out", default="out/fid", help="folder of results.json")
-    args = p.parse_args(argv)
-    check_numbers(args, one="size num ar_steps head_steps batch")
-    if not args.samples + args.ckpt:
-        raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
-    for name in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
-        if not args.ckpt and getattr(args, name) != p.get_default(name):
-            raise UserError(f"--{name} is for images drawn from a --ckpt: leave it out")
-    if (args.ref or args.save_stats) and "inception" not in args.judges:
-        raise UserError("--ref and --save_stats are for --judges inception: name that judge")
-    if bool(args.data or args.classifier) != ("classifier" in args.judges):
-        raise UserError("--judges classifier goes with --data, the set whose classes it learns, or --classifier FILE")
-    return args
 
 
 def print_table(rows):
@@ -1011,29 +967,61 @@ def rows_in(path):
         return [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_args(argv=None):
+    """The flags, contradictions refused."""
+    p = Parser("The judges of samples.")
+    flag = p.add_argument
+    # what is judged, by whom, against what
+    flag("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
+    flag("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
+    flag("--judges", nargs="+", choices=JUDGES, default=["inception"], help="each brings columns")
+    flag("--ref", help=".npz of mu and sigma (FID alone) or of images; or a folder, cropped like the samples")
+    flag("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
+    flag("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
+    # images drawn from --ckpt; what is not given is as the checkpoint was made for
+    flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes alike often or as the classifier's data")
+    drawing_flags(flag)
+    # the judges' weights and words
+    flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
+    flag("--classifier", help="file of the judge classifier: a run of distill.py leaves classifier_0.pt in its folder")
+    flag("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
+    flag("--out", default="out/fid", help="folder of results.json")
+    args = p.parse_args(argv)
+    check_numbers(args, one="size num ar_steps head_steps batch")
+    if not args.samples + args.ckpt:
+        raise UserError("nothing to judge: give folders or .npz files, or checkpoints by --ckpt")
+    for name in "num ar_steps head_steps guidance guidance_schedule temperature order seed vae".split():
+        if not args.ckpt and getattr(args, name) != p.get_default(name):
+            raise UserError(f"--{name} is for images drawn from a --ckpt: leave it out")
+    if (args.ref or args.save_stats) and "inception" not in args.judges:
+        raise UserError("--ref and --save_stats are for --judges inception: name that judge")
+    if bool(args.classifier) != ("classifier" in args.judges):
+        raise UserError("--judges classifier and --classifier FILE belong together: give both")
+    return args
+
+
 def main(argv=None):
     """Judge every row that was asked for, print the table with its conventions, add it to results.json."""
     args = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
     vae = load_vae(args.vae).to(device) if args.vae else None
-    real = open_data(args.data) if args.data else args.classifier and load_classifier(args.classifier, device)
+    classifier = load_classifier(args.classifier, device) if args.classifier else None
     # all that is judged is checked before hours go into the first of it, and before a folder is made
     sources = [folder_pictures(path, args.size) if os.path.isdir(path) else npz_pictures(path, read_npz(path))
                for path in args.samples]
     for path in args.ckpt:
-        sources += checkpoint_pictures(path, args, device, vae, real)
+        sources += checkpoint_pictures(path, args, device, vae, classifier)
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
-    size = sources[0].img_size  # a folder for --ref is cropped like the samples
-    other = [pictures for pictures in sources if pictures.img_size != size]
-    if other and os.path.isdir(args.ref or ""):
-        raise UserError(f"--ref {args.ref} is cropped to {size} px, {other[0].name} has {other[0].img_size} px: "
-                        "give samples of one size in a call")
-    reference, images = open_reference(args.ref, size) if args.ref else ({}, None)
-    names = agree_on_classes(sources, real, wanted=any(kind in args.judges for kind in PROMPTED))
+    reference, images = open_reference(args.ref, sources) if args.ref else ({}, None)
+    names = agree_on_classes(sources, classifier, wanted=any(kind in args.judges for kind in PROMPTED))
     results = Path(args.out) / "results.json"
     rows_in(results)  # complains now, not after the work
-    inception, classifier, ask = make_judges(args, names, real, device, rank, world)
+    inception, ask = make_judges(args, names, classifier, device)
     if rank == 0:
         if args.save_stats:
             check_output(args.save_stats, ".npz")
