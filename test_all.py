@@ -15,7 +15,7 @@ import functools
 import gzip
 import hashlib
 import http.server
-import importlib.util
+import importlib
 import inspect
 import io
 import itertools
