@@ -538,7 +538,7 @@ class KLVAE(nn.Module):
 def load_vae(path):
     """The public kl16.ckpt -> KLVAE, frozen, on the CPU. UserError when the file is another, or not whole."""
     names = [(r"(block|attn)(\d)", r"\1.\2")]
-    return load_network(lambda _: KLVAE(), path, "kl16", names, drop=["loss."])  # a discriminator's, of the training
+    return load_network(KLVAE, path, "kl16", names, drop=["loss."])  # a discriminator's, of the training
 
 
 # ----------------------------------------------------------------------------------------------------------------------

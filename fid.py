@@ -237,7 +237,7 @@ class Inception(nn.Module):
 def load_inception(path):
     """The Inception of torch-fidelity's or pytorch-fid's weight file."""
     names = [(r"^(stem|mixed)\.", ""), (r"\._", "_"), (r"\.([ab])\.", r"\1.")]
-    return load_network(lambda _: Inception(), path, "inception", names).to(memory_format=torch.channels_last)
+    return load_network(Inception, path, "inception", names).to(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -562,16 +562,14 @@ CLIP_NAMES = [  # ours, in OpenAI's files, in Hugging Face's
 def load_clip(path):
     """OpenAI's CLIP ViT-L/14: their .pt file, which is a TorchScript archive, or its state dict."""
     names = [(ours, openai) for ours, openai, _ in CLIP_NAMES]
-    drop = ("input_resolution", "context_length", "vocab_size")
-    return load_network(lambda _: CLIP(**VIT_L14), path, "clip", names, drop)
+    return load_network(lambda: CLIP(**VIT_L14), path, "clip", names)
 
 
 def load_pickscore(path):
     """PickScore, a CLIP ViT-H/14 in Hugging Face's names: its model.safetensors, or pytorch_model.bin."""
     names = [(ours, hugging_face) for ours, _, hugging_face in CLIP_NAMES]
-    drop = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
     turned = ("visual_projection.weight", "text_projection.weight")  # an nn.Linear's: the transpose of OpenAI's
-    return load_network(lambda _: CLIP(**VIT_H14), path, "pickscore", names, drop, turned)
+    return load_network(lambda: CLIP(**VIT_H14), path, "pickscore", names, turned=turned)
 
 
 class Tokenizer:
@@ -672,8 +670,8 @@ BLIP_NAMES = [  # ours, in ImageReward.pt
 
 def load_imagereward(path):
     """ImageReward.pt, a plain state dict. Its contrastive projections have no part in the reward and are left out."""
-    unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-    return load_network(lambda _: ImageReward(), path, "imagereward", BLIP_NAMES, unused)
+    unused = ("blip.vision_proj.", "blip.text_proj.")
+    return load_network(ImageReward, path, "imagereward", BLIP_NAMES, unused)
 
 
 class WordPiece:
@@ -799,7 +797,7 @@ def checkpoint_pictures(path, args, device, vae, classifier):
     labels = labels_like(counts, args.num).numpy()
 
     def read(how, numbers):
-        bf16_weights(model.to(device))  # at the first call; until then the file is mapped, not read
+        bf16_weights(model.to(device))  # at the first call: a GPU need not hold those of later rows
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())

@@ -213,12 +213,7 @@ def reveal_plan(orders, ar_steps, masked=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The head: a residual MLP on one token
-
-
-def modulate(x, shift, scale):
-    """adaLN (Peebles & Xie 2023): x, shift, scale of one shape."""
-    return x * (1 + scale) + shift
+# The head: a residual MLP on one token. t and c enter by shift, scale and gate: adaLN (Peebles & Xie 2023)
 
 
 class ResBlock(nn.Module):
@@ -232,7 +227,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, y):
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
-        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
 
 
 class TimeEmbed(nn.Module):
@@ -258,7 +253,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, y):
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
-        return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
 class Head(nn.Module):
@@ -383,22 +378,19 @@ class MAR(nn.Module):
                   self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned,
                   self.head_net.time_embed.mlp[0].weight, self.head_net.time_embed.mlp[2].weight):
             nn.init.normal_(p, std=0.02)
-        for layer in [block.adaLN_modulation[1] for block in self.head_net.res_blocks] + [
-                self.head_net.final_layer.adaLN_modulation[1], self.head_net.final_layer.linear]:
-            nn.init.zeros_(layer.weight)  # the head starts as the identity on its residual stream, and predicts 0
+        # the head starts as the identity on its residual stream, and predicts 0
+        nn.init.zeros_(self.head_net.final_layer.linear.weight)
+        for block in (*self.head_net.res_blocks, self.head_net.final_layer):
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
 
     def patchify(self, latents):
         """(B, c, h, w) -> (B, L, C), raster order; a token's channels are ordered (c, row, column) as in MAR."""
-        p = self.config.patch_size
-        B, c, h, w = latents.shape
-        x = latents.reshape(B, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h/p, w/p, c, p, p)
-        return x.reshape(B, -1, c * p * p)
+        return F.pixel_unshuffle(latents, self.config.patch_size).flatten(2).mT.contiguous()  # from (B, C, L)
 
     def unpatchify(self, tokens):
         """(B, L, C) -> (B, c, h, w), the inverse of patchify."""
-        p, side = self.config.patch_size, self.config.latent_size // self.config.patch_size
-        x = tokens.reshape(len(tokens), side, side, -1, p, p).permute(0, 3, 1, 4, 2, 5)  # (B, c, side, p, side, p)
-        return x.reshape(len(tokens), -1, side * p, side * p)
+        side = math.isqrt(self.config.seq_len)
+        return F.pixel_shuffle(tokens.mT.unflatten(2, (side, side)), self.config.patch_size).contiguous()
 
     def run_blocks(self, blocks, x):
         for block in blocks:
@@ -597,16 +589,15 @@ def config_of_public(state, args, heads, path):
     width, token_dim = state["z_proj.weight"].shape
     channels, stride = args.get("vae_embed_dim") or 16, args.get("vae_stride") or 16  # released files carry no args
     patch, tokens = math.isqrt(token_dim // channels), state["diffusion_pos_embed_learned"].shape[1]
-    if patch**2 * channels != token_dim:
-        raise UserError(f"{path}: tokens of {token_dim} numbers are no square of latents of {channels} channels")
     heads = heads or {768: 12, 1024: 16, 1280: 16}.get(width)  # MAR-B, L, H
     if not heads:
         raise UserError(f"{path}: width {width} is none of MAR-B, L, H, heads are in no shape: load_mar(..., heads=N)")
     return MARConfig(img_size=math.isqrt(tokens) * patch * stride, vae_stride=stride, patch_size=patch,
                      vae_channels=channels, num_classes=len(state["class_emb.weight"]), width=width, heads=heads,
                      encoder_depth=depth("encoder_blocks"), decoder_depth=depth("decoder_blocks"),
-                     buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens,
-                     head_depth=depth("head_net.res_blocks"), head_width=len(state["head_net.input_proj.weight"]))
+                     head_depth=depth("diffloss.net.res_blocks"),
+                     head_width=len(state["diffloss.net.input_proj.weight"]),
+                     buffer_size=state["encoder_pos_embed_learned"].shape[1] - tokens)
 
 
 def check_settings(config, made, path):
@@ -632,98 +623,65 @@ def load_mar(path, ema=True, **config_overrides):
     made (the flags of its run; {} in public files), class_names (None where it has none)."""
     file = read_checkpoint(path)
     state, ours = weights_in(file, ema), "config" in file
-    layout = "head_net." if ours and "head_net.input_proj.weight" in state else "diffloss.net."  # the public name
-    if not {"class_emb.weight", "z_proj.weight", layout + "input_proj.weight"} <= set(state):
-        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}" if ema else
-                        f"{path} holds no weights as trained, resume.pt does")
-    state = {name.replace(layout, "head_net."): value for name, value in state.items()}
+    head = "head_net." if "head_net.input_proj.weight" in state else "diffloss.net."  # the public name
+    if not {"class_emb.weight", "z_proj.weight", head + "input_proj.weight"} <= set(state):
+        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
     stage, names = file.get("stage") or "teacher", file.get("class_names")
-    made = file["args"] if ours and isinstance(file.get("args"), dict) else {}
+    if stage not in STAGES:
+        raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
     with reading(path, "MAR checkpoint"):
         if ours:  # "passes": 0 stands in files of before December 2026
             config = MARConfig(**dict(file["config"].items() - {("passes", 0)}))
+            made = dict(file.get("args") or {})
         else:
-            config = config_of_public(state, file.get("args"), config_overrides.get("heads"), path)
+            config, made = config_of_public(state, file.get("args"), config_overrides.get("heads"), path), {}
         config = replace(config, **config_overrides)
         check_settings(config, made, path)
         if names is not None and [type(name) for name in names] != [str] * config.num_classes:
             raise UserError(f"{path}: class_names are no text for each of its {config.num_classes} classes")
-    if stage not in STAGES:
-        raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
+        model = fill_model(lambda: MAR(config), state, path, [("^head_net.", head)])
     if ours and not file.get("stage"):
         say(f"note: {path} names no stage, so it is taken for a teacher")
-    model = fill_model(lambda: MAR(config), state, path, lambda name: name.replace("head_net.", layout))
     model.source, model.stage, model.made, model.class_names = str(path), stage, made, names
     return model
 
 
 def load_network(build, path, get, names=(), drop=(), turned=()):
-    """A public network on the CPU, in eval mode, frozen, float32: build(state), given the file's {name: tensor}, makes
-    it. UserError, in the file's own names, where the tensors of the two differ. get: what data.py --get calls the file.
-    names: substitutions (pattern, replacement), done in order, that turn our name into the file's; where it is
-    a.{q,k,v}.b, the file has three parts, which are put together. drop: how names begin that are left out. turned: the
-    file's names of what it has transposed."""
-    file = read_checkpoint(need_file(path, get))
-    state = {name: value for name, value in weights_in(file).items() if not name.startswith(tuple(drop))}
-    ours, in_file = {}, {}
-    with reading(path, f"{get} file", f"; python data.py --get {get} fetches it"), torch.device("meta"):
-        model = build(state)
-        for name, wanted in model.state_dict().items():
-            theirs = name
-            for pattern, replacement in names:
-                theirs = re.sub(pattern, replacement, theirs)
-            in_file[name] = theirs
-            first, middle, last = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", theirs).groups()
-            parts = [first + part + last for part in middle.split(",")]
-            if set(parts) <= set(state):
-                found = [state.pop(part) for part in parts]
-                value = torch.cat(found) if found[1:] else found[0]
-                if theirs in turned:
-                    value = value.T
-                same = value.squeeze().shape == wanted.squeeze().shape  # dimensions of 1 are no difference
-                ours[name] = value.reshape(wanted.shape) if same else value
-    advice = f"; python data.py --get {get} fetches it"
-    return fill_model(lambda: model, {**state, **ours}, path, lambda name: in_file.get(name, name), advice)
+    """A public network: fill_model of a file, `get` for data.py --get. drop: how names begin that are left out."""
+    state = weights_in(read_checkpoint(need_file(path, get)))
+    state = {name: value for name, value in state.items() if not name.startswith(tuple(drop))}
+    return fill_model(build, state, path, names, turned, f"; python data.py --get {get} fetches it")
 
 
-def fill_model(build, state, path, in_file=str, advice=""):
-    """build() with the tensors of `state` as float32, in eval mode; UserError naming what is missing, too much, or of
-    another shape or kind, by the names that in_file(name in our code) gives."""
-    with torch.device("meta"):  # no initialisation that is overwritten, no second copy of the weights
+def fill_model(build, state, path, names=(), turned=(), advice=""):
+    """build() on the CPU with the tensors of `state` as float32, in eval mode, frozen. UserError, in the file's own
+    names, where they are not those that are wanted. names: substitutions (pattern, replacement), done in order, that
+    turn our name into the file's; where it is a.{q,k,v}.b, the file has three parts, of which ours is put together.
+    turned: the file's names of what it has transposed."""
+    with torch.device("meta"):  # no initialisation that is overwritten
         model = build()
-    # batch counters mean nothing in eval mode, and files of before 2018 lack them
-    kind = lambda value: tuple(value.shape) if value.is_floating_point() else value.dtype  # quantised: scale elsewhere
-    wanted = {name: kind(value) for name, value in model.state_dict().items() if not name.endswith("_tracked")}
-    state = {name: value for name, value in state.items()
-             if torch.is_tensor(value) and not name.endswith("num_batches_tracked")}
-    found = {name: kind(value) for name, value in state.items()}
-    wrong = [f"{in_file(name)} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+    places = {}  # a name in the file -> the part of our tensor that it fills
+    for name, ours in model.to_empty(device="cpu").state_dict().items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        first, middle, last = re.fullmatch(r"([^{]*)\{?([^}]*)\}?(.*)", name).groups()
+        parts = [first + part + last for part in middle.split(",")]
+        ours = torch.atleast_1d(ours.T if name in turned else ours)
+        places.update(zip(parts, ours.chunk(len(parts))))
+    # dimensions of 1 are no difference; whole numbers are quantised, with scales elsewhere, or count training's batches
+    kind = lambda value: tuple(value.squeeze().shape) if value.is_floating_point() else value.dtype
+    wanted = {name: kind(place) for name, place in places.items() if place.is_floating_point()}
+    found = {name: kind(value) for name, value in state.items()
+             if torch.is_tensor(value) and (value.is_floating_point() or name in wanted)}
+    wrong = [f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
              for name in sorted({**wanted, **found}, key=found.__contains__)  # what is missing comes first
              if found.get(name) != wanted.get(name)]
     if wrong:
-        some = "; ".join(wrong[:4] + ["..."] * (len(wrong) > 4))
-        raise UserError(f"{path} is no {type(model).__name__} file that fits: {some} ({len(wrong)} in all){advice}")
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        raise UserError(f"{path} is no {type(model).__name__} file that fits: {'; '.join(wrong[:4])} "
+                        f"({len(wrong)} in all){advice}")
+    for name in wanted:
+        places[name].copy_(state[name].reshape(places[name].shape))
     return model.eval().requires_grad_(False)
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes of header length, a JSON header, raw numbers."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-    with reading(path, "safetensors file"):
-        data = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))  # copy on write: the file itself is never touched
-        size = int.from_bytes(bytes(data[:8].tolist()), "little")
-        header = json.loads(bytes(data[8:8 + min(size, 100 << 20)].numpy()))
-        body, out = data[8 + size:], {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                if entry["dtype"] not in kinds:
-                    raise UserError(f"{path}: {name} is of dtype {entry['dtype']}; read are {', '.join(kinds)}")
-                start, stop = entry["data_offsets"]
-                numbers = body[start:stop].clone().view(kinds[entry["dtype"]])  # clone: offsets may be odd
-                out[name] = numbers.reshape(entry["shape"])  # raises where the file ends too early
-        return out
 
 
 def need_file(path, get=None):
@@ -736,16 +694,13 @@ def need_file(path, get=None):
 
 def read_checkpoint(path):
     """The dict in a torch file, on the CPU, without running any code it may hold. UserError when that cannot be had."""
-    if str(need_file(path)).endswith(".safetensors"):
-        return read_safetensors(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        with reading(path, "TorchScript archive"):  # OpenAI's CLIP is one; its code is compiled, and never called
-            return torch.jit.load(path, map_location="cpu").state_dict()
+    archive = zipfile.is_zipfile(need_file(path))  # files from before PyTorch 1.6 are none
     try:
+        if archive and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's CLIP: code that is never called
         # the public files carry their command line as an argparse.Namespace: plain data, allowed by name
         torch.serialization.add_safe_globals([argparse.Namespace])
-        # memory-mapped, so that unused parts are never read; files from before PyTorch 1.6 are no archives
-        file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)  # unused parts are never read
     except Exception as error:  # torch raises a dozen kinds for a bad file; two of them tell the user something
         foreign = re.search(r"(?:GLOBAL|class|global|type) ([\w.]+\.\w+)", str(error))
         what = f"it holds an object of {foreign[1]}, which could run code" if foreign else "truncated, or no torch file"

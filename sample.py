@@ -187,8 +187,7 @@ def unmasking(model, labels, seed=0, vae=None, **generate_kwargs):
 
 def save_gif(model, classes, titles, per_class, path, **how):
     """The unmasking of per_class pictures of each class -> an animated GIF file."""
-    device = next(model.parameters()).device
-    labels = torch.tensor(classes, device=device).repeat_interleave(per_class)
+    labels = torch.tensor(classes, device=next(model.parameters()).device).repeat_interleave(per_class)
     frames = [grid_image(list(zip(titles, pictures.split(per_class)))).quantize(256)  # a third of the memory
               for pictures in tqdm(unmasking(model, labels, **how), total=how["ar_steps"] + 1)]
     # about three seconds in all, up to K = 150, and two more to look at the result
@@ -328,8 +327,6 @@ def parse_args(argv=None):
     job = next((job for job in ("gif", "num", "edit", "export") if getattr(args, job)), "grid")
     if bool(args.edit) != bool(args.box):
         raise UserError("--edit PICTURE and --box LEFT TOP RIGHT BOTTOM belong together: give both")
-    if job in ("gif", "num") and max(len(args.ar_steps or []), len(args.guidance or [])) > 1:
-        raise UserError(f"several --ar_steps or --guidance make a grid; --{job} takes one")
     return args, job
 
 
@@ -387,6 +384,8 @@ def main(argv=None):
         raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave --head_steps "
                         "and --guidance out")
     ways = ways_to_draw(args, model)
+    if len(ways) > 1 and job in ("gif", "num"):
+        raise UserError(f"several --ar_steps or --guidance make a grid; --{job} takes one")
     model.to(device)
     bf16_weights(model)
     vae = load_vae(args.vae).to(device) if args.vae else None
