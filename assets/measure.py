@@ -20,22 +20,20 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_all import (HERE, SHARED, Skip, about, close, fake_distillation, fake_rl, fresh, need_shared,
-                      on_fake_gpu, replayed, scratch, write_student)  # first: it says how torch multiplies
+from test_all import (HERE, Skip, TinyVAE, about, close, fake_distillation, fake_rl, fresh, on_fake_gpu, replayed,
+                      scratch, write_judges, write_student)  # first: it says how torch multiplies
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import fid
 import model as model_file
 import rl
-from data import PUBLIC, SHAPES, open_data, run_main, setup
+from data import open_data, run_main, setup
 from fid import classify, load_classifier
 from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar,
                    read_checkpoint, save_checkpoint, token_orders)
@@ -146,96 +144,34 @@ def beside_public_mar():
     return "\n".join(["the pictures agree", *rows])
 
 
-def flops_of(model, generate_kwargs):
-    """Arithmetic of one picture in floating-point operations, multiply and add apart, matrix products only."""
-    def counted(head_steps):
-        # attention as plain products: of the fused kernels the counter knows only those for CUDA
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model.generate(torch.zeros(1, dtype=torch.long, device=next(model.parameters()).device),
-                           **{**generate_kwargs, "head_steps": head_steps})
-        return counter.get_total_flops()
-
-    if generate_kwargs["head_steps"] == 1:
-        return counted(1)
-    two, three = counted(2), counted(3)  # a chain's steps are all alike
-    return two + (generate_kwargs["head_steps"] - 2) * (three - two)
-
-
-def where_a_pictures_time_goes(size="base", K=8, batches=(1, 4), device=None):
-    """Shares of transformer and head in the time of a picture; how near the products come to the machine's own rate,
-    and the reading of the weights to that of a copy. DEVICE=cuda in front: on a GPU."""
-    device = torch.device(device or os.environ.get("DEVICE", "cpu"))
-    on_cuda, model = device.type == "cuda", MAR(SIZES[size]).eval().requires_grad_(False).to(device)
-    heads = sum(p.numel() for p in model.head_net.parameters())
-    if on_cuda:
-        setup(str(device))
-        bf16_weights(model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes; the head's are float32
-    side, kind = (8192, torch.bfloat16) if on_cuda else (2048, torch.float32)
-    a, bias = torch.ones(side, side, device=device, dtype=kind), torch.ones(side, device=device, dtype=kind)
-    block = torch.ones(256 << 20, device=device, dtype=torch.uint8)  # far beyond any cache
-    copy_of = torch.empty_like(block)
-    # a limit is the best that is seen, not the median: other work at that moment would make shares above 100 %
-    rate = 2 * side**3 / min(seconds_of(lambda: model_file.linear(a, a, bias), device) for _ in range(50))
-    bandwidth = 2 * len(block) / min(seconds_of(lambda: copy_of.copy_(block), device) for _ in range(10))
-    figures = [f"{size}, K = {K}, {device}: products {rate / 1e12:.2f} TFLOP/s, copies {bandwidth / 1e9:.1f} GB/s"]
-    for batch, (who, how) in itertools.product(batches, (("student", {"head_steps": 1, "guidance": 1.0}),
-                                                         ("teacher", {"head_steps": 100, "guidance": 2.9}))):
-        labels, spent = torch.arange(batch, device=device) % model.config.num_classes, {"transformer": 0.0, "head": 0.0}
-
-        def timed(part, inner):
-            def call(*args):
-                result = []
-                spent[part] += seconds_of(lambda: result.append(inner(*args)), device)
-                return result[0]
-            return call
-
-        draw_them = lambda: model.generate(labels, K, **how)
-        model.generate(labels, K, **{**how, "head_steps": min(2, how["head_steps"])})  # meets every shape
-        seconds = seconds_of(draw_them, device)
-        # another call for the shares: to time the parts the device is waited for after each, which slows the whole
-        with (mock.patch.object(model, "transformer", timed("transformer", model.transformer)),
-              mock.patch.object(model, "one_step", timed("head", model.one_step)),
-              mock.patch.object(model, "denoise", timed("head", model.denoise))):
-            whole = seconds_of(draw_them, device)
-        read = K * (weights + 4 * heads * (how["head_steps"] - 1))
-        figures.append(f"{who}, batch {batch}: {seconds / batch:.4f} s an image; transformer "
-                       f"{spent['transformer'] / whole:.0%}, head {spent['head'] / whole:.0%}; of the products' limit "
-                       f"{flops_of(model, {'ar_steps': K, **how}) * batch / seconds / rate:.1%}, of the copies' "
-                       f"{read / seconds / bandwidth:.1%}")
-    return "\n".join(figures)
-
-
 def random_latents(folder, images=16):
     """A latent cache of noise at ImageNet's size, for what does not depend on what the numbers say."""
-    (folder / "train").mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
     moments = np.random.default_rng(0).standard_normal((images, 2, 32, 16, 16)).astype(np.float16)
-    np.save(folder / "train/moments.npy", moments)
-    np.save(folder / "train/done.npy", np.full(images, data.DONE, np.uint8))
+    np.save(folder / "moments.npy", moments)
+    np.save(folder / "done.npy", np.full(images, data.DONE, np.uint8))
     meta = {"img_size": 256, "classes": {f"{i}": int(i < images) for i in range(1000)}}
-    (folder / "train/cache.json").write_text(json.dumps(meta))
+    (folder / "cache.json").write_text(json.dumps(meta))
     return folder
 
 
-def random_checkpoint(path, config, stage):
+def random_teacher(path, config):
     torch.manual_seed(0)
-    names = [f"class {i}" for i in range(config.num_classes)]
-    save_checkpoint({"config": asdict(config), "stage": stage, "ema": MAR(config).state_dict(), "step": 0,
-                     "args": {"ar_steps": 8}, "class_names": names}, path)
+    save_checkpoint({"config": asdict(config), "stage": "teacher", "ema": MAR(config).state_dict(), "step": 0,
+                     "args": {"ar_steps": 8}, "class_names": [*map(str, range(config.num_classes))]}, path)
     return path
 
 
-def on_a_gpu(sizes=("base",), images=32, updates=60, device="cuda"):
+def on_a_gpu(images=32, updates=60, device="cuda"):
     """Distillation of random latents at ImageNet's size, as a user starts it: images/s and peak memory;
     then `speed`, one picture and 128. SIZES="base large huge" in front for others."""
     if device == "cuda" and not torch.cuda.is_available():
         raise Skip("no GPU: none of the figures that it prints has been taken")
     setup(device)
-    sizes = os.environ.get("SIZES", " ".join(sizes)).split()
-    for size in sizes:
+    for size in os.environ.get("SIZES", "base").split():
         with scratch() as folder:
             latents = random_latents(folder / "latents")
-            teacher = random_checkpoint(folder / "teacher.pt", SIZES[size], "teacher")
+            teacher = random_teacher(folder / "teacher.pt", SIZES[size])
             for flags in ([], ["--recompute"]):
                 argv = ["--data", latents, "--teacher", teacher, "--batch", images, "--steps", updates, "--log_every",
                         updates // 3, "--save_every", 10 * updates, "--device", device, *flags, "--out", folder / "out"]
@@ -273,16 +209,23 @@ class LiveBytes(TorchDispatchMode):
 def memory_on_fake_gpu():
     """In a process of its own, with a CUDA that does nothing: the most bytes alive at once in two updates of distill.py
     (32 images) and in one of rl.py (64 images, K = 16), by size and flags, printed in GiB. Source: LiveBytes."""
-    importlib.import_module("torch._dynamo")  # seconds, of the first optimiser: once, and not in each fork
-    peak_of = lambda what: lambda live: print(f"{what}: alive {live.peak / 2**30:.1f} GiB")
-    for size, *flags in (["base"], ["base", "--recompute"], ["large"], ["large", "--recompute"], ["huge"],
-                         ["huge", "--recompute"]):
-        flags = ("--batch", "32", "--log_every", "2", *flags)
-        fake_distillation("student", SIZES[size], size, *flags, mode=LiveBytes,
-                          report=peak_of(f"distill {' '.join([size, *flags])}"))
-    for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"], ["huge", "--recompute"]):
-        fake_rl(SIZES[size], "--ar_steps", "16", "--log_every", "1", *flags, mode=LiveBytes,
-                report=peak_of(f"rl {' '.join([size, *flags])}"))
+    plain = F.scaled_dot_product_attention
+
+    def attention(q, k, v, dropout_p=0.0):  # in bf16 a GPU takes the kernel that keeps no T x T matrix
+        if q.dtype != torch.bfloat16:
+            return plain(q, k, v, dropout_p=dropout_p)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        for size, flags in itertools.product(("base", "large", "huge"), ([], ["--recompute"])):
+            live = fake_distillation("student", SIZES[size], size, "--batch", "32", "--log_every", "2", *flags,
+                                     mode=LiveBytes)
+            print(f"distill {size}, 32 images {' '.join(flags)}: alive {live.peak / 2**30:.1f} GiB")
+        for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"],
+                             ["huge", "--recompute"]):
+            live = fake_rl(SIZES[size], "--ar_steps", "16", *flags, mode=LiveBytes)
+            print(f"rl {size}, 64 images {' '.join(flags)}: alive {live.peak / 2**30:.1f} GiB", flush=True)
+    os._exit(0)  # and takes no fake tensor apart
 
 
 def cuda_memory():
@@ -297,8 +240,15 @@ if os.fork():  # the peak of a process begins with that of the one that started 
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 import torch
 sys.path.insert(0, '.')
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB: Linux counts KiB
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB: Linux counts KiB
 """
+
+
+def peaks(script, **env):
+    """The numbers, in MiB, in the last line that this script prints in a new process, where PEAK went before it."""
+    result = fresh("-c", PEAK + script, **env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [float(word) for word in result.stdout.splitlines()[-1].split()]
 
 
 def distillation_memory():
@@ -306,34 +256,30 @@ def distillation_memory():
     figures = []
     with scratch() as folder:
         latents = random_latents(folder / "latents")
-        teacher = random_checkpoint(folder / "teacher.pt", SIZES["base"], "teacher")
+        teacher = random_teacher(folder / "teacher.pt", SIZES["base"])
         for flags in (["--batch", "2"], ["--batch", "4"], ["--batch", "4", "--recompute"],
                       ["--batch", "4", "--loss", "vsd"]):
             argv = ["--data", str(latents), "--teacher", str(teacher), "--steps", "2", "--log_every", "1", "--device",
                     "cpu", *flags, "--out", str(folder / "out")]
             # writing is left out: it comes after the peak and would want 11 GB of disk a setting
-            script = PEAK + f"""
+            (more,) = peaks(f"""
 import distill
 distill.save_checkpoint, before = lambda *_: None, peak()
 distill.main({argv!r})
-print('GiB', peak() - before)
-"""
-            result = fresh("-c", script)
-            assert result.returncode == 0, result.stderr[-2000:]
-            figures.append(f"{' '.join(flags)}: {float(result.stdout.split()[-1]):.2f} GiB")
+print(peak() - before)
+""")
+            figures.append(f"{' '.join(flags)}: {more / 1024:.2f} GiB")
             shutil.rmtree(folder / "out")
     return "\n".join(figures)
 
 
 def rl_memory():
-    """Peak memory of one RL update's chain for K = 8 and 64: ours, and one graph of the whole chain.
-
-    glibc is told to give freed blocks back at once: else the peak tells how its heap is broken up by 64 shapes.
-    """
+    """Peak memory of one RL update's chain for K = 8 and 64: ours, and one graph of the whole chain. glibc is told to
+    give freed blocks back at once: else the peak tells how its heap is broken up by 64 shapes."""
     figures = []
     for K in (8, 64):
         for kind in ("ours", "graph"):
-            script = PEAK + f"""
+            whole, more = peaks(f"""
 import copy, model, rl
 from model import *
 torch.manual_seed(0)
@@ -352,11 +298,8 @@ else:
     x = model.generate(labels, {K}, seeds=seeds)
     start = copy.deepcopy(model).requires_grad_(False)
     rl.backward_chain(model, start, x, torch.ones_like(x) / x.numel(), 0.1, 0.1, labels, keys, {K})
-print('MiB', 1024 * peak(), 1024 * (peak() - before))
-"""
-            result = fresh("-c", script, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-            assert result.returncode == 0, result.stderr[-2000:]
-            whole, more = map(float, result.stdout.split()[-2:])
+print(peak(), peak() - before)
+""", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
             figures.append(f"K {K} {kind}: {whole:.0f} MiB ({more:.0f} above weights and gradients)")
     return "\n".join(figures)
 
@@ -479,13 +422,10 @@ def grain():
 
 
 STUB_VAE = """
-import sys, torch
+import sys
 sys.path.insert(0, '.')
-import data
-class Stub(torch.nn.Module):  # averages in place of the encoder: everything around it is the real thing
-    def moments(self, x):
-        return torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
-data.load_vae = lambda path: Stub()
+from test_all import TinyVAE, data
+data.load_vae = lambda path: TinyVAE()
 data.run_main(data.main)
 """
 
@@ -506,7 +446,7 @@ def latent_cache():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
                    str(folder / "stub.py"), "--data", str(folder / "jpeg"), "--vae", str(folder / "vae"), "--out",
                    str(folder / "latents"), "--device", "cpu"]
-        seconds, kills, start = 0.0, 0, time.time()
+        kills, start = 0, time.time()
         while True:
             process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -525,16 +465,13 @@ def latent_cache():
         for i in (0, 7_777, 19_999):
             file = sorted((folder / "jpeg/train").rglob("*.jpg"))[i]
             x = torch.from_numpy(data.read_image(file, 256)).float()[None] / 127.5 - 1
-            want = torch.nn.functional.avg_pool2d(x, 16).repeat(1, 11, 1, 1)[:, :32]
-            close(latents.read(np.array([i]), np.array([0])).float(), want, 2e-3)
-        draw = lambda k: latents.batch(rng.integers(0, 20_000, 256), rng.random(256) < 0.5)
-        for k in range(80):  # warm: each page once
-            draw(k)
-        clock = time.time()
-        for k in range(80):
-            draw(k)
-        rate = 80 * 256 / (time.time() - clock)
-        size = (folder / "latents/train/moments.npy").stat().st_size
+            close(latents.read(np.array([i]), np.array([0])).float(), TinyVAE().moments(x), 2e-3)
+        for _ in range(2):  # the first time touches each page
+            clock = time.time()
+            for _ in range(80):
+                latents.batch(rng.integers(0, 20_000, 256), rng.random(256) < 0.5)
+            rate = 80 * 256 / (time.time() - clock)
+        size = (folder / "latents/moments.npy").stat().st_size
     return (f"built in {seconds:.0f} s with {kills} kills of both processes, {size / 2**20:.0f} MiB; 20,480 latents of "
             f"256 px read at random in batches of 256: {rate:,.0f}/s, one thread")
 
@@ -576,14 +513,8 @@ def true_size(kind):
 def judges():
     """rl.py with CLIP, PickScore, ImageReward at their true sizes and random weights, tiny student, one update each."""
     figures = []
-    fid.WEIGHTS["pickscore"] = fid.WEIGHTS["pickscore"].replace("model.safetensors", "pytorch_model.bin")
     with scratch() as folder:
-        for name in ("clip", "pickscore", "imagereward", "bpe"):
-            (folder / PUBLIC[name][1]).parent.mkdir(parents=True, exist_ok=True)
-        need_shared()
-        shutil.copy(SHARED / "data/bpe_simple_vocab_16e6.txt.gz", folder / PUBLIC["bpe"][1])
-        (folder / PUBLIC["imagereward_vocab"][1]).write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SHAPES]))
-        write_student(folder, num_classes=8)
+        write_judges(folder), write_student(folder)
         for kind in ("clip", "pickscore", "imagereward"):
             torch.manual_seed(0)
             state = {name: torch.randn(shape) * (0.02 if len(shape) > 1 else 0.1)
@@ -612,10 +543,10 @@ def judges():
     return "\n".join(figures)
 
 
-def seconds_of(work, device, repeat=1):
-    """Median wall time of `repeat` calls. The caller warms up."""
+def seconds_of(work, device):
+    """Median wall time of three calls. The caller warms up."""
     wait, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
-    for _ in range(repeat):
+    for _ in range(3):
         wait()  # launches on a GPU return at once: without it the clock would measure Python
         start = time.perf_counter()
         work()
@@ -642,14 +573,14 @@ def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=1
             print(f"{who:10}{batch:6}{K:5}{steps:12}{g:10.2f}", end="", flush=True)
             generate = lambda steps: model.generate(labels, K, head_steps=steps, guidance=g, seeds=seeds)
             generate(min(2, steps))  # meets every shape of a hundred
-            seconds[who] = seconds_of(lambda: generate(steps), device, repeat=3)
+            seconds[who] = seconds_of(lambda: generate(steps), device)
             print(f"{seconds[who] / batch:10.4g}{batch / seconds[who]:10.3g}"
                   f"{seconds[who] / seconds['student']:16.1f}x", flush=True)
 
 
 MEASUREMENTS = {measurement.__name__: measurement for measurement in (
     gradient_cosine, paired, grain, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu,
-    rl_memory, shortcuts, speed, where_a_pictures_time_goes)}
+    rl_memory, shortcuts, speed)}
 
 
 def main():
