@@ -5,7 +5,7 @@ Three kinds of data, one class (`Data`):
   cifar10    the official binary files               python data.py --get cifar10
   PATH       any image folder, PATH/train/<class>/*  (and PATH/test, PATH/val or PATH/validation for the other split)
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
-    python data.py --get kl16                                          # nothing is downloaded that it does not name
+    python data.py --get kl16                                          # downloads what it names, and nothing else
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
 Killed at any moment, the same command goes on where it stopped. At its end it says what --data takes from then on.
 """
@@ -63,7 +63,7 @@ OUTLINES = {  # which points each covers: x (N, 1, width), y (N, height, 1), in 
 SHAPES = list(OUTLINES)
 COLOURS = torch.tensor([[235, 60, 50], [70, 200, 80], [70, 120, 250], [250, 210, 60]], dtype=torch.float32)
 GROUNDS = torch.tensor([[18, 18, 24], [70, 30, 80]], dtype=torch.float32)
-SUB = 4  # sub-samples a pixel side: 16 grey levels along an edge are enough at 16 px
+SUB = 4  # sub-samples per side of a pixel: 17 grey levels along an edge are enough at 16 px
 
 
 def index_uniform(index, stream):
@@ -82,7 +82,7 @@ def draw_shapes(index, img_size=16):
     colour = COLOURS[draw(3, 0, len(COLOURS)).long()][..., None, None]  # (N, 3, 1, 1)
     ground = GROUNDS[draw(4, 0, len(GROUNDS)).long()][..., None, None]
     grid = (torch.arange(img_size * SUB) + 0.5) * (2 / (img_size * SUB)) - 1
-    # in the shape's own coordinates; the largest radius at the farthest place still leaves a rim of ground
+    # in the shape's own coordinates. Shapes reach into the rim, the largest diamonds past it; its median stays ground
     x = ((grid - cx[:, None]) / radius[:, None])[:, None]  # (N, 1, SUB*img_size)
     y = ((grid - cy[:, None]) / radius[:, None])[..., None]  # (N, SUB*img_size, 1)
     cover = torch.empty(len(index), 1, img_size, img_size)
@@ -98,8 +98,8 @@ SHAPE_MODES = [f"{colour} on {ground}" for colour in ("red", "green", "blue", "y
 
 
 def shape_modes(images):
-    """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long. Ground is what
-    the rim has, which is ground all round; colour, what the pixels have that differ most from it."""
+    """The colour and ground of shapes, as an index into SHAPE_MODES: uint8 (N, 3, H, W) -> (N,) long. The ground is
+    nearest to the median of the rim; the colour, to the mean of the pixels that differ most from the ground."""
     x = images.float()
     rim = torch.cat([x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]], 2)  # (N, 3, 2 H + 2 W)
     ground = torch.cdist(rim.median(2).values, GROUNDS).argmin(1)
@@ -116,7 +116,7 @@ PIXEL_LIMIT = 64  # px: below it tokens are pixels, from it on latents
 SPLITS = {"train": ["train"], "test": ["test", "val", "validation"]}  # names of the folder, the first that is there
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .mpo .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
 say_once = functools.cache(say)  # threads that meet there may say it twice
-LAYOUT = "wanted are DATA/train/<class>/*.jpg, also where a class is called train; DATA is what --data names"
+LAYOUT = "put pictures into DATA/train/<class>/*.jpg, where DATA is what --data names; a class may be called train"
 
 # Above 90 megapixels a picture is refused by name: decoded, each thread's would take half a gigabyte and more
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -130,17 +130,18 @@ def split_folder(path, split):
 
 
 def walk(folder, above=()):
-    """The images in `folder` and below, in the order of names, but no hidden ones: beside x.jpg macOS keeps a ._x.jpg
-    that is no picture. Links are followed, but not back up. above: real paths of the folders it lies in."""
+    """The images in `folder` and below, in the order of names. Hidden files are passed over: beside x.jpg macOS keeps a
+    ._x.jpg that is no picture. Links are followed, but not back up. above: real paths of the folders above."""
     above = (*above, os.path.realpath(folder))
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if name.startswith("."):
             continue
-        if name.lower().endswith(SUFFIXES):
+        if os.path.isdir(path):  # whatever it is called: classes named after sites end like pictures
+            if os.path.realpath(path) not in above:
+                yield from walk(path, above)
+        elif name.lower().endswith(SUFFIXES):
             yield path
-        elif os.path.isdir(path) and os.path.realpath(path) not in above:
-            yield from walk(path, above)
 
 
 def find_images(folder, need_classes=False):
@@ -252,7 +253,8 @@ def start_cache(out, folder, files, meta):
 
 
 def build_cache(args):
-    """Fill the rows that lack, each rank its share of them. A picture that cannot be decoded is named and left out."""
+    """Build the latent cache of args.data, or go on with it; each rank encodes a stretch of the pictures. A picture
+    that cannot be decoded is named and left out."""
     folder = split_folder(args.data, "train")
     size = args.img_size or native_size(args.data, "train")
     if size < PIXEL_LIMIT:
@@ -260,9 +262,9 @@ def build_cache(args):
     if not args.vae or size % 16:
         raise UserError("latents need --vae FILE (python data.py --get kl16) and an --img_size that 16 divides")
     out = Path(args.out or default_cache(args.data, size))
-    class_names, files, labels = find_images(folder, need_classes=True)
     device, rank, world = setup(args.device)
     vae = load_vae(args.vae).to(device)
+    class_names, files, labels = find_images(folder, need_classes=True)  # takes minutes for ImageNet: after all checks
     barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0:
         start_cache(out, folder, files, {"img_size": size, "vae_sha256": file_hash(args.vae)[:16],
@@ -545,36 +547,36 @@ def load_vae(path):
 # Public files
 
 # Each can be fetched by hand from its url and put into its place; the same command then checks it.
-# name: (url, place, bytes (about), checksum). Of inception torch hub publishes the beginning; "sha256:" alone: nothing.
+# name: (url, place, bytes (about), checksum), None where it is not published; of inception the beginning is.
 DROPBOX = "https://www.dropbox.com/scl/fi"
 HUB = "https://huggingface.co"
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
 CLIP_SHA256 = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 PUBLIC = {
     "kl16": (f"{DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=0",
-             "pretrained_models/vae/kl16.ckpt", 254 << 20, "sha256:"),
+             "pretrained_models/vae/kl16.ckpt", 254 << 20, None),
     "mar_base": (f"{DROPBOX}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=0",
-                 "pretrained_models/mar/mar_base/checkpoint-last.pth", 1587 << 20, "sha256:"),
+                 "pretrained_models/mar/mar_base/checkpoint-last.pth", 1587 << 20, None),
     "mar_large": (f"{DROPBOX}/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=0",
-                  "pretrained_models/mar/mar_large/checkpoint-last.pth", 3650 << 20, "sha256:"),
+                  "pretrained_models/mar/mar_large/checkpoint-last.pth", 3650 << 20, None),
     "mar_huge": (f"{DROPBOX}/1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=0",
-                 "pretrained_models/mar/mar_huge/checkpoint-last.pth", 7191 << 20, "sha256:"),
+                 "pretrained_models/mar/mar_huge/checkpoint-last.pth", 7191 << 20, None),
     "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                   "weights-inception-2015-12-05-6726825d.pth",
                   "pretrained_models/fid/weights-inception-2015-12-05-6726825d.pth", None, "sha256:6726825d"),
     "adm_reference": (f"{ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
-                      "pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz", None, "sha256:"),
+                      "pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz", None, None),
     "clip": (f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-L-14.pt",
              "pretrained_models/clip/ViT-L-14.pt", None, f"sha256:{CLIP_SHA256}"),
     "bpe": ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
             "pretrained_models/clip/bpe_simple_vocab_16e6.txt.gz", 1_356_917,
             "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"),
     "pickscore": (f"{HUB}/yuvalkirstain/PickScore_v1/resolve/main/pytorch_model.bin",
-                  "pretrained_models/pickscore/pytorch_model.bin", None, "sha256:"),
+                  "pretrained_models/pickscore/pytorch_model.bin", None, None),
     "imagereward": (f"{HUB}/THUDM/ImageReward/resolve/main/ImageReward.pt",
-                    "pretrained_models/imagereward/ImageReward.pt", None, "sha256:"),
+                    "pretrained_models/imagereward/ImageReward.pt", None, None),
     "imagereward_vocab": (f"{HUB}/bert-base-uncased/resolve/main/vocab.txt",
-                          "pretrained_models/imagereward/vocab.txt", None, "sha256:"),
+                          "pretrained_models/imagereward/vocab.txt", None, None),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "data/cifar-10-binary.tar.gz",
                 170_052_171, "md5:c32a1d4ab5d03f1284b67883e8d87530"),
 }
@@ -610,7 +612,7 @@ def get(names, folder="."):
     for name in names:
         url, place, size, checksum = PUBLIC[name]
         path, part = Path(folder) / place, Path(folder) / f"{place}.part"
-        kind, digest = checksum.split(":")
+        kind, digest = checksum.split(":") if checksum else ("sha256", "")
         wanted = f"{kind} {digest or '(not published)'}" + (f", about {size:,} bytes" if size else "")
         print(f"{name}: {url}\n  -> {path}; {wanted}", flush=True)
         if not path.exists():  # else only checked: it may have been put there by hand
@@ -619,9 +621,11 @@ def get(names, folder="."):
         file = path if path.exists() else part
         found, count = file_hash(file, kind), file.stat().st_size
         if not found.startswith(digest) or (size and abs(count - size) > 0.01 * size):
-            part.unlink(missing_ok=True)  # to go on from damaged bytes would never end well
+            if file == part:
+                part.unlink()  # to go on from damaged bytes would never end well
+            advice = "it is deleted now: get it again" if file == part else "delete it and get it again"
             raise UserError(f"{file} is damaged or another file: {kind} {found}, {count:,} bytes; wanted: {wanted}; "
-                            "delete it and get it again")
+                            f"{advice}")
         os.replace(file, path)
         print(f"  is there: {kind} {found}, {count:,} bytes", flush=True)
         if name == "cifar10":
@@ -632,7 +636,7 @@ def get(names, folder="."):
 # How a command starts: flags, errors, processes. The same for all; data.py is the lowest file that is a command
 
 DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
-LOCKS = {}  # {folder of this process: its lock, open}
+LOCKS = []  # files that stay open: a folder is locked as long as its .lock is
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -654,7 +658,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(args, one="", two="", share=""):
-    """Refuse negative numbers and NaN; of flags named in `one` 0 too, in `two` 0 and 1, in `share` 1 and more."""
+    """Refuse NaN and numbers below 0; of the flags in `one` those below 1, in `two` below 2, in `share` from 1 on too."""
     for name, value in vars(args).items():
         low = 2 if name in two.split() else int(name in one.split())
         high = 1 if name in share.split() else 2**31
@@ -675,7 +679,7 @@ def run_main(main):
         code = 0
     except UserError as error:
         code = f"error: {error}"
-    # a disk's error mostly has its file: full, no permission, not there; a service's, and memory that ends, has not
+    # an error of a disk (full, no permission, not there) mostly names its file; those of services and memory do not
     except (OSError, MemoryError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = getattr(error, "filename", None) or f"{type(error).__name__} in line {place.lineno} of {place.filename}"
@@ -695,20 +699,17 @@ def run_main(main):
 
 
 def lock_folder(folder):
-    """Make `folder` and keep other commands out of it until this one ends; UserError where another has it. What was
+    """Make `folder` and keep other processes out of it until this one ends; UserError where another has it. What was
     half-written when a process was killed goes."""
     os.makedirs(folder, exist_ok=True)
-    if os.path.abspath(folder) in LOCKS:
-        return
-    file = open(Path(folder) / ".lock", "a")
-    try:  # the system's lock of an open file, which ends with the process
+    LOCKS.append(open(Path(folder) / ".lock", "a"))
+    try:  # the system's lock, which ends with the process
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
     except (OSError, ImportError):  # some network disks, and Windows, have no such locks
         pass
-    LOCKS[os.path.abspath(folder)] = file
     for left in Path(folder).glob("*.*.*.writing"):  # model.replacing's names
         left.unlink(missing_ok=True)
 
@@ -766,7 +767,7 @@ def join_processes(backend, rank, world):
 
 
 def main(argv=None):
-    """Download what --get names, or build the latent cache of --data; UserError before anything long."""
+    """Download what --get names, or build the latent cache of --data."""
     p = Parser("Build the latent cache of an image folder, or download public files.")
     flag = p.add_argument
     flag("--data", help="image folder with train/<class>/*")
@@ -776,14 +777,15 @@ def main(argv=None):
     flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
     flag("--get", nargs="+", default=[], choices=PUBLIC, metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
-    flag("--folder", default=".", help="where --get puts its files; other scripts look in the default")
+    flag("--folder", default=".", help="where --get puts its files; give the same --folder to fid.py and rl.py")
     args = p.parse_args(argv)
     check_numbers(args, one="img_size batch")
-    if not args.get and not args.data:
-        raise UserError("nothing to do: give --data PATH --vae FILE, or --get NAME")
-    get(args.get, args.folder)
+    if bool(args.get) == bool(args.data):
+        raise UserError("give --get NAME, or --data PATH --vae FILE: one of the two in a call")
     if args.data:
         build_cache(args)
+    else:
+        get(args.get, args.folder)
 
 
 if __name__ == "__main__":

@@ -1846,7 +1846,7 @@ def test_bad_image_folders_are_refused(tmp):
         ("train/bee/1.png", b"P5 20000 15000 255 ", "", "train/bee/1.png", "300000000 pixels"),
         # classes in the place of the splits; one may be called train
         ("bus/1.png", whole, "train", "no folder 'train'", "DATA/train/<class>/*.jpg"),
-        ("v/train/1.png", whole, "v", "class folders", "DATA/train/<class>/*.jpg", "where a class is called train")]
+        ("v/train/1.png", whole, "v", "class folders", "DATA/train/<class>/*.jpg", "class may be called train")]
     for name, content, opened, *words in rows:
         with scratch() as root:
             place = make_folder(root) / name
@@ -1864,12 +1864,12 @@ def test_bad_image_folders_are_refused(tmp):
 def test_folders_are_read_as_people_keep_them(tmp):
     pool = make_folder(tmp / "pool", classes=("ant", "bee", "wasp"), each=2)
     train, picture = tmp / "set/train", pool / "train/ant/0.png"
-    (train / "ant/images").mkdir(parents=True)  # Tiny ImageNet's <class>/images/*
+    (train / "ant/images.png").mkdir(parents=True)  # as Tiny ImageNet's <class>/images/*, and called like a picture
     (train / ".checkpoints").mkdir()
     (train / "bee").symlink_to(pool / "train/bee")
     (train / "ant/back").symlink_to(train)
-    (train / "ant/images/loop").symlink_to("loop")
-    for name in ("images/a.PNG", "b.jfif", "._b.jfif", "c.txt", "c", ".DS_Store", "d.avif", "../loose.png"):
+    (train / "ant/images.png/loop").symlink_to("loop")
+    for name in ("images.png/a.PNG", "b.jfif", "._b.jfif", "c.txt", "c", ".DS_Store", "d.avif", "../loose.png"):
         shutil.copy(picture, train / "ant" / name)
     os.makedirs(os.fsencode(train) + b"/caf\xe9/part")  # Latin-1, of an old archive
     shutil.copy(picture, os.fsencode(train) + b"/caf\xe9/part/\xe9t\xe9.png")
@@ -2023,7 +2023,7 @@ def test_large_pictures_become_latents_by_the_command_that_is_advised(tmp):
     folder, vae = make_folder(tmp / "our bugs", size=(70, 64)), data.load_vae(vae_file())
     (tmp / "pretrained_models/vae").mkdir(parents=True)
     (tmp / "pretrained_models/vae/kl16.ckpt").symlink_to(vae_file())
-    refused(lambda: open_data(folder), "256 px", "distill.py --pixels; fid.py --classifier")
+    refused(lambda: open_data(folder), "256 px", "distill.py --pixels")
     advice = refused(lambda: open_data(folder, img_size=64), "64 px")
     command, cache = re.search("python data.py (.*); then give --data (.*); or", advice).groups()
     argv = [*shlex.split(command), "--device", "cpu", "--batch", "2"]
@@ -2092,9 +2092,9 @@ def test_downloads_resume_and_are_verified(tmp):
     digest, file = hashlib.sha256(FlakyServer.content).hexdigest(), tmp / "a/flaky.bin"
     mine = {"flaky": (f"{url}/flaky", "a/flaky.bin", size, f"sha256:{digest[:8]}"),
             "wrong": (f"{url}/wrong", "a/wrong.bin", size, "sha256:00000000"),
-            "short": (f"{url}/short", "a/short.bin", 2 * size, "sha256:"),
-            "named": (f"{url}/named", "a/named.bin", None, "sha256:"),
-            "gone": ("http://127.0.0.1:9/gone", "a/gone.bin", None, "sha256:")}
+            "short": (f"{url}/short", "a/short.bin", 2 * size, None),
+            "named": (f"{url}/named", "a/named.bin", None, None),
+            "gone": ("http://127.0.0.1:9/gone", "a/gone.bin", None, None)}
     with patch.dict(data.PUBLIC, mine):
         refused(lambda: data.get(["flaky"], tmp), "stopped")
         assert not file.exists(), "half a file must not have the name of a whole one"
@@ -2102,13 +2102,15 @@ def test_downloads_resume_and_are_verified(tmp):
         assert file.read_bytes() == FlakyServer.content
         data.get(["flaky"], tmp)  # there already: only checked
         assert FlakyServer.asked == [("/flaky", 0), ("/flaky", size // 2)], "the second goes on where the first stopped"
-        for name, *words in (("wrong", "damaged", "00000000"), ("short", "damaged", f"about {2 * size:,}"),
+        for name, *words in (("wrong", "damaged", "00000000", "is deleted now"), ("short", "damaged", f"about {2 * size:,}"),
                              ("gone", "gone", "stopped")):
             refused(lambda: data.get([name], tmp), *words)
         assert [p.name for p in file.parent.iterdir()] == ["flaky.bin"]
         assert f"sha256 {digest}, {size:,} bytes" in heard(lambda: data.get(["named"], tmp))
         file.write_bytes(b"bit rot")
-        refused(lambda: data.get(["flaky"], tmp), "damaged")
+        (tmp / "a/flaky.bin.part").touch()
+        refused(lambda: data.get(["flaky"], tmp), "damaged", "delete it")
+        assert file.exists() and (tmp / "a/flaky.bin.part").exists(), "nothing of the user's is deleted"
     server.shutdown()
 
 
@@ -3033,14 +3035,17 @@ def test_rewards_of_every_kind_are_numbers(folder):
 
 REFUSED = {  # of each program a line a case: what is typed where `bad_files` lie | a word the answer must hold | ...
     "data": """
-        | nothing to do
+        | give --get NAME
+        --get kl16 --data bugs --vae x | one of the two
         --dat x | --dat
         --get mar_tiny | invalid choice
         --data . --img_size 0 | at least 1
         --data nowhere --vae zero.pt | no folder 'train'
         --data bugs --img_size 256 | --vae
         --data bugs --vae x | used as pixels
-        --data bugs --img_size 72 --vae x | 16""",
+        --data bugs --img_size 72 --vae x | 16
+        --data bugs --img_size 64 --vae x | no such file: x | --get kl16
+        --data bugs --img_size 64 --vae zero.pt | zero.pt""",
     "distill": """
         --data shapes --teacher nowhere.pt | no such file
         --data shapes --teacher teacher.pt | side 8 | 16
