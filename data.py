@@ -658,7 +658,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(args, one="", two="", share=""):
-    """Refuse NaN and numbers below 0; of the flags in `one` those below 1, in `two` below 2, in `share` from 1 on too."""
+    """Refuse NaN and numbers below 0; of flags in `one` also those below 1, in `two` below 2, in `share` above 1."""
     for name, value in vars(args).items():
         low = 2 if name in two.split() else int(name in one.split())
         high = 1 if name in share.split() else 2**31

@@ -2,7 +2,7 @@
 ImageReward. What they say agrees with the public implementations, which test_all.py checks.
 
 Needs samples (a folder of images, an .npz of sample.py --num) or checkpoints, from which they are drawn as they are
-judged; and the judges' public weights. Rows, with what they mean, are added to OUT/results.json.
+judged; and the judges' public weights. Each row is added to OUT/results.jsonl, a line of JSON with what it means.
 
     python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data import (PUBLIC, SHAPE_MODES, Data, Parser, check_numbers, find_images, load_vae, open_data,
                   read_class_names, read_image, run_main, sequence, setup, shape_modes, train_indices)
 from model import (UserError, bf16_weights, fill_model, load_mar, load_network, need_file, printable, read_checkpoint,
-                   reading, replacing, save_checkpoint, say, write_json)
+                   reading, replacing, save_checkpoint, say)
 from sample import check_output, check_vae, draw, drawing_flags, ways_to_draw
 
 WEIGHTS = {name: file[1] for name, file in PUBLIC.items()}  # where --get puts the public files
@@ -47,18 +47,10 @@ TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's pro
 # Metrics: numbers from features. Float64 on the CPU where a small difference of large numbers is taken.
 
 
-def as_features(x):
-    """(N, ...) tensor or array -> tensor on the CPU; UserError where it is not finite."""
-    x = torch.as_tensor(x).detach().cpu()
-    if not x.isfinite().all():
-        raise UserError("a judge says NaN or infinity: look at the images, and at the judge's weights")
-    return x
-
-
 def mean_and_covariance(features):
     """(N, F) features -> mu (F,), sigma (F, F), float64; N - 1 in the denominator, as numpy.cov. Takes twice the
     features' float64 size for a moment: 1.6 GB for 50,000 of Inception's."""
-    x = as_features(features).double()
+    x = features.double()
     return x.mean(0), torch.cov(x.T)
 
 
@@ -80,7 +72,7 @@ def inception_score(logits, splits=10, shuffle=False):
 
     shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
     it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498."""
-    x = as_features(logits)
+    x = logits
     if shuffle:
         x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
     scores = []
@@ -97,7 +89,6 @@ def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     Subsets are drawn as torch-fidelity draws them, by its seed. Unlike FID it has no bias from few images, so it may
     be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
     Binkowski et al. 2018, arXiv 1801.01401."""
-    a, b = as_features(a), as_features(b)
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
     kernel = lambda p, q: (p @ q.T / a.shape[1] + 1) ** 3  # (size, size)
@@ -117,7 +108,7 @@ def precision_recall(generated, reference, k=3, chunk=1000):
     A set's manifold is the union of balls around its features, each reaching to the k-th nearest other one.
     precision = share of the *generated* inside the *reference* manifold; recall = share of the reference inside the
     generated one. A collapsed generator has precision 1 and recall 0."""
-    a, b = as_features(generated).float(), as_features(reference).float()
+    a, b = generated.float(), reference.float()
     a, b = a - b.mean(0), b - b.mean(0)  # |a|^2 + |b|^2 - 2ab in float32: near the origin the subtraction loses least
 
     def radii(x):  # (N,) distance to the k-th nearest other feature: the nearest of k + 1 is the feature itself
@@ -241,15 +232,10 @@ def load_inception(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A small classifier of the data set: the judge of the small runs. Inception was trained on 299 px photographs and says
-# little about 16 px shapes; a network that has learnt the data's own classes gives features that matter there, and
-# tells besides whether a picture shows the class that was asked for. Its distance is called FD, never FID.
-#
-# Its features need not see what a class leaves open, such as colours: pictures that are all yellow can have the best FD
-# and accuracy of all. So two figures look at no class. `fd_thumb` is the Frechet distance of 4 x 4 thumbnails. `modes`
-# is by a census: with q and p the shares of generated and real pictures in each of M cells, M exp(-KL(q || p)). It is M
-# where q = p (of 500 pictures chance leaves 60 of 64), half of it where half of p is lost. For shapes the cells are the
-# 8 pairs of colour and ground; else the 64 patterns of signs of a thumbnail's 6 main components.
+# A small classifier of the data set: the judge of the small runs, for Inception knows photographs and not 16 px shapes.
+# The Frechet distance of its features is called FD, never FID. Features of a class need not see what the class leaves
+# open: pictures that are all yellow can have the best FD and accuracy. So two figures look at no class, fd_thumb and
+# modes. A mode is, for shapes, one of the 8 pairs of colour and ground; else one of 64 kinds of thumbnail.
 
 
 class Classifier(nn.Module):
@@ -349,8 +335,7 @@ def load_classifier(path, device="cpu"):
         made_from, reference = saved["made_from"], saved["reference"]
         net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
         net.made_from, net.reference, net.accuracy = made_from, reference, saved["accuracy"]
-        net.class_names = made_from["classes"]
-        net.counts = reference.get("classes", torch.ones(net.num_classes))
+        net.class_names, net.counts = made_from["classes"], reference["classes"]
     net.name = str(path)
     return net.to(device, memory_format=torch.channels_last)
 
@@ -376,11 +361,18 @@ def evenly(data, n=10000):
     return np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64)
 
 
+def finite(x):
+    """What a judge says, on the CPU; UserError for NaN, which argmax would take for the largest."""
+    if not x.isfinite().all():
+        raise UserError("a judge says NaN or infinity: look at the images, and at the judge's weights")
+    return x.cpu()
+
+
 @torch.no_grad()
 def classify(classifier, images):
-    """uint8 (N, 3, H, W) -> features (N, F), logits (N, classes) on the CPU. No NaN: it would pass for class 0."""
+    """uint8 (N, 3, H, W) -> features (N, F), logits (N, classes) on the CPU."""
     features, logits = zip(*map(classifier, images.split(500)))
-    return as_features(torch.cat(features)), as_features(torch.cat(logits))
+    return finite(torch.cat(features)), finite(torch.cat(logits))
 
 
 def thumbnails(images):
@@ -388,16 +380,15 @@ def thumbnails(images):
     return torch.cat([F.adaptive_avg_pool2d(part.float() / 127.5 - 1, 4).flatten(1) for part in images.split(500)])
 
 
-def signs(reference, thumbs):
-    """Thumbnails (N, 48) -> the cell of each, (N,) long in 0..63: on which side of the mean it lies in 6 directions."""
+def thumbnail_modes(reference, thumbs):
+    """Thumbnails (N, 48) -> the mode of each, (N,) long in 0..63: on which side of the mean it lies in 6 directions."""
     bits = (thumbs.double() - reference["thumb_mu"]) @ reference["directions"] > 0  # (N, 6)
     return bits.long() @ 2 ** torch.arange(bits.shape[1])
 
 
 def statistics_of(classifier, data):
-    """What real pictures are like, as a dict of float64 tensors: mean and covariance of features ("mu", "sigma") and of
-    thumbnails; "shares" (M,) of the census's cells; but for shapes, "directions" (48, 6), whose signs make cells. And
-    "classes", int64: how many pictures each has."""
+    """What real pictures are like: mean and covariance of features ("mu", "sigma") and of thumbnails, the "shares" (M,)
+    of modes, how many pictures each of the "classes" has; but for shapes, 6 main "directions" (48, 6) of thumbnails."""
     images, reference = data.images(evenly(data)), {"classes": data.counts}
     thumbs = thumbnails(images)
     reference["mu"], reference["sigma"] = mean_and_covariance(classify(classifier, images)[0])
@@ -405,22 +396,25 @@ def statistics_of(classifier, data):
     if data.name == "shapes":
         return {**reference, "shares": torch.ones(len(SHAPE_MODES)).double() / len(SHAPE_MODES)}
     reference["directions"] = torch.linalg.eigh(reference["thumb_sigma"])[1][:, -6:].contiguous()
-    counts = torch.bincount(signs(reference, thumbs), minlength=64).double() + 0.5  # none is 0: its logarithm is taken
+    counts = torch.bincount(thumbnail_modes(reference, thumbs), minlength=64).double() + 0.5  # 0 has no logarithm
     return {**reference, "shares": counts / counts.sum()}
 
 
 def examine(classifier, images, labels=None):
-    """uint8 images (N, 3, H, W) -> {"features" (N, F), "thumbs" (N, 48), "cell" (N,)}; where it is known what they were
-    asked to show, labels (N,), "accuracy" too: (N,) bool, whether the classifier sees that."""
+    """uint8 images (N, 3, H, W) -> {"features" (N, F), "thumbs" (N, 48), "mode" (N,)}; with labels (N,), the classes
+    that were asked for, "accuracy" too: (N,) bool, whether the classifier sees these."""
     features, logits = classify(classifier, images)
     thumbs, reference = thumbnails(images), classifier.reference
-    cell = signs(reference, thumbs) if "directions" in reference else shape_modes(images)
-    seen = {"features": features, "thumbs": thumbs, "cell": cell}
+    modes = thumbnail_modes(reference, thumbs) if "directions" in reference else shape_modes(images)
+    seen = {"features": features, "thumbs": thumbs, "mode": modes}
     return seen if labels is None else {**seen, "accuracy": logits.argmax(1) == torch.as_tensor(labels).cpu()}
 
 
 def figures_of(classifier, seen):
-    """{"fd", "accuracy", "fd_thumb", "modes"} of what `examine` saw of all images; of shapes a "census" too."""
+    """What `examine` saw of all images -> {"fd", "accuracy", "fd_thumb", "modes"}; of shapes each mode's share too.
+
+    With q and p the shares of generated and of real pictures in each of M modes, "modes" is M exp(-KL(q || p)): M where
+    q = p (of 500 pictures chance leaves 60 of 64), half of it where half of p is lost."""
     real = classifier.reference
     row = {"fd": frechet_distance(*mean_and_covariance(seen["features"]), real["mu"], real["sigma"])}
     if "accuracy" in seen:
@@ -429,7 +423,7 @@ def figures_of(classifier, seen):
     row["fd_thumb"] = frechet_distance(*mean_and_covariance(seen["thumbs"]), real["thumb_mu"], real["thumb_sigma"])
     row["fd_thumb"] *= float(len(real["thumb_mu"]) / real["thumb_sigma"].trace())
     p = real["shares"]
-    q = torch.bincount(seen["cell"], minlength=len(p)).double() / len(seen["cell"])
+    q = torch.bincount(seen["mode"], minlength=len(p)).double() / len(seen["mode"])
     row["modes"] = len(p) * math.exp(-torch.xlogy(q, q / p).sum())
     if len(p) == len(SHAPE_MODES):
         row["census"] = dict(zip(SHAPE_MODES, q.numpy().round(4).tolist()))
@@ -454,7 +448,7 @@ def clip_pixels(pixels, side):
     h, w = pixels.shape[2:]
     if (h, w) != (side, side):
         size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
-        for part in ((h, size[1]), size):  # rows first, then columns, cut to the range after each, as Pillow does
+        for part in ((h, size[1]), size):  # width first, then height, cut to the range after each, as Pillow does
             pixels = F.interpolate(pixels, part, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
         pixels = pixels[:, :, top:top + side, left:left + side]
@@ -532,8 +526,8 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * (image * F.normalize(text_features, dim=1)).sum(1)
 
 
-# OpenAI's CLIP and PickScore. Heads and activation are in no file: LAION's CLIPs of these shapes have GELU too, and
-# would score slightly wrong, without a word, as OpenAI's
+# OpenAI's CLIP and PickScore. No file tells heads and activation: LAION's ViT-L/14, which has OpenAI's shapes but GELU,
+# would be read without a complaint and score slightly wrong
 VIT_L14 = {"image": dict(width=1024, depth=24, heads=16, mlp=4096, patch=14, side=224),
            "text": dict(width=768, depth=12, heads=12, mlp=3072),
            "embed": 768, "act": lambda x: x * torch.sigmoid(1.702 * x)}
@@ -626,7 +620,8 @@ class ImageReward(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.image = ImageTower(1024, 24, 16, 4096, 16, 224, F.gelu, 1e-6, clip=False)
+        self.image = ImageTower(width=1024, depth=24, heads=16, mlp=4096, patch=16, side=224, act=F.gelu, eps=1e-6,
+                                clip=False)
         self.words, self.positions = nn.Embedding(30524, 768), nn.Embedding(512, 768)
         self.norm = nn.LayerNorm(768, 1e-12)
         layer = nn.TransformerDecoderLayer(768, 12, 3072, 0.0, F.gelu, 1e-12)
@@ -768,7 +763,7 @@ def folder_pictures(path, size=None):
     """Every image below a folder. size: crop to it as ADM does; None: as they are, all of one size."""
     names, files, labels = find_images(path)
     if len(names) == 1:
-        names, labels = None, labels - 1
+        names, labels = None, np.full_like(labels, -1)  # one folder names no classes
     side = size or read_image(files[0]).shape[2]
 
     def one(number):
@@ -797,7 +792,7 @@ def checkpoint_pictures(path, args, device, vae, classifier):
     labels = labels_like(counts, args.num).numpy()
 
     def read(how, numbers):
-        bf16_weights(model.to(device))  # at the first call: a GPU need not hold those of later rows
+        bf16_weights(model.to(device))  # here, or a GPU would hold the networks of later rows; again, it does nothing
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
@@ -805,30 +800,36 @@ def checkpoint_pictures(path, args, device, vae, classifier):
                      functools.partial(read, how), made_by=how) for how in ways_to_draw(args, model)]
 
 
-def agree_on_classes(sources, classifier, wanted):
-    """-> the names of the judges' classes: the classifier's; else the first that a source has; else ImageNet's. The
-    sources' labels become numbers of these; UserError where that is `wanted` and cannot be."""
-    named = [one.class_names for one in (classifier, *sources) if one and one.class_names]
+def agree_on_classes(sources, classifier, need_labels):
+    """-> class names: the classifier's; else the first that a source has; else ImageNet's. Changes the labels of each
+    source to numbers of these names; where they do not fit, to -1, or UserError if the judges `need_labels`."""
+    named = [x.class_names for x in (classifier, *sources) if x and x.class_names]
     names = named[0] if named else read_class_names()
-    some = f"{names[0]}, ... ({len(names)} classes)"
+    shown = f"{names[0]}, ... ({len(names)} classes)"
     for source in sources:
-        own, labels = source.class_names or names, source.labels
-        if set(own) <= set(names) and labels.min() >= 0 and labels.max() < len(own):
-            if wanted and source.class_names is None:
-                say(f"{source.name}: labels without names are taken to mean {some}")
-            source.labels = np.array([names.index(name) for name in own])[labels]
-            source.class_names = names
-            if classifier:  # the share of the pictures that would have to be of another class
-                shares = classifier.counts / classifier.counts.sum()
-                moved = (source.counts / len(source) - shares).abs().sum() / 2
-                if moved > 0.1:
-                    say(f"note: {source.name} mixes its classes as the data do not, by {moved:.0%} of the images")
-        elif wanted:
-            raise UserError(f"{source.name} has no labels, or others than {some}: give an .npz with labels, or a "
-                            "folder of class folders, and other classes in another call")
-        else:
+        source_names, labels = source.class_names or names, source.labels
+        if not set(source_names) <= set(names) or labels.min() < 0 or labels.max() >= len(source_names):
+            misfit = f"{source.name} has no labels, or others than {shown}"
+            if need_labels:
+                raise UserError(f"{misfit}: give an .npz with labels, or a folder of class folders, and other classes "
+                                "in another call")
+            say(f"{misfit}: no accuracy of it")
             source.labels = np.full(len(source), -1)
+            continue
+        if source.class_names is None:
+            say(f"{source.name}: labels without names are taken to mean {shown}")
+        source.labels = np.array([names.index(name) for name in source_names])[labels]
+        source.class_names = names
+        if classifier:
+            compare_frequencies(source, classifier)
     return names
+
+
+def compare_frequencies(source, classifier):
+    """Say so where the classes of pictures are not as frequent as in the classifier's data: FD measures that too."""
+    distance = (source.counts / len(source) - classifier.counts / classifier.counts.sum()).abs().sum() / 2
+    if distance > 0.1:
+        say(f"note: {source.name}: class frequencies differ from the data's (total variation {distance:.0%})")
 
 
 def statistics_in(path, arrays):
@@ -866,19 +867,28 @@ def open_reference(path, sources):
 # Judging
 
 FIGURES = {  # a row's figures, in the table's order, and what they say
-    "fid": "to mu, sigma of {args.ref}, n = {n}; images resized to 299 by TF1 bilinear, no half-pixel centres, float32",
+    "fid": "to mu, sigma of {ref}, n = {n}; images resized to 299 by TF1 bilinear, no half-pixel centres, float32",
     "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
-    "kid": "to {features.shape[0]} images of {args.ref}; mean of 100 subsets of 1,000 or all, unbiased, (x.y/2048+1)^3",
+    "kid": "to {images} images of {ref}; mean of 100 subsets of 1,000 or all, unbiased, (x.y/2048+1)^3",
     "precision": "share of the generated inside the manifold of the images that KID is to, k = 3",
     "recall": "share of these inside the manifold of the generated, k = 3",
-    "fd": "by {classifier.name} to 10,000 training images at most; not FID",
+    "fd": "by {classifier} to 10,000 training images at most; not FID",
     "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
-    "modes": "how many of the cells, 8 of shapes and else 64, the pictures fill, as exp(entropy) counts them",
-    "accuracy": "by {classifier.name}, whose own on test images is {classifier.accuracy:.4f}",
-    "clip": "exp(logit_scale) * cosine with the prompt {args.prompt!r}; OpenAI's ViT-L/14, pixels by bicubic",
-    "pickscore": "exp(logit_scale) * cosine with the prompt {args.prompt!r}; pixels by bicubic",
-    "imagereward": "normalised as published, prompt {args.prompt!r}",
+    "modes": "M exp(-KL(q || p)) of the shares q of these and p of the real images in M modes: 8 of shapes, else 64",
+    "accuracy": "by {classifier}, whose own on test images is {accuracy:.4f}",
+    "clip": "exp(logit_scale) * cosine with the prompt {prompt!r}; OpenAI's ViT-L/14, pixels by bicubic",
+    "pickscore": "exp(logit_scale) * cosine with the prompt {prompt!r}; pixels by bicubic",
+    "imagereward": "normalised as published, prompt {prompt!r}",
 }
+
+
+def meanings(row, reference, classifier, args):
+    """FIGURES' lines of the figures that a row has, filled in."""
+    facts = {"ref": args.ref, "n": reference.get("n") or "unknown", "images": len(reference.get("features", ())),
+             "prompt": args.prompt}
+    if classifier:
+        facts |= {"classifier": classifier.name, "accuracy": classifier.accuracy}
+    return [f"{name}: {text.format(**facts)}" for name, text in FIGURES.items() if name in row]
 
 
 def make_judges(args, names, classifier, device):
@@ -910,13 +920,13 @@ def collect(pictures, ask, batch, rank, world):
         numbers = mine[start:start + batch]
         labels = torch.from_numpy(pictures.labels[numbers])
         said = ask(pictures.read(numbers), labels if labels[0] >= 0 else None)
-        parts.append({what: as_features(values) for what, values in said.items()})
+        parts.append({what: finite(values) for what, values in said.items()})
     if world > 1:
-        shares = [None] * world if rank == 0 else None
-        dist.gather_object(parts, shares)
+        of_ranks = [None] * world if rank == 0 else None
+        dist.gather_object(parts, of_ranks)
         if rank > 0:
             return None
-        parts = sum(shares, [])
+        parts = sum(of_ranks, [])
     return {what: torch.cat([part[what] for part in parts]) for what in parts[0]}
 
 
@@ -944,8 +954,7 @@ def make_row(pictures, said, reference, classifier, args):
     if few < 2048 and {"fid", "fd"} & set(row):
         say(f"warning: {pictures.name}: {few} images on one side. Below 2,048 FID and FD say more about n than about "
             "the images, and KID scatters: compare with equal n only")
-    facts = {**reference, "n": reference.get("n") or "unknown", "classifier": classifier, "args": args}
-    row["conventions"] = [f"{name}: {text.format(**facts)}" for name, text in FIGURES.items() if name in row]
+    row["conventions"] = meanings(row, reference, classifier, args)
     return row
 
 
@@ -957,12 +966,6 @@ def print_table(rows):
     for row in rows:
         cells = [f"{row[name]:.5g}" if name in row else "-" for name in columns]
         say("".join(f"{cell:>12}" for cell in (row["n"], *cells)) + f"  {row['name']}")
-
-
-def rows_in(path):
-    """The rows of a results.json; of one that is not there, none."""
-    with reading(path, "table of results", ": move it away, or choose another --out"):
-        return [dict(row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -987,7 +990,7 @@ def parse_args(argv=None):
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     flag("--classifier", help="file of the judge classifier: a run of distill.py leaves classifier_0.pt in its folder")
     flag("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
-    flag("--out", default="out/fid", help="folder of results.json")
+    flag("--out", default="out/fid", help="folder of results.jsonl")
     args = p.parse_args(argv)
     check_numbers(args, one="size num ar_steps head_steps batch")
     if not args.samples + args.ckpt:
@@ -1003,7 +1006,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Judge every row that was asked for, print the table with its conventions, add it to results.json."""
+    """Judge every row that was asked for, add each to results.jsonl, print the table with its conventions."""
     args = parse_args(argv)
     device, rank, world = setup(args.device, args.dtype)
     vae = load_vae(args.vae).to(device) if args.vae else None
@@ -1016,27 +1019,29 @@ def main(argv=None):
     if args.save_stats and len(sources) > 1:
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
     reference, images = open_reference(args.ref, sources) if args.ref else ({}, None)
-    names = agree_on_classes(sources, classifier, wanted=any(kind in args.judges for kind in PROMPTED))
-    results = Path(args.out) / "results.json"
-    rows_in(results)  # complains now, not after the work
+    prompted = bool(set(PROMPTED) & set(args.judges))
+    names = agree_on_classes(sources, classifier, need_labels=prompted) if classifier or prompted else None
     inception, ask = make_judges(args, names, classifier, device)
     if rank == 0:
         if args.save_stats:
             check_output(args.save_stats, ".npz")
         os.makedirs(args.out, exist_ok=True)
     if images:
-        said = collect(images, lambda images, _: {"pool": inception(images)[0]}, args.batch, rank, world)
+        said = collect(images, lambda part, _: {"pool": inception(part)[0]}, args.batch, rank, world)
         if rank == 0:
-            pool = said["pool"]
-            mu, sigma = mean_and_covariance(pool)
-            reference = {"mu": mu, "sigma": sigma, "n": len(images), **reference, "features": pool[evenly(pool)]}
+            if not reference:  # no statistics in the file
+                mu, sigma = mean_and_covariance(said["pool"])
+                reference = {"mu": mu, "sigma": sigma, "n": len(images)}
+            reference["features"] = said["pool"][evenly(images)]
+        images = said = None  # 2 GB of ADM's
     rows = []
     while sources:
         pictures = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
         said = collect(pictures, ask, args.batch, rank, world)
         if rank == 0:
             rows.append(make_row(pictures, said, reference, classifier, args))
-            write_json(results, {"rows": [*rows_in(results), rows[-1]]})  # at once: a later fault takes no row with it
+            with open(Path(args.out) / "results.jsonl", "a") as file:  # at once: a later fault takes no row with it
+                file.write(json.dumps(rows[-1]) + "\n")
     if rank == 0:
         print_table(rows)
 
