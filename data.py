@@ -7,7 +7,7 @@ Three kinds of data, one class (`Data`):
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
     python data.py --get kl16                                          # downloads what it names, and nothing else
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
-Killed at any moment, the same command goes on where it stopped. At its end it says what --data takes from then on.
+Killed at any moment, the same command goes on where it stopped. At the end it says what to give to --data.
 """
 import argparse
 import contextlib
@@ -48,8 +48,8 @@ LATENT_SCALE = 0.2325  # the public MAR trains on VAE samples times this (LTH14/
 # ----------------------------------------------------------------------------------------------------------------------
 # Shapes, drawn on the fly
 
-# Eight outlines that an eye tells apart at 16 px. Colour and ground say nothing about the class, so that a model must
-# get the outline right; few colours, all saturated, so that a wrong mixture of two is seen at once.
+# Eight outlines that an eye tells apart at 16 px. Colour and ground say nothing about the class: a model must get the
+# outline right. Colours are few and saturated, so that a wrong mixture of two is seen at once.
 OUTLINES = {  # which points each covers: x (N, 1, width), y (N, height, 1), in about [-1, 1] -> bool
     "disc": lambda x, y: x * x + y * y < 1,
     "ring": lambda x, y: (x * x + y * y < 1.1) & (x * x + y * y > 0.3),
@@ -346,9 +346,7 @@ class Data:
     def images(self, indices, flip=None):
         """uint8 (B, 3, H, W) of indices (B,), mirrored where flip (B,) bool says so. Of data of pixels."""
         x = self.read(np.asarray(indices))
-        if flip is None:
-            return x
-        return torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
+        return x if flip is None else torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
 
     def batch(self, indices, flip, generator=None):
         """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64. Pixels are in [-1, 1];
@@ -365,9 +363,8 @@ class Data:
 
 
 def open_data(name, split="train", img_size=None, pixels=False):
-    """-> Data. name: "shapes", "cifar10", the path of an image folder, or the path of a latent cache. img_size: px;
-    None: 16 for shapes, native_size for a folder. Images below 64 px, or of any size with `pixels`, are decoded into
-    memory; of others data.py must have computed the latents."""
+    """-> Data. name: "shapes", "cifar10", or the path of an image folder or of a latent cache. img_size: px; None: 16
+    for shapes, native_size for a folder. pixels: no latents, whatever the size."""
     name = str(name)
     if name in ("shapes", "cifar10") and Path(name, "train").is_dir():
         say(f"--data {name} is data that this program knows; the folder of that name here is --data ./{name}")
@@ -391,8 +388,7 @@ def open_data(name, split="train", img_size=None, pixels=False):
 
 
 def open_images(name, split, img_size):
-    """The pictures of a folder, in memory -> Data. Every process decodes all of them at each start and holds
-    N * 3 * img_size^2 bytes: for 50,000 JPEGs of 32 px half a minute and 154 MB."""
+    """The pictures of a folder -> Data, in memory: 50,000 JPEGs of 32 px take half a minute and 154 MB per process."""
     class_names, files, labels = find_images(split_folder(name, split), need_classes=True)
     shape = np.dtype((np.uint8, (3, img_size, img_size)))
     with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock
@@ -473,7 +469,7 @@ class ResnetBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """One head as wide as the feature map is deep; its scale c^-0.5 is scaled_dot_product_attention's own."""
+    """One head as wide as the feature map is deep."""
 
     def __init__(self, c):
         super().__init__()

@@ -1,8 +1,8 @@
 """The judges of samples: FID, inception score, KID, precision and recall; a classifier of the data; CLIP, PickScore,
-ImageReward. What they say agrees with the public implementations, which test_all.py checks.
+ImageReward. Their figures agree with those of the public implementations, which test_all.py checks.
 
-Needs samples (a folder of images, an .npz of sample.py --num) or checkpoints, from which they are drawn as they are
-judged; and the judges' public weights. Each row is added to OUT/results.jsonl, a line of JSON with what it means.
+Samples are a folder of images, an .npz of sample.py --num, or drawn here from a checkpoint. The judges' public weights
+are needed. Each row is added to OUT/results.jsonl, a line of JSON with what its figures mean.
 
     python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
@@ -48,8 +48,7 @@ TEMPLATE = "a high-quality and harmonious picture of {class}"  # the paper's pro
 
 
 def mean_and_covariance(features):
-    """(N, F) features -> mu (F,), sigma (F, F), float64; N - 1 in the denominator, as numpy.cov. Takes twice the
-    features' float64 size for a moment: 1.6 GB for 50,000 of Inception's."""
+    """(N, F) features -> mu (F,), sigma (F, F), float64, as numpy.cov. 50,000 of Inception's take 1.6 GB meanwhile."""
     x = features.double()
     return x.mean(0), torch.cov(x.T)
 
@@ -57,9 +56,9 @@ def mean_and_covariance(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(s1 + s2 - 2 (s1 s2)^1/2) of two Gaussians: (F,), (F, F), (F,), (F, F) -> float.
 
-    With A A^T = s1 the product s1 s2 has the eigenvalues of the symmetric A^T s2 A, so two symmetric
-    eigen-decompositions do: no general matrix root (scipy's is slower and turns complex), and a singular covariance
-    (fewer images than features) needs no special case. FID: Heusel et al. 2017, arXiv 1706.08500."""
+    With A A^T = s1 the product s1 s2 has the eigenvalues of the symmetric A^T s2 A: two symmetric decompositions do.
+    A singular covariance (fewer images than features) needs no special case, as scipy's general matrix root would.
+    FID: Heusel et al. 2017, arXiv 1706.08500."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double().cpu() for a in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
     root = vectors * values.clamp(min=0).sqrt()  # A, (F, F); rounding leaves some zero eigenvalues slightly negative
@@ -86,9 +85,8 @@ def inception_score(logits, splits=10, shuffle=False):
 def kernel_distance(a, b, subsets=100, subset_size=1000, seed=2020):
     """KID: squared MMD of features a (N, F) and b (M, F) under (x.y / F + 1)^3, unbiased -> (mean, std) over subsets.
 
-    Subsets are drawn as torch-fidelity draws them, by its seed. Unlike FID it has no bias from few images, so it may
-    be negative. The std is None where a subset is the whole of a set: that set would seem to have no spread.
-    Binkowski et al. 2018, arXiv 1801.01401."""
+    Subsets are torch-fidelity's. Few images do not bias it, so it may be negative. The std is None where a subset is
+    the whole of a set, which would seem to have no spread. Binkowski et al. 2018, arXiv 1801.01401."""
     size = min(subset_size, len(a), len(b))
     random, values = np.random.RandomState(seed), []
     kernel = lambda p, q: (p @ q.T / a.shape[1] + 1) ** 3  # (size, size)
@@ -141,8 +139,7 @@ class Branches(nn.ModuleDict):
 
 
 def chain(c, *shapes, last=()):
-    """Convolutions of (channels, kernel, ...) one after the other on c channels, then the modules `last`. The public
-    file puts _1, _2, ... behind the name of the branch."""
+    """Convolutions of (channels, kernel, ...) on c channels, then the modules `last`: the public file's _1, _2, ..."""
     convs = [conv(c_in, *shape) for c_in, shape in zip((c, *(shape[0] for shape in shapes)), shapes)]
     return sequence(**{f"_{i}": module for i, module in enumerate([*convs, *last], 1)})
 
@@ -241,9 +238,9 @@ def load_inception(path):
 class Classifier(nn.Module):
     """uint8 or float-in-[0,1] images (N, 3, side, side) -> features (N, 96), logits (N, classes).
 
-    Small enough to be trained on one CPU core in minutes. Features are the 96 averaged channels before the last layer,
-    so 2,048 images determine their covariance. They are scaled to a mean variance of 1 on the training images, or the
-    size of a distance would depend on the weight decay: means one standard deviation off in every feature are FD 96."""
+    One CPU core trains it in minutes. Features are the 96 averaged channels before the last layer, few enough for 2,048
+    images. Their mean variance on the training images is scaled to 1, or weight decay would decide the size of FD: now
+    means one standard deviation off in every feature are FD 96."""
 
     def __init__(self, num_classes, img_size):
         super().__init__()
@@ -267,8 +264,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data, seed, device, batch=128):
-    """Train a Classifier on a data set of pixels -> it, in eval mode. Its `.accuracy` is that on images it has not
-    seen, its `.reference` are the statistics of up to 10,000 training images that `figures_of` compares with."""
+    """A Classifier trained on a data set of pixels, in eval mode. `.accuracy` is that on images it has not seen,
+    `.reference` the statistics of up to 10,000 training images that `figures_of` compares with."""
     if len(data) < 2:
         raise UserError(f"{data.name}: one picture is no data set: what is learnt from it cannot be tried on another")
     indices, test = np.arange(len(data)), None
@@ -307,8 +304,7 @@ def train_classifier(data, seed, device, batch=128):
 
 def load_or_train_classifier(data, folder, seed=0, device="cpu"):
     """The Classifier of `data` (a train split of pixels), from folder/classifier_<seed>.pt, or trained and put there.
-    UserError where that file is of other pictures. One rank or all may call it: it makes no collective call.
-    Classifiers of two seeds are two independent judges: train against one, report the other."""
+    One rank or all may call. Classifiers of two seeds are independent judges: train against one, report the other."""
     if not data.pixels:
         raise UserError("the small classifier reads pixels, and this data set holds latents: judge with inception")
     path = Path(folder) / f"classifier_{seed}.pt"
@@ -443,8 +439,8 @@ PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 def clip_pixels(pixels, side):
     """[0,1] (N, 3, H, W) -> normalised (N, 3, side, side): short side by bicubic, centre crop, CLIP's mean and std.
-    Differentiable. Pillow's bicubic, which the public code uses, has the same kernel and antialiasing but rounds to 8
-    bits after each direction: at most 1.2/255 apart, 0.3/255 on average (test_all.py)."""
+    Differentiable. Pillow's bicubic, which the public code uses, rounds to 8 bits after each direction: at most 1.2/255
+    apart, 0.3/255 on average (test_all.py)."""
     h, w = pixels.shape[2:]
     if (h, w) != (side, side):
         size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
@@ -567,10 +563,8 @@ def load_pickscore(path):
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding: Tokenizer(bpe_path)(texts) -> ids (N, 77) long.
-
-    The public code cleans text with ftfy and splits it with `regex`; here the standard library does. Prompts with names
-    of classes come out alike. What differs: curly quotes and ligatures stay, U+00B2 and its like count as letters."""
+    """CLIP's byte-pair encoding: Tokenizer(bpe_path)(texts) -> ids (N, 77) long. The standard library stands for the
+    public code's ftfy and regex: curly quotes and ligatures stay, U+00B2 and its like count as letters."""
 
     def __init__(self, path):
         with (reading(path, "merge table of CLIP", "; python data.py --get bpe fetches it"),
@@ -766,7 +760,7 @@ def folder_pictures(path, size=None):
         names, labels = None, np.full_like(labels, -1)  # one folder names no classes
     side = size or read_image(files[0]).shape[2]
 
-    def one(number):
+    def read_one(number):
         picture = read_image(files[number], size)
         _, height, width = picture.shape
         if (height, width) != (side, side):
@@ -775,7 +769,7 @@ def folder_pictures(path, size=None):
 
     def read(numbers):
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside Python's lock
-            return torch.from_numpy(np.stack(list(pool.map(one, numbers))))
+            return torch.from_numpy(np.stack(list(pool.map(read_one, numbers))))
 
     return Pictures(f"{path} (ADM centre crop to {size} px)" if size else str(path), names, side, labels, read)
 
@@ -785,7 +779,7 @@ def checkpoint_pictures(path, args, device, vae, classifier):
     Image i is that of (seed, i), its class by `labels_like`, as in the classifier's data where these know it."""
     model = load_mar(path)
     check_vae(model, vae)
-    known = dict(zip(classifier.class_names, classifier.counts.tolist())) if classifier else {}
+    known = dict(zip(classifier.class_names, classifier.counts.tolist())) if classifier else {}  # class -> how many
     names, counts = model.class_names or [*known], torch.ones(model.config.num_classes)
     if len(names) == len(counts) and set(names) <= known.keys():
         counts = torch.tensor([known[name] for name in names])
@@ -808,20 +802,19 @@ def agree_on_classes(sources, classifier, need_labels):
     shown = f"{names[0]}, ... ({len(names)} classes)"
     for source in sources:
         source_names, labels = source.class_names or names, source.labels
-        if not set(source_names) <= set(names) or labels.min() < 0 or labels.max() >= len(source_names):
-            misfit = f"{source.name} has no labels, or others than {shown}"
-            if need_labels:
-                raise UserError(f"{misfit}: give an .npz with labels, or a folder of class folders, and other classes "
-                                "in another call")
-            say(f"{misfit}: no accuracy of it")
+        if set(source_names) <= set(names) and labels.min() >= 0 and labels.max() < len(source_names):
+            if source.class_names is None:
+                say(f"{source.name}: labels without names are taken to mean {shown}")
+            source.labels = np.array([names.index(name) for name in source_names])[labels]
+            source.class_names = names
+            if classifier:
+                compare_frequencies(source, classifier)
+        elif need_labels:
+            raise UserError(f"{source.name} has no labels, or others than {shown}: give an .npz with labels, or a "
+                            "folder of class folders, and other classes in another call")
+        else:
+            say(f"{source.name} has no labels, or others than {shown}: no accuracy of it")
             source.labels = np.full(len(source), -1)
-            continue
-        if source.class_names is None:
-            say(f"{source.name}: labels without names are taken to mean {shown}")
-        source.labels = np.array([names.index(name) for name in source_names])[labels]
-        source.class_names = names
-        if classifier:
-            compare_frequencies(source, classifier)
     return names
 
 
@@ -835,8 +828,7 @@ def compare_frequencies(source, classifier):
 def statistics_in(path, arrays):
     """mu, sigma of a statistics file: keys mu, sigma, as ADM, MAR, torch-fidelity and pytorch-fid write them."""
     mu, sigma = (np.asarray(arrays.get(name, 0), np.float64) for name in ("mu", "sigma"))
-    finite = np.isfinite(mu.sum() + sigma.sum())
-    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not finite:
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048) or not np.isfinite(mu.sum() + sigma.sum()):
         raise UserError(f"{path} holds {sorted(map(str, arrays))[:6]}; wanted are mu (2048,), here {mu.shape}, and "
                         f"sigma (2048, 2048), here {sigma.shape}, without NaN and infinity")
     return mu, sigma
@@ -892,8 +884,8 @@ def meanings(row, reference, classifier, args):
 
 
 def make_judges(args, names, classifier, device):
-    """-> (Inception or None, ask). ask(images uint8 (n, 3, H, W), labels (n,) or None) gives all that --judges say of
-    them, {what: tensor (n, ...)}. names: of the classes that labels are numbers of."""
+    """-> (Inception or None, ask). ask(images uint8 (n, 3, H, W), labels (n,) or None) is what all of --judges say,
+    {what: tensor (n, ...)}. names: of the classes that labels are numbers of."""
     scorers = {kind: prompt_scorer(kind, read_class_names(of_data=names), args.prompt, args.folder, device)
                for kind in PROMPTED if kind in args.judges}
     inception = None
@@ -976,17 +968,14 @@ def parse_args(argv=None):
     """The flags, contradictions refused."""
     p = Parser("The judges of samples.")
     flag = p.add_argument
-    # what is judged, by whom, against what
     flag("samples", nargs="*", default=[], help="images to judge: .npz files (arr_0) or folders, a row each")
     flag("--ckpt", nargs="+", default=[], help="checkpoints to judge: images are drawn on the fly")
     flag("--judges", nargs="+", choices=JUDGES, default=["inception"], help="each brings columns")
     flag("--ref", help=".npz of mu and sigma (FID alone) or of images; or a folder, cropped like the samples")
     flag("--save_stats", help="write mu, sigma, n of the (only) samples to this .npz: a later --ref")
     flag("--size", type=int, help="px: crop images of judged folders as ADM does; None: as they are")
-    # images drawn from --ckpt; what is not given is as the checkpoint was made for
     flag("--num", type=int, default=50000, help="--ckpt: images to draw, classes as often as in the classifier's data")
     drawing_flags(flag)
-    # the judges' weights and words
     flag("--folder", default=".", help="where data.py --get put the judges' weights (its --folder)")
     flag("--classifier", help="file of the judge classifier: a run of distill.py leaves classifier_0.pt in its folder")
     flag("--prompt", default=TEMPLATE, help="clip, pickscore, imagereward: what to ask of an image")
@@ -1033,7 +1022,7 @@ def main(argv=None):
                 mu, sigma = mean_and_covariance(said["pool"])
                 reference = {"mu": mu, "sigma": sigma, "n": len(images)}
             reference["features"] = said["pool"][evenly(images)]
-        images = said = None  # 2 GB of ADM's
+        images = said = None  # ADM's take 2 GB
     rows = []
     while sources:
         pictures = sources.pop(0)  # the last one's network goes with it, if it had one: this one's needs the memory
