@@ -145,10 +145,10 @@ def walk(folder, above=()):
 
 
 def find_images(folder, need_classes=False):
-    """-> (class names, files, labels int64 (N,)): the one reader of image folders, for training and for judging.
+    """-> (class names, files, labels int64 (N,)), sorted by class, then by name: ImageNet's usual label order.
 
-    The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). Pictures in no
-    folder are of the class "", unless some lie in one. Sorted by class, then by name: ImageNet's usual label order."""
+    The class is the first folder below `folder`, however deep a picture lies in it (torchvision's rule). If no picture
+    lies in a folder, all are of the class ""."""
     found = {path.name: [] for path in sorted(Path(folder).iterdir()) if path.is_dir() and path.name[0] != "."}
     loose, start = [], len(os.path.join(folder, ""))
     for file in walk(folder):
@@ -217,7 +217,7 @@ def read_image(path, size=None, upright=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # The latent cache
 
-# A folder with moments.npy  float16 (N, 2, 32, h, w), a row a picture: [0] of it, [1] of its mirror image
+# A folder with moments.npy  float16 (N, 2, 32, h, w), a row per picture: [0] of it, [1] of its mirror image
 #               done.npy     uint8 (N,): LACKING, DONE once the row is on the disk, BROKEN: it cannot be decoded
 #               cache.json   what it is made of: settings, {class: how many}, a digest of names, sizes and times
 # Rows are in the order of find_images, so a cache is of one list of pictures. Only its builder looks at them again.
@@ -449,7 +449,7 @@ def read_class_names(of_data=None):
 # The KL-16 VAE
 # Module names are nearly those of the public file (LTH14/mar models/vae.py); load_vae knows the rest.
 
-CHANNELS = (128, 128, 256, 256, 512)  # a level: full size, 1/2, 1/4, 1/8, 1/16
+CHANNELS = (128, 128, 256, 256, 512)  # per level: full size, 1/2, 1/4, 1/8, 1/16
 norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -504,7 +504,7 @@ def encoder():
 
 
 def decoder():
-    """(B, 16, h, w) -> (B, 3, 16h, 16w). A block a level more than the encoder, and no attention on the way up."""
+    """(B, 16, h, w) -> (B, 3, 16h, 16w). One block per level more than the encoder, no attention on the way up."""
     double = lambda c: sequence(nearest=nn.Upsample(scale_factor=2), conv=conv3(c, c))
     up = {}
     for level in (4, 3, 2, 1, 0):  # the public list begins with the full size
@@ -654,7 +654,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(args, one="", two="", share=""):
-    """Refuse NaN and numbers below 0; of flags in `one` also those below 1, in `two` below 2, in `share` above 1."""
+    """Refuse NaN and numbers below 0; of flags in `one` those below 1, in `two` below 2; in `share` those from 1 on."""
     for name, value in vars(args).items():
         low = 2 if name in two.split() else int(name in one.split())
         high = 1 if name in share.split() else 2**31
@@ -695,8 +695,8 @@ def run_main(main):
 
 
 def lock_folder(folder):
-    """Make `folder` and keep other processes out of it until this one ends; UserError where another has it. What was
-    half-written when a process was killed goes."""
+    """Make `folder` and keep other processes out of it until this one ends; UserError where another has it. Files that
+    a killed process left half-written go."""
     os.makedirs(folder, exist_ok=True)
     LOCKS.append(open(Path(folder) / ".lock", "a"))
     try:  # the system's lock, which ends with the process
@@ -711,9 +711,9 @@ def lock_folder(folder):
 
 
 def setup(device="auto", dtype="auto"):
-    """Join torchrun's process group if there is one. -> (device, rank, world). One process a GPU; gloo on CPUs. dtype:
+    """Join torchrun's process group if there is one. -> (device, rank, world). One process per GPU; gloo on CPUs. dtype:
     of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
-    # some machines set them to nothing
+    # some machines set these to nothing
     rank, local, world = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     world = world or 1
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -721,10 +721,10 @@ def setup(device="auto", dtype="auto"):
         if local >= torch.cuda.device_count():
             raise UserError(f"--device cuda: PyTorch sees {torch.cuda.device_count()} GPU(s) here, and each process "
                             "needs one: use --device cpu, or fewer processes")
-        # every step masks another number of tokens, and blocks of fixed size leave gaps between them (not measured)
+        # every step masks another number of tokens: blocks of fixed size would leave gaps (not measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         torch.cuda.set_device(local)
-        # float32 products by TF32: the head, a quarter of the arithmetic, would take most of a step. Inception opts out
+        # TF32, or the head, a quarter of the arithmetic, would take most of a step. Inception opts out
         torch.set_float32_matmul_precision("high")
     elif device == "cpu":
         torch.set_flush_denormal(True)  # near-zero gradients otherwise slow the CPU tenfold
@@ -737,8 +737,7 @@ def setup(device="auto", dtype="auto"):
     model.BF16 = dtype == "bfloat16" or dtype == "auto" and fast
     if device == "cpu" and model.BF16:
         say("products are in bf16, but for the head that distils (--dtype float32: not)")
-        # oneDNN, which makes these products, keeps buffers for each of the last 1,024 shapes it met: gigabytes where
-        # every step masks another number of tokens. Read at its first product
+        # oneDNN keeps buffers for each of the last 1,024 shapes of products: gigabytes. Read at its first product
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     return torch.device(device, local) if device == "cuda" else torch.device(device), rank, world
 
@@ -749,8 +748,8 @@ def join_processes(backend, rank, world):
         store = next(rendezvous("env://"))[0]
     except ValueError:  # not torchrun's doing
         raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start with torchrun, or unset it") from None
-    # torchrun keeps its store over a restart, so a new life would find the dead one's addresses: hence a prefix. On
-    # several nodes the counts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes the store anew (README)
+    # torchrun keeps its store over a restart, with the dead processes' addresses: hence a prefix. On several nodes the
+    # counts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes the store anew (README)
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_node else 0
     # rank 0 may judge alone for minutes and nccl gives up after 10; a dead rank is torchrun's to notice

@@ -9,7 +9,7 @@ are needed. Each row is added to OUT/results.jsonl, a line of JSON with what its
     torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
     python fid.py --ckpt out/shapes/student.pt --judges classifier --classifier out/shapes/classifier_0.pt --num 2048
-    python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row each
+    python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row per way
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 """
 import contextlib
@@ -279,7 +279,7 @@ def train_classifier(data, seed, device, batch=128):
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone: resume stays bit-exact
         torch.manual_seed(seed)
         net = Classifier(data.num_classes, data.img_size).to(device)
-    # 240 training images a pixel of an image: 61 k for 16 px shapes, 246 k (5 epochs) for CIFAR-10
+    # 240 training images per pixel of an image: 61 k for 16 px shapes, 246 k (5 epochs) for CIFAR-10
     steps = 240 * min(data.img_size, 32) ** 2 // batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.25)
@@ -719,8 +719,8 @@ def prompt_scorer(kind, class_names, template, folder=".", device="cpu"):
 
 @dataclass
 class Pictures(Data):
-    """Pictures to be judged. Labels are -1 where nobody says what they show, and without class_names (None) they are
-    numbers of the judges' classes."""
+    """Pictures to be judged. A label is -1 where nobody says what the picture shows. Without class_names (None) labels
+    are numbers of the judges' classes."""
     made_by: dict = field(default_factory=dict)  # {setting: value} of what is drawn here
 
     def __post_init__(self):
@@ -737,8 +737,8 @@ def read_npz(path):
 
 
 def npz_pictures(path, arrays):
-    """arr_0 uint8 (N, H, W, 3); labels (or ADM's arr_1) and class_names if there are: of sample.py --num and ADM.
-    Read to be checked, and again when it is their turn: 9.8 GB of memory for 50,000 of 256 px, in every process."""
+    """The pictures in an .npz of sample.py --num or ADM: arr_0 uint8 (N, H, W, 3), perhaps labels (ADM's arr_1) and
+    class_names. The file is read again at the pictures' turn: 9.8 GB for 50,000 of 256 px, in every process."""
     images = arrays.get("arr_0", np.empty(0))
     if images.dtype != np.uint8 or images.shape[3:] != (3,):
         here = {name: f"{array.dtype} {array.shape}" for name, array in arrays.items()}
@@ -776,7 +776,7 @@ def folder_pictures(path, size=None):
 
 def checkpoint_pictures(path, args, device, vae, classifier):
     """-> [Pictures] for each of --ar_steps and --guidance, drawn from a checkpoint as they are judged.
-    Image i is that of (seed, i), its class by `labels_like`, as in the classifier's data where these know it."""
+    Image i is that of (seed, i). Classes are as frequent as in the classifier's data, where it knows their names."""
     model = load_mar(path)
     check_vae(model, vae)
     known = dict(zip(classifier.class_names, classifier.counts.tolist())) if classifier else {}  # class -> how many
@@ -786,7 +786,7 @@ def checkpoint_pictures(path, args, device, vae, classifier):
     labels = labels_like(counts, args.num).numpy()
 
     def read(how, numbers):
-        bf16_weights(model.to(device))  # here, or a GPU would hold the networks of later rows; again, it does nothing
+        bf16_weights(model.to(device))  # not earlier: a GPU holds one row's network. Later calls change nothing
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
@@ -819,7 +819,7 @@ def agree_on_classes(sources, classifier, need_labels):
 
 
 def compare_frequencies(source, classifier):
-    """Say so where the classes of pictures are not as frequent as in the classifier's data: FD measures that too."""
+    """Say where classes are not as frequent as in the classifier's data: FD measures the frequencies too."""
     distance = (source.counts / len(source) - classifier.counts / classifier.counts.sum()).abs().sum() / 2
     if distance > 0.1:
         say(f"note: {source.name}: class frequencies differ from the data's (total variation {distance:.0%})")
@@ -836,7 +836,7 @@ def statistics_in(path, arrays):
 
 def open_reference(path, sources):
     """--ref -> (statistics in a file: {"mu", "sigma", "n" (None: unknown)}, or {}; Pictures, or None). ADM's file has
-    both: statistics of all of ImageNet, and 10,000 pictures, which KID, precision and recall are of."""
+    both: statistics of all of ImageNet, for FID, and 10,000 pictures, for KID, precision and recall."""
     if os.path.isdir(path):
         size = sources[0].img_size
         for source in sources:
@@ -863,10 +863,10 @@ FIGURES = {  # a row's figures, in the table's order, and what they say
     "is": "10 splits after a shuffle, as torch-fidelity's; logits without bias",
     "kid": "to {images} images of {ref}; mean of 100 subsets of 1,000 or all, unbiased, (x.y/2048+1)^3",
     "precision": "share of the generated inside the manifold of the images that KID is to, k = 3",
-    "recall": "share of these inside the manifold of the generated, k = 3",
+    "recall": "share of the images that KID is to inside the manifold of the generated, k = 3",
     "fd": "by {classifier} to 10,000 training images at most; not FID",
-    "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the same images",
-    "modes": "M exp(-KL(q || p)) of the shares q of these and p of the real images in M modes: 8 of shapes, else 64",
+    "fd_thumb": "Frechet distance of 4 x 4 thumbnails to the images that FD is to",
+    "modes": "M exp(-KL(q || p)), q and p the shares of generated and real images in M modes: 8 of shapes, else 64",
     "accuracy": "by {classifier}, whose own on test images is {accuracy:.4f}",
     "clip": "exp(logit_scale) * cosine with the prompt {prompt!r}; OpenAI's ViT-L/14, pixels by bicubic",
     "pickscore": "exp(logit_scale) * cosine with the prompt {prompt!r}; pixels by bicubic",
@@ -923,7 +923,7 @@ def collect(pictures, ask, batch, rank, world):
 
 
 def make_row(pictures, said, reference, classifier, args):
-    """One row of the table from what the judges said of every picture: what was judged, its figures, their meaning."""
+    """What the judges said of every picture -> a row of the table: what was judged, the figures, their meaning."""
     row = {"name": pictures.name, "n": len(pictures), "made_by": pictures.made_by}
     if "pool" in said:
         row["is"], row["is_std"] = inception_score(said["logits"], shuffle=True)
@@ -951,7 +951,7 @@ def make_row(pictures, said, reference, classifier, args):
 
 
 def print_table(rows):
-    """Figures by row, under what they mean; the columns are those that some row has."""
+    """What the figures mean, then the figures, a row per set of pictures. A column is there if some row has it."""
     say("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
     columns = [name for name in FIGURES if any(name in row for row in rows)]
     say("".join(f"{name:>12}" for name in ("n", *columns)) + "  of")
