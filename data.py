@@ -711,8 +711,8 @@ def lock_folder(folder):
 
 
 def setup(device="auto", dtype="auto"):
-    """Join torchrun's process group if there is one. -> (device, rank, world). One process per GPU; gloo on CPUs. dtype:
-    of DTYPES; auto goes by what the machine is, never by a stopwatch, so that a resumed run decides alike."""
+    """Join torchrun's process group if there is one -> (device, rank, world). One process per GPU; gloo on CPUs. dtype
+    is one of DTYPES; auto goes by what the machine is, never by a stopwatch: a resumed run decides alike."""
     # some machines set these to nothing
     rank, local, world = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     world = world or 1

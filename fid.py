@@ -7,9 +7,8 @@ are needed. Each row is added to OUT/results.jsonl, a line of JSON with what its
     python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
-    python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --ref REF --judges inception clip pickscore imagereward
+    python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --judges clip pickscore imagereward --guidance 1 2   # a row per way
     python fid.py --ckpt out/shapes/student.pt --judges classifier --classifier out/shapes/classifier_0.pt --num 2048
-    python fid.py --ckpt teacher.pt student.pt --ar_steps 4 8 16 --guidance 1 2 ...      # a row per way
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
 """
 import contextlib
@@ -838,12 +837,11 @@ def open_reference(path, sources):
     """--ref -> (statistics in a file: {"mu", "sigma", "n" (None: unknown)}, or {}; Pictures, or None). ADM's file has
     both: statistics of all of ImageNet, for FID, and 10,000 pictures, for KID, precision and recall."""
     if os.path.isdir(path):
-        size = sources[0].img_size
-        for source in sources:
-            if source.img_size != size:
-                raise UserError(f"--ref {path} is cropped to {size} px, {source.name} has {source.img_size} px: give "
-                                "samples of one size in a call")
-        return {}, folder_pictures(path, size)
+        sizes = {source.img_size for source in sources}
+        if len(sizes) > 1:
+            raise UserError(f"--ref {path} is cropped to the size of the samples, and these have {sizes} px: give "
+                            "samples of one size in a call")
+        return {}, folder_pictures(path, *sizes)
     arrays = read_npz(path)
     images = npz_pictures(path, arrays) if "arr_0" in arrays else None
     if images and "mu" not in arrays:

@@ -3112,7 +3112,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         good.npz --ref width.npz | (64,) | 2048
         good.npz --ref nan.npz | nan.npz | NaN
         good.npz --ref one.npz | one.npz: 1 image
-        good.npz small.npz --ref broken | small.npz has 8 px | 16 px
+        good.npz small.npz --ref broken | size of the samples | 16 | 8
         minus.npz --judges clip | no labels
         marked.npz good.npz --judges clip | good.npz has no labels
         named.npz drawn.npz --judges clip | drawn.npz has no labels, or others than ant
