@@ -604,16 +604,16 @@ def test_kl_gradient_is_that_of_both_chains():
     for K in (1, 2, 6):
         model, labels, seeds, loss, x, slope = chain_problem(K)
         keys, start, kl, s = image_keys(seeds), shifted(model), 0.7, 0.3
-        nats = rl.backward_chain(model, start, x, slope, kl / 3, s, labels, keys, K)
+        kl_path = rl.backward_chain(model, start, x, slope, kl / 3, s, labels, keys, K)
         ours = flat_gradient(model)
         graphs = {}
         for detach in (False, True):
             model.zero_grad()
             again, squares = naive_chain(model, labels, keys, K, start, detach)
-            KL = squares / (2 * s**2 * x[0].numel()) / 3  # nats a dimension, the mean of three pictures
+            KL = squares / (2 * s**2 * x[0].numel()) / 3  # nats per dimension, the mean of three pictures
             (loss(again) + kl * KL).backward()
             graphs[detach] = flat_gradient(model)
-        close(nats, KL.detach(), 1e-4), close(ours, graphs[False], 1e-4)
+        close(kl_path, KL.detach(), 1e-4), close(ours, graphs[False], 1e-4)
         assert K == 1 or (ours - graphs[True]).norm() > 0.05 * ours.norm()
 
 
@@ -1553,7 +1553,7 @@ def test_a_run_that_ends_anywhere_and_resumes_is_bit_exact(folder):
     runs = {distill: lambda out, *more: tiny_distill(out, "--log_every", 1, *more),
             rl: lambda out, *more: run_rl(folder, *reward, "--out", out, *more)}
     aloud = patch.object(distill, "say", lambda text: os.write(1, text.encode()))
-    with patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
+    with patch.multiple(rl, MAX_RISE=9, MIN_MODES=0):
         runs[rl](folder / "whole")
         for i, (program, place, count, number, code, stage, step, rows) in enumerate(ends):
             out, rarely = folder / f"{i}", ["--save_every", 99] * (number != KILL)
@@ -2856,7 +2856,8 @@ def write_student(folder, stage="student", **changes):
 
 def run_rl(folder, *flags):
     """rl.py in this process: -> what it printed."""
-    tiny = ("--data", "shapes", "--device", "cpu", "--ckpt", folder / "student.pt", "--reward", "red", "--watch",
+    data = "shapes" if load_mar(folder / "student.pt").config.pixels else ""
+    tiny = ("--data", data, "--device", "cpu", "--ckpt", folder / "student.pt", "--reward", "red", "--watch",
             "--steps", 4, "--batch", 8, "--calls", 8, "--chunk", 64, "--eval_images", 32, "--eval_every", 2,
             "--save_every", 2, "--log_every", 1)
     with all_tiny() as said:
@@ -2869,7 +2870,7 @@ def test_rl_raises_a_reward_and_keeps_the_best_checkpoint(folder):
     write_student(folder)
     whole = ("--steps", 12, "--eval_every", 6, "--lr", "3e-3", "--ema", 0.5, "--kl", 0, "--calls", 64, "--chunk", 1024)
     out = folder / "rl"
-    with patch.multiple(rl, MAX_RISE=9, MAX_LOSS=1):
+    with patch.multiple(rl, MAX_RISE=9, MIN_MODES=0):
         run_rl(folder, *whole)
         files = [out / name for name in ("results.json", "log.jsonl")]
         rows, lines, was = table_of(out), log_of(out), [file.read_text() for file in files]
@@ -2985,7 +2986,7 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
     write_student(folder, **LATENT)
     vae, ref = folder / "vae.ckpt", folder / "a.npz"
     vae.touch(), ref.touch()
-    flags = ["--vae", vae, "--data", "nowhere", "--steps", 1, "--kl", 0]
+    flags = ["--vae", vae, "--steps", 1, "--kl", 0]
     judged, blind = ([*flags, "--out", folder / name] for name in ("judged", "blind"))
     judged += ["--ref", ref]
     with patch.multiple(
@@ -2998,7 +2999,7 @@ def test_rl_of_latents_scores_decoded_pictures(folder):
         assert not (folder / "blind/best.pt").exists() and "there will be no best.pt" in said
         for flag, file in (("vae", vae), ("ref", ref)):  # rows by another could not be compared
             file.write_text("another")
-            refused(lambda: run_rl(folder, *judged, "--resume"), f"cannot go on with --{flag}_sha256")
+            refused(lambda: run_rl(folder, *judged, "--resume"), f"cannot go on with another file for --{flag}")
             file.write_text("")
         refused(lambda: run_rl(folder, *blind, "--ref", ref, "--resume"), f"--ref {ref} (was None)")  # no fid so far
         refused(lambda: run_rl(folder, *flags, "--reward", "classifier"), "clip, pickscore")
@@ -3022,7 +3023,7 @@ def test_rewards_of_every_kind_are_numbers(folder):
     late = lambda a, i: torch.full((len(a),), math.nan if len(a) > 2 else 0.0)  # a trial has two pictures
     write_student(folder)
     with patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in {**numbers, "late": late}.items()}):
-        refused(lambda: run_rl(folder, "--reward", "late"), "reward late is nan")
+        refused(lambda: run_rl(folder, "--reward", "late"), "not finite", "'reward': nan")
         shared = ("--reward", "in_place", "--steps", 1)
         run_rl(folder, *shared, "--watch", "listed", "--eval_images", 33, "--chunk", 32, "--out", folder / "rest")
         run_rl(folder, *shared, "--watch", "jpeg", "count", "--estimator", "pathwise", "--out", folder / "path")
@@ -3130,13 +3131,12 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --ckpt student.pt --reward red --watch --noise_std 0 | --noise_std
         --ckpt student.pt --reward red --watch --ar_steps 17 | 16
         --ckpt rl.pt --reward red --watch | --get kl16
+        --ckpt rl.pt --reward red --watch --vae good.npz --data shapes | --data is for students of pixels
         --ckpt student.pt --reward red --watch --data bugs | bugs has 2 classes, the student 8
         --ckpt student.pt --reward red --watch --ref good.npz | leave it out
         --ckpt student.pt --reward red --watch --resume --out new | resume.pt
         --ckpt student.pt --reward nan --watch | reward nan is not finite
-        --ckpt student.pt --reward shape --watch | reward shape failed on 2 images | one number each
-        --ckpt student.pt --reward seven --watch | reward seven failed | IndexError
-        --ckpt student.pt --reward unbuilt --watch | unbuilt failed when it was built | 'my_flag'
+        --ckpt student.pt --reward shape --watch | reward shape must return a number per image | () for 2
         --ckpt student.pt --reward red jpeg --watch --estimator pathwise | no gradient | jpeg"""}
 
 
@@ -3179,11 +3179,9 @@ def bad_files(folder):
 def refuses_bad_input(program):
     """The lines of REFUSED[program], typed where `bad_files` lie, are refused before anything long starts, and no file
     or folder is made. As a user sees it, that is one line and exit code 2."""
-    rewards = {"nan": lambda a, i: a.mean((1, 2, 3)) * math.nan, "shape": lambda a, i: a.mean(),
-               "seven": lambda a, i: torch.ones(7)[i]}  # a trial asks for the last class too
+    rewards = {"nan": lambda a, i: a.mean((1, 2, 3)) * math.nan, "shape": lambda a, i: a.mean()}
     with (judging() as judged, scratch() as folder, patch.object(distill.Run, "steps") as trains,
-          patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in rewards.items()},
-                     unbuilt=lambda args, *_: {}["my_flag"]),
+          patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in rewards.items()}),
           chdir(shutil.copytree(bad_files(), folder, dirs_exist_ok=True))):
         main = (lambda argv: judged(*argv)) if program == "fid" else globals()[program].main
         before = sorted(folder.rglob("*"))
