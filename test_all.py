@@ -2856,7 +2856,7 @@ def write_student(folder, stage="student", **changes):
 
 def run_rl(folder, *flags):
     """rl.py in this process: -> what it printed."""
-    data = "shapes" if load_mar(folder / "student.pt").config.pixels else ""
+    data = "" if "--vae" in flags else "shapes"  # students of latents take none
     tiny = ("--data", data, "--device", "cpu", "--ckpt", folder / "student.pt", "--reward", "red", "--watch",
             "--steps", 4, "--batch", 8, "--calls", 8, "--chunk", 64, "--eval_images", 32, "--eval_every", 2,
             "--save_every", 2, "--log_every", 1)
