@@ -886,10 +886,7 @@ class Watch:
         row = self.rows.get(name, {})
         self.show(step or 0)
         if self.judges and step is not None:
-            figures = {name: value for name, value in row.items() if name not in ("seconds_per_image", "made_by")}
-            if "reward" in figures:  # of the EMA's pictures; the log's own is of those trained on
-                figures["eval_reward"] = figures.pop("reward")
-            self.run.note({"step": step, **figures})
+            self.run.note({"step": step, "eval": row})
         return row
 
     def show(self, step):
