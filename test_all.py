@@ -28,14 +28,12 @@ import runpy
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
-import timeit
 import traceback
 import zlib
 from argparse import ArgumentParser, Namespace
@@ -1694,30 +1692,6 @@ def test_torchrun_restarts_a_killed_rank_and_sigterm_ends_all_ranks_well(folder)
     on_ranks(2, lambda: twelve_updates(folder, "whole"))
     assert [line["step"] for line in log_of(folder / "hurt")] == [3, 4, 6, 8, 9, 12]  # a save logs, too
     assert_alike(folder / "whole", folder / "hurt")
-
-
-def test_profile_of_a_step():
-    """Where a distillation step's time goes: data loading must be under 2 %."""
-    shapes, model = open_data("shapes"), MAR(SIZES["shapes"]).eval()
-    B = distill.DEFAULTS["shapes"]["batch"]
-    pictures = distill.real_pictures(shapes, model, B, 0, 3, one_of())
-    tokens, labels, keys, visible, masked = distill.training_batch(pictures, model.config, B, 0, 3, one_of())
-    x = torch.randn(*masked.shape, model.config.token_dim, requires_grad=True)
-    t = torch.randint(0, 1000, masked.shape)
-    c = torch.randn(*masked.shape, model.config.width, requires_grad=True)
-    transformer = lambda: model.transformer(tokens, visible, labels, masked)
-    gradients, optimizer = Gradients(model), distill.make_optimizer(model, 1e-4, (0.0, 0.99))
-    seconds = lambda work: statistics.median(timeit.repeat(work, timer=time.process_time, repeat=7, number=1))
-    # one GSIM step: teacher 2 forward, student and critic forward + backward; heads: student and critic's own loss
-    # with weights, critic and (twice) the teacher once more down to x_t; two updates
-    parts = {"data": seconds(lambda: shapes.batch(*train_indices(len(shapes), B, 3, 0), torch.Generator())),
-             "transformers": 2 * seconds(torch.no_grad()(transformer))
-             + 2 * seconds(lambda: transformer().sum().backward()),
-             "heads": 5 * seconds(lambda: model.eps(x, t, c).sum().backward()),
-             "optimiser": 2 * seconds(lambda: (gradients.finish(1.0), optimizer.step()))}
-    total = sum(parts.values())
-    assert parts["data"] < 0.02 * total, parts
-    return ", ".join(f"{name} {value / total:.1%}" for name, value in parts.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
