@@ -36,8 +36,7 @@ from tqdm import tqdm
 
 from data import (DTYPES, LATENT_SCALE, Parser, check_numbers, file_hash, load_vae, read_class_names, read_image,
                   run_main, setup)
-from model import (ORDERS, UserError, bf16_weights, load_mar, mask_counts, reading, replacing, runs_bf16,
-                   save_checkpoint, say, write_json)
+from model import ORDERS, UserError, bf16_weights, load_mar, mask_counts, replacing, runs_bf16, save_checkpoint, say
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing: what fid.py, distill.py and rl.py use too
@@ -52,7 +51,7 @@ def decode(model, latents, vae):
     """What `generate` returns (B, c, h, w) -> uint8 (B, 3, H, W), on the same device. UserError if a picture is not
     finite: a NaN would become a black pixel, and nobody could tell it from a real one later."""
     pictures, broken = [], 0
-    for part in latents.split(16):  # a picture of 256 px fills hundreds of MB inside the VAE, far more than in the MAR
+    for part in latents.split(16):  # at 256 px the VAE needs hundreds of MB per picture, far more than the MAR
         x = part if model.config.pixels else vae.decode(part / LATENT_SCALE)  # (16, 3, H, W)
         pictures.append(to_uint8(x))
         broken += len(x) - x.isfinite().flatten(1).all(1).sum()
@@ -146,8 +145,7 @@ def save_grid(rows, path):
 
 
 def draw_grid(model, classes, titles, ways, per_class, **shared):
-    """Rows for save_grid: one per class; or, if there are several ways to draw, one per way, with the same classes,
-    noise and orders."""
+    """Rows for save_grid: one per class; of several ways to draw one per way, with the same noise and orders."""
     drawn = [draw(model, np.repeat(classes, per_class), **how, **shared) for how in ways]
     if len(ways) == 1:
         return list(zip(titles, drawn[0].split(per_class)))
@@ -183,7 +181,7 @@ def save_gif(model, classes, titles, per_class, path, **how):
     labels = torch.tensor(classes, device=next(model.parameters()).device).repeat_interleave(per_class)
     frames = [grid_image(list(zip(titles, pictures.split(per_class)))).quantize(256)  # a third of the memory
               for pictures in tqdm(unmasking(model, labels, **how), total=how["ar_steps"] + 1)]
-    each = max(20, 3000 // len(frames))  # ms, three seconds in all; browsers slow frames down that are shorter than 20
+    each = max(20, 3000 // len(frames))  # ms: three seconds in all, but browsers slow down below 20
     with replacing(path, "wb") as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[each] * (len(frames) - 1) + [2000])
@@ -218,7 +216,7 @@ def save_npz(rounds, labels, class_names, side, path):
     shape = (len(labels), side, side, 3)
     if shutil.disk_usage(Path(path).parent).free < math.prod(shape):
         raise UserError(f"{path} will have {math.prod(shape) / 1e9:.1f} GB, more than is free: choose another --out")
-    with replacing(path, "wb") as part, zipfile.ZipFile(part, "w") as archive:  # not compressed: noise does not shrink
+    with replacing(path, "wb") as part, zipfile.ZipFile(part, "w") as archive:  # not compressed: it saves little
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for pictures in rounds:
@@ -231,15 +229,15 @@ def save_npz(rounds, labels, class_names, side, path):
 
 def open_folder(folder, drawn_by):
     """A folder for PNGs: new, empty, or begun by a call that drew alike. drawn_by: what pictures depend on, JSON."""
-    record = Path(folder) / ".drawn_by.json"  # hidden: readers of the folder's pictures pass it over
+    note, text = Path(folder) / ".drawn_by.json", json.dumps(drawn_by)  # hidden: readers of pictures pass it over
     os.makedirs(folder, exist_ok=True)
-    with reading(record, "note of how a folder's pictures are drawn", ": choose another --out"):
-        if os.listdir(folder) and (not record.exists() or json.loads(record.read_text()) != drawn_by):
-            raise UserError(f"{folder} holds other files than pictures of this checkpoint, drawn in this way: "
-                            "give --out a new or empty folder, or the name of an .npz")
-    for left in record.parent.glob("*.writing"):  # model.replacing's names, after a kill
+    if os.listdir(folder) and not (note.exists() and note.read_bytes() == text.encode()):
+        raise UserError(f"{folder} holds other files than pictures drawn in this way from this checkpoint: "
+                        "--out wants a new or empty folder, or an .npz")
+    for left in note.parent.glob("*.writing"):  # model.replacing's names, after a kill
         left.unlink()
-    write_json(record, drawn_by)
+    with replacing(note) as file:
+        file.write(text)
 
 
 def save_samples(model, labels, path, rank, world, batch, **how):
@@ -251,7 +249,7 @@ def save_samples(model, labels, path, rank, world, batch, **how):
     if world > 1:
         dist.broadcast_object_list(found)  # other ranks, on other machines, need not see the folder
     if later := sum(name.endswith(".png") for name in found[0].difference(names)):
-        say(f"note: {path} holds {later} pictures of an earlier, larger --num too: a judge of the folder counts them")
+        say(f"note: {path} holds {later} pictures of an earlier, larger --num, which a judge would count")
     firsts = [i for i in range(0, len(labels), size) if not found[0].issuperset(names[i:i + size])]
     rounds = (draw_together(model, labels[i:i + size], rank, world, i, batch=batch, **how)
               for i in tqdm(firsts, unit="round", disable=rank > 0 or None))
@@ -271,8 +269,8 @@ def export(model, path):
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
     ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
     save_checkpoint({**ours, "model": state, "model_ema": state}, path)
-    say(f"{path}: {model.config}\nLTH14/mar cannot draw a teacher of pixels (it clamps none); to draw a student it "
-        f"needs README's patch of DiffLoss.sample, with t = {model.config.t_init}")
+    say(f"{path}: {model.config}\nLTH14/mar needs README's patch to draw a student, with t = "
+        f"{model.config.t_init}, and cannot draw a teacher of pixels: it clamps none")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,11 +303,11 @@ def parse_args(argv=None):
     jobs.add_argument("--export", metavar="FILE", help="write the network as LTH14/mar reads it, a .pth")
     # of what
     p.add_argument("--ckpt", required=True, help="teacher.pt or student.pt of a run, or a public MAR's .pth")
-    p.add_argument("--classes", nargs="+", help="names or numbers. By default all, or 4 of more than 16; with --num all")
+    p.add_argument("--classes", nargs="+", help="names or numbers; by default all, but a grid takes 4 of over 16")
     p.add_argument("--per_class", type=int, help="pictures of each class; by default 4, but 1 for several K or G")
-    p.add_argument("--box", type=int, nargs=4, help="left top right bottom, px of the cropped picture. --edit redraws "
-                   "each token that the box touches; a VAE encodes and decodes the rest")
-    p.add_argument("--out", help="a .png; with --num an .npz, or a folder of PNGs: a rerun adds missing ones")
+    p.add_argument("--box", type=int, nargs=4, help="left top right bottom, px of the cropped picture: --edit redraws "
+                   "each token that the box touches; a VAE reencodes the rest")
+    p.add_argument("--out", help="a .png; with --num an .npz, or a folder, which a rerun completes")
     # how; by default as the checkpoint was made for
     drawing_flags(p.add_argument)
     args = p.parse_args(argv)
@@ -348,8 +346,8 @@ def find_classes(words, names):
     for word in words:
         meant = [i for i in numbers if names[i] == word] or [i for i in numbers if str(i) == word]
         if len(meant) != 1:
-            raise UserError(f"--classes {word} means {meant or 'no class'}: give a number, 0..{len(names) - 1}, or a "
-                            f"name that one class has: {', '.join(names[:10])}")
+            raise UserError(f"--classes {word} means {meant or 'no class'}: give a number, 0..{len(names) - 1}, "
+                            f"or the name of one class: {', '.join(names[:10])}")
         classes += meant
     return classes
 
@@ -376,8 +374,8 @@ def main(argv=None):
         check_output(args.export, ".pth", ".pt")
         return export(model, args.export)
     if model.stage != "teacher" and (args.head_steps or args.guidance or args.guidance_schedule):
-        raise UserError(f"{args.ckpt} is a student, of one head step and with guidance built in: leave "
-                        "--head_steps, --guidance and --guidance_schedule out")
+        raise UserError(f"{args.ckpt} is a student, whose guidance and one head step are built in: "
+                        "leave --head_steps, --guidance and --guidance_schedule out")
     ways = ways_to_draw(args, model)
     if len(ways) > 1 and job in ("gif", "num"):
         raise UserError(f"several --ar_steps or --guidance make a grid; --{job} takes one")

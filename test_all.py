@@ -2375,7 +2375,7 @@ def test_num_writes_a_folder_of_pngs_and_goes_on_with_it(folder):
     for flags, where in others:
         refused(lambda: sample_main(*common, 12, *flags, "--out", where), str(where), "new or empty")
     (out / ".drawn_by.json").write_text("{")
-    refused(lambda: sample_main(*common, 12, "--out", out), ".drawn_by.json", "other")
+    refused(lambda: sample_main(*common, 12, "--out", out), str(out), "new or empty")
     refused(lambda: sample_main(*common, 6, "--out", folder / "student.pt"), ".npz")
 
 
