@@ -303,7 +303,7 @@ def parse_args(argv=None):
     jobs.add_argument("--export", metavar="FILE", help="write the network as LTH14/mar reads it, a .pth")
     # of what
     p.add_argument("--ckpt", required=True, help="teacher.pt or student.pt of a run, or a public MAR's .pth")
-    p.add_argument("--classes", nargs="+", help="names or numbers; by default all, but a grid takes 4 of over 16")
+    p.add_argument("--classes", nargs="+", help="names, else numbers; by default all, but a grid takes 4 of over 16")
     p.add_argument("--per_class", type=int, help="pictures of each class; by default 4, but 1 for several K or G")
     p.add_argument("--box", type=int, nargs=4, help="left top right bottom, px of the cropped picture: --edit redraws "
                    "each token that the box touches; a VAE reencodes the rest")

@@ -2377,6 +2377,11 @@ def test_num_writes_a_folder_of_pngs_and_goes_on_with_it(folder):
     (out / ".drawn_by.json").write_text("{")
     refused(lambda: sample_main(*common, 12, "--out", out), str(out), "new or empty")
     refused(lambda: sample_main(*common, 6, "--out", folder / "student.pt"), ".npz")
+    tiny_mar(folder, "rl", **LATENT), (folder / "a").write_text("a"), (folder / "b").write_text("b")
+    with patch.object(sample, "load_vae", lambda path: TinyVAE()):  # another file, so another VAE
+        latent = (folder / "rl.pt", "--num", 4, "--out", folder / "decoded", "--vae")
+        sample_main(*latent, folder / "a"), sample_main(*latent, folder / "a")
+        refused(lambda: sample_main(*latent, folder / "b"), "new or empty")
 
 
 def test_export_is_the_public_layout(folder):
