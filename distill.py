@@ -20,8 +20,8 @@ The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching
    the data, such as colours (`guidance_at`, `weight_at`). CIFAR-10 would lose its classes: there the size for a CPU
    is guided below 700, and t < 100 counts threefold. Other sizes, untried, have the paper's target.
 
-Last stands what all loops, rl.py's too, train with: `Run`, a run's folder, `Watch`, its figures, and `Gradients`, data
-parallelism by hand.
+At the end stands what every loop trains with, rl.py's too: `Run`, a run's folder, `Watch`, its figures, and
+`Gradients`, data parallelism by hand.
 """
 import copy
 import itertools
@@ -90,7 +90,7 @@ def vsd_slope(x_t, eps, eps_q, eps_p, alpha, sigma):
     q_minus_p = sigma / alpha * (eps_p - eps_q)  # x0 by the critic minus x0 by the teacher
     x0_minus_p = sigma / alpha * (eps_p - eps)  # the x0 that is in x_t minus x0 by the teacher
     slope = q_minus_p / (x0_minus_p.abs().mean(-1, keepdim=True) + 1e-3)
-    return slope.detach(), q_minus_p.square().sum(-1).sqrt().detach()  # for the log, not normalised
+    return slope, q_minus_p.square().sum(-1).sqrt()  # for the log, not normalised
 
 
 SLOPES = {"gsim": gsim_slope, "vsd": vsd_slope}
@@ -101,15 +101,43 @@ def critic_loss(eps_q, eps):
     return (eps_q - eps).square().mean(-1)
 
 
+# Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
+# student of a score guided there makes frequent modes more so and loses rare ones. At low noise a score sees one mode:
+# guidance is safe, but much learning there lets frequencies drift. Grain is seen, and learned away, at the lowest only.
+T_FINE, T_LOW = 100, 400  # sigma / alpha .17 and .74
+
+
+def guidance_at(t, args):
+    """The scale at t (...): --guidance below t_guided, else 1, none -> (..., 1). In samplers: Kynkaanniemi et al."""
+    return torch.where(t < args.t_guided, args.guidance, 1.0)[..., None]
+
+
+def weight_at(t, args):
+    """A factor on the student's slope at t (...), not in the log's loss -> (..., 1): fine_weight below T_FINE, then
+    low_weight below T_LOW, else 1."""
+    return torch.where(t < T_FINE, args.fine_weight, torch.where(t < T_LOW, args.low_weight, 1.0))[..., None]
+
+
+def guided_eps(teacher, x, t, c_p, c_null, g):
+    """eps_p(x, t, null) + g (eps_p(x, t, c_p) - eps_p(x, t, null)), one head call of both halves: -> like x."""
+    if c_null is None:  # --guidance 1
+        return teacher.eps(x, t, c_p)
+    eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
+    return null + g * (eps - null)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A batch: pictures, some tokens known, the rest to be predicted
 
-# Which random number is for what (model.py: noise is a function of a picture's key, a hash of its seeds, of a purpose,
-# token and channel). Where tokens are made noisy, `purpose` gives the time step and `purpose + 64` the noise: hence the
-# gaps. Draw i of the teacher's loss has TEACHER + i, so there are at most 64.
-# Of --seed, + 0 is the teacher's batches and the grid, + 1 the student's and the table (which share orders alone), + 2
-# pictures that students draw to learn from.
-TEACHER, DROP, NOISE, CRITIC, STUDENT = (TRAIN + 64 * i for i in (0, 2, 3, 4, 6))
+# What each random number is for (model.py: noise is a function of a picture's key, a hash of its seeds, of a purpose,
+# token and channel). Where tokens are made noisy, `purpose` gives the time step and `purpose + 64` the noise.
+TEACHER = TRAIN  # + i for draw i of the teacher's loss, of which there are at most 64
+DROP = TRAIN + 128  # whether the teacher sees a picture's class
+NOISE = TRAIN + 192  # what the student draws from
+CRITIC = TRAIN + 256
+STUDENT = TRAIN + 384
+# With --seed s, seed s is for the teacher's batches and the grid; s + 1 for the student's batches and the table, which
+# share the orders but no noise; s + 2 for pictures that students draw to learn from.
 T_MIN, T_MAX = 20, 973  # time steps of the student's loss: sigma / alpha .043 to 24.7
 
 
@@ -138,11 +166,10 @@ def labels_and_seeds(config, batch, seed, step, run):
 
 
 class OwnPictures(torch.nn.Module):
-    """Pictures by the student's averaged weights: the last POOL drawings, a batch each. GSIM never reads the value of a
-    masked token, so data give it contexts only. The student's own are nearer to those it meets when it draws: real ones
-    lack what guidance did to them. To learn from one's own output is safe here: the loss is at rest where q = p in
-    whatever context; which contexts come only weighs which conditionals are fitted. Every rank holds the whole pool, as
-    buffers: resume.pt has it too."""
+    """Pictures drawn by the student's averaged weights, in place of data: the last POOL batches of them. GSIM never
+    reads a masked token's value, so data give it only contexts, and the student's own are nearer to those that it meets
+    when it draws. Nothing drifts: in every context the loss is at rest where q = p, and which contexts come decides
+    only how much each counts. Every rank holds the whole pool, as buffers, so that resume.pt has it too."""
 
     POOL, EVERY, AR_STEPS = 16, 8, 8  # AR_STEPS transformer passes every EVERY updates: 1 an update beside GSIM's 8
 
@@ -211,7 +238,8 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: distillation
 
-DECAY, MAX_NORM = 0.4, 1.0  # last share of a stage, in which the learning rate falls to 0; limit of a gradient's norm
+# of stage 0 too: the last share of the updates, in which the learning rate falls to 0; limit of a gradient's norm
+DECAY, MAX_NORM = 0.4, 1.0
 
 
 def distil(args, teacher, data, run, watch):
@@ -277,31 +305,6 @@ def distil(args, teacher, data, run, watch):
 
         run.log_and_save("student", ema)  # where due: only here does the loop itself wait for the device
     watch.look("student", ema, run.step)
-
-
-# Modes of the data, such as colours, overlap at high noise, and only there does a score say how frequent each is. A
-# student of a score guided there makes frequent modes more so and loses rare ones. At low noise a score sees one mode:
-# guidance is safe, but much learning there lets frequencies drift. Grain is seen, and learned away, at the lowest only.
-T_FINE, T_LOW = 100, 400  # sigma / alpha .17 and .74
-
-
-def guidance_at(t, args):
-    """The scale at t (...): --guidance below t_guided, else 1, none -> (..., 1). In samplers: Kynkaanniemi et al."""
-    return torch.where(t < args.t_guided, args.guidance, 1.0)[..., None]
-
-
-def weight_at(t, args):
-    """A factor on the student's slope at t (...), not in the log's loss -> (..., 1): fine_weight below T_FINE, then
-    low_weight below T_LOW, else 1."""
-    return torch.where(t < T_FINE, args.fine_weight, torch.where(t < T_LOW, args.low_weight, 1.0))[..., None]
-
-
-def guided_eps(teacher, x, t, c_p, c_null, g):
-    """eps_p(x, t, null) + g (eps_p(x, t, c_p) - eps_p(x, t, null)), one head call of both halves: -> like x."""
-    if c_null is None:  # --guidance 1
-        return teacher.eps(x, t, c_p)
-    eps, null = teacher.eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([c_p, c_null])).chunk(2)
-    return null + g * (eps - null)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -491,7 +494,7 @@ def parse_args(argv=None):
          "higher: noisier start, larger eps errors")
     flag("--steps", type=int, default=150000, help="updates of stage 1")
     flag("--batch", type=int, default=256, help="images an update of stage 1, all ranks together")
-    flag("--critic_lr", type=float, default=1e-5, help="critic's learning rate")
+    flag("--critic_lr", type=float, default=1e-5, help="of the critic; raise it when critic_norm in the log stays high")
     # what is shown
     flag("--ar_steps", type=int, default=64, help="AR steps of the pictures shown and judged")
     flag("--teacher_head_steps", type=int, default=100, help="chain length of the teacher shown")
@@ -507,8 +510,8 @@ def parse_args(argv=None):
 
 
 def read_flags(p, argv, recipe, **defaults):
-    """The flags, with those that all training has and their `defaults`. They are read twice: first for what decides the
-    defaults, then with those that `recipe` makes of it (so --help shows them)."""
+    """The flags of `p`, and those that all training has, with `defaults`. They are read twice: first for what decides
+    the defaults, then with those that `recipe` makes of it, so that --help shows them."""
     flag = p.add_argument
     # optimiser
     flag("--lr", type=float, default=1e-5, help="student's learning rate")
@@ -532,13 +535,17 @@ def read_flags(p, argv, recipe, **defaults):
     known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
+    # two: a covariance is taken of the images, and a mean of each call's neighbours
     check_numbers(args, one="teacher_batch t_init teacher_head_steps chunk batch accumulate ar_steps eval_every "
-                  "save_every log_every", two="eval_images calls", share="ema")  # one has no covariance, and no mean
+                  "save_every log_every", two="eval_images calls", share="ema")
     return args
 
 
 def recipe(known):
-    """The defaults: those of the size of a teacher that is given, else of --size, else of the data."""
+    """The defaults, by the flags that decide them, `known` from a first reading:
+    --teacher FILE   those of the size of its network; without --data also the AR steps of its run
+    only --data      those of --size, else of the data's name; a teacher is trained if they say for how long
+    neither          the flags' own, with the public MAR-B as teacher"""
     given = known.teacher or not known.data
     teacher = known.teacher or PUBLIC["mar_base"][1]
     file = read_checkpoint(teacher) if given and os.path.isfile(teacher) else {}  # not there: main says so
@@ -554,8 +561,8 @@ def recipe(known):
 
 
 def defaults_of(defaults, file, data, size=None, pixels=False):
-    """The entry of `defaults` for a checkpoint's dict, by the width of its network; without a file for a size's name;
-    else for --data."""
+    """The entry of `defaults` for a checkpoint's dict (the size of its network is told by the width), or for `size`, or
+    for the data's name; pictures of another name that are used as pixels are trained on as CIFAR-10's."""
     if file:
         config = file.get("config")
         width = config.get("width") if isinstance(config, dict) else None
@@ -638,7 +645,7 @@ def main(argv=None):
     # what the student is compared with: the chain and one step of the teacher, guided by the same g but at every t
     for head_steps in (args.teacher_head_steps, 1):
         watch.look(f"teacher_{head_steps}", teacher, head_steps=head_steps, guidance=args.guidance,
-                   guidance_schedule="constant")
+                   guidance_schedule=args.guidance_schedule)
     distil(args, teacher, data, run, watch)
 
 
@@ -688,7 +695,8 @@ class Run:
         path = self.path("resume.pt")
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun --max-restarts, as a rank died
         if restarted and os.path.exists(path) and not args.resume:
-            same, args.resume = vars(args), True  # all flags: with others it is another run's file
+            args.resume = True
+            same = [*vars(args)]  # all flags: with others it is another run's file
         if args.resume != os.path.exists(path):
             raise UserError(f"--resume: {path} is not there; leave --resume away to start" if args.resume else
                             f"{args.out} already holds a run: --resume goes on with it, another --out starts a new one")
@@ -878,10 +886,7 @@ class Watch:
         row = self.rows.get(name, {})
         self.show(step or 0)
         if self.judges and step is not None:
-            figures = {name: value for name, value in row.items() if name not in ("seconds_per_image", "made_by")}
-            if "reward" in figures:  # of the EMA's pictures; the log's own is of those trained on
-                figures["eval_reward"] = figures.pop("reward")
-            self.run.note({"step": step, **figures})
+            self.run.note({"step": step, "eval": row})
         return row
 
     def show(self, step):

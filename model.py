@@ -184,9 +184,9 @@ ORDERS = "random", "raster", "outward", "inward"
 
 
 def token_orders(keys, seq_len, kind="random"):
-    """An order of the tokens for each picture: (B,) keys -> (B, L) long. It is drawn from its end: when m tokens are
-    masked, they are its first m. kind: "random", as MAR is trained; for the sampler also by rows, from the centre or
-    from the border. Tokens equally far from the centre come in random order."""
+    """An order of the tokens for each picture: (B,) keys -> (B, L) long. Its last token is drawn first: when m tokens
+    are masked, they are its first m. kind: "random", as MAR is trained; for the sampler also by rows, from the centre
+    or from the border. Tokens equally far from the centre come in random order."""
     side, place = math.isqrt(seq_len), torch.arange(seq_len, device=keys.device)
     row, column = place // side, place % side
     from_centre = (2 * row - side + 1) ** 2 + (2 * column - side + 1) ** 2  # squared distance, in half tokens
@@ -602,6 +602,7 @@ def config_of_public(state, args, heads, path):
 
 def check_settings(config, made, path):
     """UserError naming the first setting of a network, or flag of its run (`made`), that none can have."""
+    # floats are shares of 1, but for guidance; whole numbers begin at 1
     highest = {"dropout": 1.0, "label_drop": 1.0, "mask_ratio_min": 1.0, "guidance": math.inf, "t_init": 999,
                "encoder_depth": 999, "decoder_depth": 999, "head_depth": 999, "teacher_head_steps": 1000}
     of_run = {name: made[name] for name in ("ar_steps", "teacher_head_steps", "guidance") if name in made}

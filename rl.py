@@ -14,22 +14,23 @@ tokens that follow. Let v be a direction in which the reward of the finished pic
 
     loss = mean(-<v, x> + kl * KL_path),    KL_path = 1 / (2 s^2 dims) * sum_k |x_k - ref_k|^2
 
-x_k are the tokens of AR step k; ref_k what the start (the student before its first update) would put there, from the
-same noise and after the same earlier tokens of the student; dims numbers make a picture; s is --noise_std. Ours are:
+x_k are the tokens of AR step k; ref_k are those that the start (the student before its first update) would put there,
+from the same noise and after the same earlier tokens of the student; a picture has dims numbers; s is --noise_std.
+Ours are:
 1. the default v needs no gradient of the reward: REINFORCE, with a Gaussian policy on the finished picture (one action
    an episode), in the low frequencies that the generator can follow. The textbook form, a Gaussian on each revealed
    token at each AR step, is left out: it hardly moved. Beside it `pathwise_direction`, the paper's;
-2. KL_path, the KL, a dimension, of Gaussians of width s around the tokens of both, given noise and context. Finished
-   pictures drawn from one noise have little in common once one early token differs: pulling those together blurs them;
+2. KL_path, which is the KL per dimension between two Gaussians of width s, one around the student's tokens and one
+   around the start's, given noise and context. Finished pictures drawn from one noise have little in common once an
+   early token differs: pulling those together blurs them;
 3. learning rate, batch and kl, which the paper does not state (assets/measurements.md).
 """
-import contextlib
 import copy
 import io
 import math
 import os
 import re
-import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -37,19 +38,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
-from distill import (Gradients, Run, Watch, check_names, defaults_of, labels_and_seeds, make_optimizer,
+from distill import (MAX_NORM, Gradients, Run, Watch, check_names, defaults_of, labels_and_seeds, make_optimizer,
                      micro_batches, read_flags, set_lr, update_ema)
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, need_file,
-                   read_checkpoint, reveal_plan, say, take, token_orders, write_json)
+                   read_checkpoint, reveal_plan, say, take, token_orders)
 from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
 
 # ----------------------------------------------------------------------------------------------------------------------
 # v, the direction in which the reward of a finished picture rises: the one thing in which the estimators differ.
-# Both: score(x (n, c, h, w), labels (n,)) -> (n,); x (B, c, h, w), keys (B,) of its noise -> v like x, rewards (B,).
+# Both: reward(x (n, c, h, w), labels (n,)) -> (n,); x (B, c, h, w), keys (B,) of its noise -> v like x, rewards (B,).
 
 
 def cosines(side, count, device=None):
@@ -59,33 +60,31 @@ def cosines(side, count, device=None):
 
 
 def orthogonal_noise(keys, N, m):
-    """(B,) keys -> (B, N, m): N standard normal vectors a picture, those of each group of m (of N, if fewer) at right
+    """(B,) keys -> (B, N, m): N standard normal vectors per picture, those of each group of m (of N, if fewer) at right
     angles: so calls do not ask the same twice. Their directions are uniform, their lengths those of independent
     Gaussians (Choromanski et al. 2018)."""
-    n, device = min(N, m), keys.device
-    groups = -(-N // n)
-    if device.type == "mps":  # which has no QR in PyTorch before 2.11, and a slow one since
-        keys = keys.cpu()
-    z = gaussian(keys, EXPLORE, torch.arange(groups * n, device=keys.device), m)
-    z = z.unflatten(1, (groups, n))  # (B, groups, n, m)
-    q, r = torch.linalg.qr(z.mT)  # (B, groups, m, n) and (..., n, n), whose signs are the algorithm's, not chance's
-    lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, n)
-    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N].to(device)
+    size = min(N, m)
+    groups = -(-N // size)
+    z = gaussian(keys, EXPLORE, torch.arange(groups * size, device=keys.device), m).unflatten(1, (groups, size))
+    q, r = torch.linalg.qr(z.mT)  # (B, groups, m, size), (B, groups, size, size); r's signs are the algorithm's choice
+    lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, size)
+    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N]
 
 
 @torch.no_grad()
-def reinforce_direction(score, x, labels, keys, args):
+def reinforce_direction(reward, x, labels, keys, args):
     """From rewards alone. The policy is a Gaussian on the finished picture, white in each channel's lowest f x f
     frequencies, Q (c f f, c h w):
 
         e_n = z_n Q,  z_n ~ N(0, I),  r_n = r(x + s e_n),     v = 1 / (s (N - 1)) sum_n (r_n - mean r) e_n
 
-    the z_n by orthogonal_noise. Q's rows, a cosine down times a cosine across, are orthonormal: E v = Q^T Q (gradient
-    of the reward smoothed by this noise), unbiased in the subspace. The baseline is the picture's own mean reward, for
-    pictures differ more from each other than from their own neighbours; N - 1, not N: each r_n is in the mean too, and
-    E r_m e_n = 0, for given z_m, z_n is as likely as -z_n. The generator passes little but low frequencies on to its
-    weights, and N calls cannot tell more than N numbers apart: so f is the least with c f f >= N, unless --frequencies
-    says it, or the reward is jpeg, which is of all. N + 1 reward calls a picture."""
+    Q's rows, a cosine down times a cosine across, are orthonormal, so v is unbiased in the subspace: E v = Q^T Q
+    (gradient of the reward smoothed by this noise). The baseline is the picture's own mean reward, because pictures
+    differ more from each other than from their own neighbours. It contains r_n itself, hence N - 1. The other r_m in it
+    add no bias, though z_m and z_n are at right angles: given z_m, z_n is as likely as -z_n.
+
+    The generator passes little but low frequencies on to its weights, and N calls cannot tell more than N numbers
+    apart: f is the least with c f f >= N, or --frequencies. N + 1 reward calls per picture."""
     B, channels, side, _ = x.shape
     N, s = args.calls, args.noise_std
     f = math.ceil((N / channels) ** 0.5) if args.frequencies is None else args.frequencies
@@ -93,29 +92,27 @@ def reinforce_direction(score, x, labels, keys, args):
     waves = cosines(side, f, x.device)  # (f, side): Q's rows are products
     spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, f, f)), waves, waves)
     z = orthogonal_noise(keys, N, channels * f * f)  # (B, N, c f f)
-    r = [score_in_chunks(score, (x[:, None] + s * spread(part)).flatten(0, 1),  # (B n, c, h, w)
-                         labels.repeat_interleave(part.shape[1]), args.chunk).view(B, -1)
-         for part in z.split(max(1, args.chunk // B), dim=1)]  # (B, n, c f f): so many that a chunk holds B n pictures
-    r = torch.cat(r, dim=1)  # (B, N)
+    tried = (x[:, None] + s * spread(z)).flatten(0, 1)  # (B N, c, h, w)
+    r = reward_in_chunks(reward, tried, labels.repeat_interleave(N), args.chunk).view(B, N)
     advantage = (r - r.mean(1, keepdim=True)) / (s * (N - 1))
     v = spread(torch.einsum("bn,bnm->bm", advantage, z)[:, None])[:, 0]  # (B, c, h, w)
-    return v, score_in_chunks(score, x, labels, args.chunk)
+    return v, reward_in_chunks(reward, x, labels, args.chunk)
 
 
-def pathwise_direction(score, x, labels, keys, args):
-    """By autograd: v = dr/dx. Exact, one reward call a picture, differentiable rewards only."""
+def pathwise_direction(reward, x, labels, keys, args):
+    """By autograd: v = dr/dx. Exact, one reward call per picture, differentiable rewards only."""
     v, rewards = [], []
     for part, part_labels in zip(x.split(args.chunk), labels.split(args.chunk)):
         part = part.detach().requires_grad_()
-        r = score(part, part_labels)
+        r = reward(part, part_labels)
         v.append(torch.autograd.grad(r.sum(), part)[0])
         rewards.append(r.detach())
     return torch.cat(v), torch.cat(rewards)
 
 
-def score_in_chunks(score, x, labels, chunk):
-    """score(x, labels) of any number of pictures, `chunk` at a time: a decoder or a judge fills the memory."""
-    return torch.cat([score(*part) for part in zip(x.split(chunk), labels.split(chunk))])
+def reward_in_chunks(reward, x, labels, chunk):
+    """reward(x, labels) of any number of pictures, `chunk` at a time: a decoder or a judge fills the memory."""
+    return torch.cat([reward(*part) for part in zip(x.split(chunk), labels.split(chunk))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,15 +121,19 @@ def score_in_chunks(score, x, labels, chunk):
 
 def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
     """Backpropagate <slope, x> + kl * KL_path, summed over the pictures, into the student's .grad; -> the mean KL_path,
-    nats a dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the seeds.
-    The finished picture is all that had to be kept: no token is ever changed, so it holds the context of every step.
-    The steps are run again, with a graph, last step first. When a step's turn comes, `slope` at its tokens is the
-    loss's slope at x_k but for the step's own KL: what the caller gave, plus what these tokens do, as context, to later
-    x_j and ref_j. For ref_k is no constant: the start, itself frozen, reads tokens that move with the student. This is
-    exact backpropagation through both chains, in the memory of one step whatever K is, for another forward and a
-    backward of student and start."""
+    nats per dimension. x (B, c, h, w) = student.generate(labels, ar_steps, seeds), slope like x, keys those of the
+    seeds. The finished picture is all that had to be kept: no token is ever changed, so it holds the context of every
+    step. For k = K-1 .. 0, with the tokens before step k as `context`:
+
+        x_k = student(context),  ref_k = start(context)          run again, with a graph
+        (<slope at x_k, x_k> + kl * KL_k).backward()             into the student's weights, and into context.grad
+        slope += context.grad                                    what these earlier tokens do to x_k and to ref_k
+
+    When a step's turn comes, the slope at its tokens is complete but for its own KL. ref_k is no constant: the start is
+    frozen, but it reads tokens that move with the student. This is exact backpropagation through both chains, in the
+    memory of one step whatever K is, for another forward and a backward of student and start."""
     L, C = student.config.seq_len, student.config.token_dim
-    tokens, slope, nats = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
+    tokens, slope, kl_path = student.patchify(x), student.patchify(slope), 0.0  # (B, L, C)
     for visible, predict in reversed(list(reveal_plan(token_orders(keys, L), ar_steps))):
         context = tokens.detach().requires_grad_()
         n = gaussian(keys, START, predict, C)  # (B, P, C), as x was made of
@@ -141,14 +142,15 @@ def backward_chain(student, start, x, slope, kl, s, labels, keys, ar_steps):
         kl_k = (x_k - ref_k).square().sum() / (2 * s**2 * L * C)
         ((take(slope, predict) * x_k).sum() + kl * kl_k).backward()
         slope = slope + context.grad  # zero but at the visible tokens, which earlier steps wrote
-        nats = nats + kl_k.detach()
-    return nats / len(x)
+        kl_path = kl_path + kl_k.detach()
+    return kl_path / len(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards: f(images (N, 3, H, W) float in [0, 1], labels (N,) long) -> (N,), on the images' device. To add one of your
 # own, add a line to REWARDS: a builder, called once with (args, classifiers, class names, device), that returns such an
-# f. classifiers: {"classifier": , "judge": } of the data, None where not to be had, as for latents.
+# f. The classifiers are two of the data, trained from different seeds: "classifier" is the one that distill.py shows
+# its figures by, "judge" another, since what fools one may not fool two. Of latents there are none, and both are None.
 
 
 def prompt_reward(kind):
@@ -158,15 +160,16 @@ def prompt_reward(kind):
 
 
 def writable_folder(ckpt):
-    """The folder of a student, or that in out/ for one of assets/: what is shipped is not written into."""
-    return re.sub(r"^(\./)?assets\b", "out", os.path.dirname(ckpt)) or "."
+    """The folder of a student; for one in assets/, which is shipped, that of the same name in out/."""
+    folder = Path(ckpt).parent
+    return Path("out", folder.name) if "assets" in folder.absolute().parts else folder
 
 
 def open_classifier(ckpt, data, seed, device):
     """The data's classifier of this seed, from beside the student; where none is there, trained on `data`, or None."""
     path = classifier_beside(ckpt, seed)
     if data:
-        return load_or_train_classifier(data, os.path.dirname(path) if path else writable_folder(ckpt), seed, device)
+        return load_or_train_classifier(data, path.parent if path else writable_folder(ckpt), seed, device)
     return load_classifier(path, device) if path else None
 
 
@@ -193,8 +196,8 @@ REWARDS = {
     "clip": prompt_reward("clip"),  # 100 cos(picture, prompt)
     "pickscore": prompt_reward("pickscore"),  # about 20; what people chose among pictures of one prompt
     "imagereward": prompt_reward("imagereward"),  # mean 0, variance 1; corrupts pictures when trained on: watch it
-    "classifier": lambda args, nets, *_: class_reward(nets["classifier"]),  # the one distill.py shows its figures by
-    "judge": lambda args, nets, *_: class_reward(nets["judge"]),  # another, to watch: what fools one may not fool two
+    "classifier": lambda args, classifiers, *_: class_reward(classifiers["classifier"]),
+    "judge": lambda args, classifiers, *_: class_reward(classifiers["judge"]),
     "jpeg": lambda *_: lambda images, labels: -jpeg_bytes(images),  # needs nothing to be built from
     "red": lambda *_: lambda images, labels: (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)),  # the toy
 }
@@ -207,53 +210,35 @@ def parse_rewards(words):
         name, _, weight = word.partition(":")
         if name not in REWARDS or name in weights:
             raise UserError(f"reward {name} is unknown or named twice: there are {', '.join(REWARDS)}")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            weights[name] = math.nan
-        if not math.isfinite(weights[name]):
+        if not re.fullmatch(r"(-?\d*\.?\d+)?", weight):
             raise UserError(f"reward {word}: the weight {weight} is no number; write {name}:0.5")
+        weights[name] = float(weight or 1)
     return weights
-
-
-@contextlib.contextmanager
-def blaming(name, when):
-    """What a reward's own code raises becomes one line that names it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"reward {name} failed {when} ({place.filename}:{place.lineno}): {error!r:.200}") from error
 
 
 def guarded(name, f):
     """f, made safe: it may change its arguments, return counts, truth values or doubles, or drop the dimension of a
     single picture."""
     def reward(images, labels):
-        with blaming(name, f"on {len(images)} images, for which it must return one number each"):
-            r = torch.as_tensor(f(images.clone(), labels.clone()), device=images.device)
-            return r.float().reshape(len(images))
+        r = torch.as_tensor(f(images.clone(), labels.clone()), device=images.device)
+        if r.numel() != len(images):
+            raise UserError(f"reward {name} must return a number per image, not {tuple(r.shape)} for {len(images)}")
+        return r.float().reshape(len(images))
     return reward
 
 
 def build_rewards(args, config, classifiers, names, device, rank):
     """-> functions {name: f} of all rewards trained on or, by rank 0 alone, watched, weights {name: float} of those
-    trained on. Each is tried on one picture and on two: a wrong one ends here, not after an episode."""
+    trained on. Each is tried on two pictures: a wrong one ends here, not after an episode."""
     weights, watched = parse_rewards(args.reward), parse_rewards(args.watch) if rank == 0 else {}
-    functions = {}
-    for name in weights | watched:
-        with blaming(name, "when it was built"):
-            functions[name] = guarded(name, REWARDS[name](args, classifiers, names, device))
     images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
-    labels = torch.tensor([0, config.num_classes - 1], device=device)
-    for name, f in functions.items():
+    labels, functions = torch.tensor([0, config.num_classes - 1], device=device), {}
+    for name in weights | watched:
+        functions[name] = guarded(name, REWARDS[name](args, classifiers, names, device))
         differentiated = args.estimator == "pathwise" and name in weights
-        for n in (1, 2):
-            r = f(images[:n].clone().requires_grad_(differentiated), labels[:n])
-            if not torch.isfinite(r).all():
-                raise UserError(f"reward {name} is not finite: {r.tolist()} for two test pictures")
+        r = functions[name](images.clone().requires_grad_(differentiated), labels)
+        if not r.isfinite().all():
+            raise UserError(f"reward {name} is not finite: {r.tolist()} for two test pictures")
         if differentiated and not r.requires_grad:
             raise UserError(f"reward {name} has no gradient: --estimator pathwise needs one, reinforce does not")
     return functions, weights
@@ -262,10 +247,10 @@ def build_rewards(args, config, classifiers, names, device, rank):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-MAX_RISE, MAX_LOSS = 0.2, 0.1  # best.pt has a distance of at most 1.2 times the start's, and at least .9 of its modes
+MAX_RISE, MIN_MODES = 1.2, 0.9  # best.pt has at most so many times the start's distance to the data, at least .9 modes
 
 
-def train(args, start, score, run, watch):
+def train(args, start, reward, run, watch):
     """Post-train a copy of the frozen `start`; write student.pt (the last), best.pt and results.json. An update costs,
     an image, K passes of the student for the episode, then K of the student and K of the start with their backwards;
     and --calls + 1 decodings and reward calls (pathwise: one, with its backward)."""
@@ -277,13 +262,13 @@ def train(args, start, score, run, watch):
     row = watch.look("before", start)  # which all later ones are compared with
     if not {"fd", "fid"} & row.keys():
         say("no distance to the data is watched (pixels: give --data; latents: --ref), so there will be no best.pt")
-    student.checkpoint_blocks = args.recompute
+    student.checkpoint_blocks = start.checkpoint_blocks = args.recompute
     bf16_weights(start)  # it is frozen
     gradients = Gradients(student)
     direction = {"reinforce": reinforce_direction, "pathwise": pathwise_direction}[args.estimator]
 
     for step in run.steps(args.steps, args.batch):
-        # look at the student, before the update: so a look that was broken off is made when the run goes on
+        # a look comes before the update: broken off, it is made anew when the run goes on from the same step
         if step > 0 and step % args.eval_every == 0:
             evaluate(run, watch, ema, step)
 
@@ -299,17 +284,17 @@ def train(args, start, score, run, watch):
             keys = image_keys(seeds, run.device)
             x = student.generate(labels, args.ar_steps, seeds=seeds)  # (B, c, h, w)
             # 2. the direction in which the reward rises
-            v, r = direction(score, x, labels, keys, args)
+            v, r = direction(reward, x, labels, keys, args)
             # 3. mean(-<v, x> + kl * KL_path) over the images of all parts, back through the chain, last AR step first,
             #    into .grad
             share = 1 / (len(x) * args.accumulate)
             kl_path = backward_chain(student, start, x, -v * share, args.kl * share, args.noise_std, labels, keys,
                                      args.ar_steps)
-            # reward_std is that within a part
+            # reward_std is among the pictures of a part
             run.add(args.accumulate, reward=r.mean(), reward_std=r.std(correction=0), kl=kl_path)
 
         # the update: ranks' gradients are averaged and clipped; the average of the student's weights is the product
-        norm = gradients.finish(clip=1.0)
+        norm = gradients.finish(MAX_NORM)
         optimizer.step()
         update_ema(ema, student, args.ema)
         run.add(grad_norm=norm)
@@ -322,21 +307,21 @@ def evaluate(run, watch, ema, step):
     """The row "after" of the averaged student; best.pt where it is the best yet."""
     row = watch.look("after", ema, step)
     if run.rank == 0 and is_best(row, watch.rows):
-        watch.rows["best"] = row
         run.write("best", ema.config, step=step, ema=ema.state_dict())
-        write_json(run.path("results.json"), watch.rows)
+        watch.rows["best"] = row
+        watch.show(step)
         say(f"best.pt is now that of step {step}")
 
 
 def is_best(row, rows):
-    """The most reward yet, at a distance to the data not too far above the start's and with its modes: what costs more
-    was hacked. Where no distance is measured nothing is best."""
+    """Whether it has the most reward yet, near enough to the data and with enough modes. Reward that costs more of
+    these was hacked. Without a distance that is measured no row is best."""
     distance, before = "fd" if "fd" in row else "fid", rows.get("before", {})
     if distance not in row.keys() & before.keys():
         return False
-    best = rows.get("best", before)
-    varied = row.get("modes", 0) >= (1 - MAX_LOSS) * before.get("modes", 0)
-    return varied and row[distance] <= (1 + MAX_RISE) * before[distance] and row["reward"] > best["reward"]
+    near = row[distance] <= MAX_RISE * before[distance]
+    varied = row.get("modes", 0) >= MIN_MODES * before.get("modes", 0)
+    return near and varied and row["reward"] > rows.get("best", before)["reward"]
 
 
 def make_figures(args, classifiers, functions, weights, device):
@@ -353,13 +338,11 @@ def make_figures(args, classifiers, functions, weights, device):
     @torch.no_grad()
     def figures(images, labels):
         row = {}
-        for name, f in functions.items():  # of what was saved, 8 bits a channel
-            score = lambda part, part_labels: f(part.to(device).float() / 255, part_labels)
-            row[name] = score_in_chunks(score, images, labels.to(device), args.chunk).mean().item()
-            if not math.isfinite(row[name]):
-                raise UserError(f"reward {name} is {row[name]} on pictures of the student: mend it, then --resume")
-        reward = sum(weight * row[name] for name, weight in weights.items())
-        row = {"reward": reward, **row, "diversity": diversity(images, labels)}
+        for name, f in functions.items():  # of what would be saved, 8 bits per channel
+            reward = lambda part, part_labels: f(part.to(device).float() / 255, part_labels)
+            row[name] = reward_in_chunks(reward, images, labels.to(device), args.chunk).mean().item()
+        total = sum(weight * row[name] for name, weight in weights.items())
+        row = {"reward": total, **row, "diversity": diversity(images, labels)}
         if classifier:
             row.update(judge(classifier, images, labels))
         elif args.ref:
@@ -384,7 +367,7 @@ def diversity(images, labels):
 # The command
 
 # By reward, the least pull that kept the modes of shapes. ImageReward's and others' own are not known: 0.2
-KL = {"classifier": 1.0, "judge": 1.0, "red": 5.0, "jpeg": 20.0}
+DEFAULT_KL = {"classifier": 1.0, "judge": 1.0, "red": 5.0, "jpeg": 20.0}
 # What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md.
 COMMON = dict(reward=["classifier"], watch=["judge", "jpeg"], log_every=10, chunk=2048)
 DEFAULTS = {
@@ -413,10 +396,10 @@ def parse_args(argv=None):
     flag("--reward", nargs="+", default=["pickscore"], metavar="NAME[:WEIGHT]",
          help=f"what to raise, several are added up, red:-1 lowers it: {' '.join(REWARDS)}")
     flag("--watch", nargs="*", default=["clip", "imagereward"], metavar="NAME",
-         help="rewards that are only watched: the first to fall when the trained one is being hacked")
-    flag("--kl", type=float, default=None, help="pull towards the start, in reward a nat a dimension; raise it when FD "
-         "rises or modes go, lower it when the reward does not move; twice the --noise_std wants 4 times of it (left "
-         f"out: the sum of the rewards' weights times {KL}, others 0.2)")
+         help="rewards that are only watched: they may fall when the trained one is being hacked")
+    flag("--kl", type=float, default=None, help="pull towards the start, in reward per nat per dimension; raise it if "
+         "FD rises or modes go, lower it if the reward does not move; twice the --noise_std wants it 4 times as strong "
+         f"(left out: the rewards' weights times {DEFAULT_KL}, 0.2 for others)")
     # its gradient
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
          help="pathwise: differentiate the reward; less noise, differentiable rewards only")
@@ -434,10 +417,10 @@ def parse_args(argv=None):
         raise UserError("--noise_std 0: a policy without noise tries nothing; 0.1 is a good start")
     weights = parse_rewards(args.reward)
     if args.kl is None:
-        args.kl = sum(abs(weight) * KL.get(name, 0.2) for name, weight in weights.items())
+        args.kl = sum(abs(weight) * DEFAULT_KL.get(name, 0.2) for name, weight in weights.items())
     if args.frequencies is None and "jpeg" in weights:
         args.frequencies = 0
-    args.out = args.out or os.path.join(writable_folder(args.ckpt), "rl")
+    args.out = args.out or str(writable_folder(args.ckpt) / "rl")
     return args
 
 
@@ -471,7 +454,9 @@ def main(argv=None):
               same=["reward", "watch", "prompt", "ref", "data", "seed", "eval_images", "ar_steps"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents, and this one draws pixels: leave it out")
-    if config.pixels and args.data:
+    if args.data and not config.pixels:
+        raise UserError("--data is for students of pixels, and this one draws latents: give --ref")
+    if args.data:
         data = open_data(args.data, img_size=config.img_size, pixels=True)
         if data.num_classes != config.num_classes:
             raise UserError(f"--data {args.data} has {data.num_classes} classes, the student {config.num_classes}: "
@@ -493,12 +478,12 @@ def main(argv=None):
     if not run.resumed and rank == 0 and os.path.exists(run.path("best.pt")):
         os.remove(run.path("best.pt"))  # of an earlier run here, whose resume.pt was removed by hand
 
-    def score(x, labels):  # the clamp: or a reward is earned outside the range that a screen can show
+    def reward(x, labels):  # the clamp: or a reward is earned outside the range that a screen can show
         pictures = x if vae is None else vae.decode(x / LATENT_SCALE)  # about [-1, 1]; differentiable
         images = ((pictures + 1) / 2).clamp(0, 1)
         return sum(weight * functions[name](images, labels) for name, weight in weights.items())
 
-    train(args, start, score, run, watch)
+    train(args, start, reward, run, watch)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+import timeit
 import weakref
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_all import (HERE, Skip, TinyVAE, about, close, fake_distillation, fake_rl, fresh, on_fake_gpu, replayed,
-                      scratch, write_judges, write_student)  # first: it says how torch multiplies
+from test_all import (HERE, Skip, TinyVAE, about, close, fake_distillation, fake_rl, fresh, on_fake_gpu, one_of,
+                      replayed, scratch, write_judges, write_student)  # first: it says how torch multiplies
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import distill
 import fid
 import model as model_file
 import rl
-from data import open_data, run_main, setup
+from data import open_data, run_main, setup, train_indices
+from distill import Gradients
 from fid import classify, load_classifier
 from model import (MAR, SIZES, UserError, alpha_sigma, bf16_weights, image_keys, load_mar,
                    read_checkpoint, save_checkpoint, token_orders)
@@ -578,9 +582,32 @@ def speed(size="base", ar_steps=(8,), batches=(1, 4), device="cpu", head_steps=1
                   f"{seconds[who] / seconds['student']:16.1f}x", flush=True)
 
 
+def profile_of_a_step():
+    """Section "Cost and memory of distillation": where a distillation step's time goes."""
+    shapes, model = open_data("shapes"), MAR(SIZES["shapes"]).eval()
+    B = distill.DEFAULTS["shapes"]["batch"]
+    pictures = distill.real_pictures(shapes, model, B, 0, 3, one_of())
+    tokens, labels, keys, visible, masked = distill.training_batch(pictures, model.config, B, 0, 3, one_of())
+    x = torch.randn(*masked.shape, model.config.token_dim, requires_grad=True)
+    t = torch.randint(0, 1000, masked.shape)
+    c = torch.randn(*masked.shape, model.config.width, requires_grad=True)
+    transformer = lambda: model.transformer(tokens, visible, labels, masked)
+    gradients, optimizer = Gradients(model), distill.make_optimizer(model, 1e-4, (0.0, 0.99))
+    seconds = lambda work: statistics.median(timeit.repeat(work, timer=time.process_time, repeat=7, number=1))
+    # one GSIM step: teacher 2 forward, student and critic forward + backward; heads: student and critic's own loss
+    # with weights, critic and (twice) the teacher once more down to x_t; two updates
+    parts = {"data": seconds(lambda: shapes.batch(*train_indices(len(shapes), B, 3, 0), torch.Generator())),
+             "transformers": 2 * seconds(torch.no_grad()(transformer))
+             + 2 * seconds(lambda: transformer().sum().backward()),
+             "heads": 5 * seconds(lambda: model.eps(x, t, c).sum().backward()),
+             "optimiser": 2 * seconds(lambda: (gradients.finish(1.0), optimizer.step()))}
+    total = sum(parts.values())
+    return ", ".join(f"{name} {value / total:.1%}" for name, value in parts.items())
+
+
 MEASUREMENTS = {measurement.__name__: measurement for measurement in (
     gradient_cosine, paired, grain, beside_public_mar, cuda_memory, distillation_memory, judges, latent_cache, on_a_gpu,
-    rl_memory, shortcuts, speed)}
+    profile_of_a_step, rl_memory, shortcuts, speed)}
 
 
 def main():
