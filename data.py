@@ -137,7 +137,7 @@ def walk(folder, above=()):
         path = os.path.join(folder, name)
         if name.startswith("."):
             continue
-        if os.path.isdir(path):  # whatever it is called: classes named after sites end like pictures
+        if os.path.isdir(path):  # also if its name ends like a picture's
             if os.path.realpath(path) not in above:
                 yield from walk(path, above)
         elif name.lower().endswith(SUFFIXES):
@@ -264,7 +264,7 @@ def build_cache(args):
     out = Path(args.out or default_cache(args.data, size))
     device, rank, world = setup(args.device)
     vae = load_vae(args.vae).to(device)
-    class_names, files, labels = find_images(folder, need_classes=True)  # takes minutes for ImageNet: after all checks
+    class_names, files, labels = find_images(folder, need_classes=True)  # of ImageNet slow: last
     barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0:
         start_cache(out, folder, files, {"img_size": size, "vae_sha256": file_hash(args.vae)[:16],
@@ -346,7 +346,9 @@ class Data:
     def images(self, indices, flip=None):
         """uint8 (B, 3, H, W) of indices (B,), mirrored where flip (B,) bool says so. Of data of pixels."""
         x = self.read(np.asarray(indices))
-        return x if flip is None else torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
+        if flip is None:
+            return x
+        return torch.where(torch.from_numpy(flip)[:, None, None, None], x.flip(-1), x)
 
     def batch(self, indices, flip, generator=None):
         """indices (B,), flip (B,) bool -> x (B, C, h, w) float32 on the CPU, labels (B,) int64. Pixels are in [-1, 1];
@@ -619,9 +621,9 @@ def get(names, folder="."):
         if not found.startswith(digest) or (size and abs(count - size) > 0.01 * size):
             if file == part:
                 part.unlink()  # to go on from damaged bytes would never end well
-            advice = "it is deleted now: get it again" if file == part else "delete it and get it again"
+            advice = "it is deleted now" if file == part else "delete it"
             raise UserError(f"{file} is damaged or another file: {kind} {found}, {count:,} bytes; wanted: {wanted}; "
-                            f"{advice}")
+                            f"{advice}, and get it again")
         os.replace(file, path)
         print(f"  is there: {kind} {found}, {count:,} bytes", flush=True)
         if name == "cifar10":
@@ -632,7 +634,7 @@ def get(names, folder="."):
 # How a command starts: flags, errors, processes. The same for all; data.py is the lowest file that is a command
 
 DTYPES = "auto", "float32", "bfloat16"  # of the transformer: --dtype
-LOCKS = []  # files that stay open: a folder is locked as long as its .lock is
+LOCKS = []  # the .lock of each folder, kept open
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -772,11 +774,11 @@ def main(argv=None):
     flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
     flag("--get", nargs="+", default=[], choices=PUBLIC, metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
-    flag("--folder", default=".", help="where --get puts its files; give the same --folder to fid.py and rl.py")
+    flag("--folder", default=".", help="where --get puts files; fid.py and rl.py need the same")
     args = p.parse_args(argv)
     check_numbers(args, one="img_size batch")
     if bool(args.get) == bool(args.data):
-        raise UserError("give --get NAME, or --data PATH --vae FILE: one of the two in a call")
+        raise UserError("give --get NAME or --data PATH --vae FILE, one of the two")
     if args.data:
         build_cache(args)
     else:

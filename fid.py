@@ -778,14 +778,14 @@ def checkpoint_pictures(path, args, device, vae, classifier):
     Image i is that of (seed, i). Classes are as frequent as in the classifier's data, where it knows their names."""
     model = load_mar(path)
     check_vae(model, vae)
-    known = dict(zip(classifier.class_names, classifier.counts.tolist())) if classifier else {}  # class -> how many
+    known = dict(zip(classifier.class_names, classifier.counts.tolist())) if classifier else {}
     names, counts = model.class_names or [*known], torch.ones(model.config.num_classes)
     if len(names) == len(counts) and set(names) <= known.keys():
         counts = torch.tensor([known[name] for name in names])
     labels = labels_like(counts, args.num).numpy()
 
     def read(how, numbers):
-        bf16_weights(model.to(device))  # not earlier: a GPU holds one row's network. Later calls change nothing
+        bf16_weights(model.to(device))  # here: a GPU holds one row's network. Again, it does nothing
         return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
@@ -874,8 +874,9 @@ FIGURES = {  # a row's figures, in the table's order, and what they say
 
 def meanings(row, reference, classifier, args):
     """FIGURES' lines of the figures that a row has, filled in."""
-    facts = {"ref": args.ref, "n": reference.get("n") or "unknown", "images": len(reference.get("features", ())),
-             "prompt": args.prompt}
+    facts = {"ref": args.ref, "prompt": args.prompt}
+    facts["n"] = reference.get("n") or "unknown"
+    facts["images"] = len(reference.get("features", ()))
     if classifier:
         facts |= {"classifier": classifier.name, "accuracy": classifier.accuracy}
     return [f"{name}: {text.format(**facts)}" for name, text in FIGURES.items() if name in row]
@@ -1007,7 +1008,9 @@ def main(argv=None):
         raise UserError("--save_stats keeps the statistics of one set of samples: give one")
     reference, images = open_reference(args.ref, sources) if args.ref else ({}, None)
     prompted = bool(set(PROMPTED) & set(args.judges))
-    names = agree_on_classes(sources, classifier, need_labels=prompted) if classifier or prompted else None
+    names = None
+    if classifier or prompted:
+        names = agree_on_classes(sources, classifier, need_labels=prompted)
     inception, ask = make_judges(args, names, classifier, device)
     if rank == 0:
         if args.save_stats:
