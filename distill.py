@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from data import (DTYPES, PUBLIC, Parser, check_numbers, file_hash, is_small, load_vae, lock_folder, open_data,
                   read_class_names, run_main, say_once, setup, train_indices)
-from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier
+from fid import classifier_beside, judge, labels_like, load_classifier, load_or_train_classifier, table
 from model import (MAR, SIZES, TRAIN, UserError, alpha_sigma, bf16_products, bf16_weights, gaussian, image_keys,
                    load_mar, mask_counts, need_file, read_checkpoint, reading, replacing, runs_bf16, save_checkpoint,
                    say, schedule_tables, take, token_orders, uniform, write_json)
@@ -900,10 +900,7 @@ class Watch:
             # of all rows: after a resume fewer figures may be had, or more
             columns = dict.fromkeys(itertools.chain(*self.rows.values()))
             columns = [name for name in columns if name not in ("made_by", "census")]
-            line = lambda name, cells: tqdm.write(f"{name:12}" + "".join(f"{cell[-11:]:>12}" for cell in cells))
-            line("", columns)
-            for name, row in self.rows.items():
-                line(name, [f"{row[column]:.4g}" if column in row else "-" for column in columns])
+            tqdm.write(table(self.rows.items(), columns))
 
 
 class Gradients:

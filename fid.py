@@ -555,7 +555,7 @@ def load_clip(path):
 
 
 def load_pickscore(path):
-    """PickScore, a CLIP ViT-H/14 in Hugging Face's names: its model.safetensors, or pytorch_model.bin."""
+    """PickScore, a CLIP ViT-H/14 in Hugging Face's names: its pytorch_model.bin."""
     names = [(ours, hugging_face) for ours, _, hugging_face in CLIP_NAMES]
     turned = ("visual_projection.weight", "text_projection.weight")  # an nn.Linear's: the transpose of OpenAI's
     return load_network(lambda: CLIP(**VIT_H14), path, "pickscore", names, turned=turned)
@@ -949,14 +949,13 @@ def make_row(pictures, said, reference, classifier, args):
     return row
 
 
-def print_table(rows):
-    """What the figures mean, then the figures, a row per set of pictures. A column is there if some row has it."""
-    say("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
-    columns = [name for name in FIGURES if any(name in row for row in rows)]
-    say("".join(f"{name:>12}" for name in ("n", *columns)) + "  of")
-    for row in rows:
-        cells = [f"{row[name]:.5g}" if name in row else "-" for name in columns]
-        say("".join(f"{cell:>12}" for cell in (row["n"], *cells)) + f"  {row['name']}")
+def table(rows, columns):
+    """The text of rows (name, {column: number}); a number that a row lacks is "-"."""
+    lines = ["".join(f"{column[-11:]:>12}" for column in columns) + "  of"]
+    for name, row in rows:
+        cells = [f"{row[column]:.5g}" if column in row else "-" for column in columns]
+        lines.append("".join(f"{cell:>12}" for cell in cells) + f"  {name}")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1033,7 +1032,9 @@ def main(argv=None):
             with open(Path(args.out) / "results.jsonl", "a") as file:  # at once: a later fault takes no row with it
                 file.write(json.dumps(rows[-1]) + "\n")
     if rank == 0:
-        print_table(rows)
+        say("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
+        columns = ["n", *(name for name in FIGURES if any(name in row for row in rows))]
+        say(table([(row["name"], row) for row in rows], columns))
 
 
 if __name__ == "__main__":

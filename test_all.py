@@ -1572,7 +1572,7 @@ def test_rows_of_a_table_may_lack_figures(folder):
     watch.grid, watch.run = {}, Namespace(rank=0, path=lambda name: folder / name)
     watch.rows = {"teacher_1": {"made_by": {}}, "before": {"fd": 1.5}, "after": {"made_by": {}, "accuracy": 0.5}}
     lines = [line.split() for line in heard(lambda: watch.show(3)).splitlines()]
-    assert lines == [["fd", "accuracy"], ["teacher_1", "-", "-"], ["before", "1.5", "-"], ["after", "-", "0.5"]]
+    assert lines == [["fd", "accuracy", "of"], ["-", "-", "teacher_1"], ["1.5", "-", "before"], ["-", "0.5", "after"]]
     assert table_of(folder) == watch.rows
 
 
