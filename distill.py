@@ -712,10 +712,8 @@ class Run:
     def check_resumed(self, stages, same):
         """Refuse to go on where what must be as at the start is not; say what else has changed."""
         was, stage = self.resumed.get("args", {}), self.resumed.get("stage")
-        changed = {name: f"--{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
+        changed = {name: f"{name} {value} (was {was[name]})" for name, value in vars(self.args).items()
                    if name != "resume" and was.get(name, value) != value}
-        changed |= {name: f"another file for --{name.removesuffix('_sha256')} (by its SHA-256)" for name in changed
-                    if name.endswith("_sha256")}
         wrong = [text for name, text in changed.items() if name in same]
         if stage not in stages:
             wrong = [f"another program (its stage is {stage}, not {' or '.join(stages)})"]

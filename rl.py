@@ -53,24 +53,6 @@ EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all o
 # Both: reward(x (n, c, h, w), labels (n,)) -> (n,); x (B, c, h, w), keys (B,) of its noise -> v like x, rewards (B,).
 
 
-def cosines(side, count, device=None):
-    """The `count` lowest frequencies of the orthonormal DCT-II as rows: (count, side)."""
-    k, place = torch.arange(count, device=device)[:, None], torch.arange(side, device=device) + 0.5
-    return torch.cos(math.pi / side * k * place) * torch.where(k > 0, 2 / side, 1 / side).sqrt()
-
-
-def orthogonal_noise(keys, N, m):
-    """(B,) keys -> (B, N, m): N standard normal vectors per picture, those of each group of m (of N, if fewer) at right
-    angles: so calls do not ask the same twice. Their directions are uniform, their lengths those of independent
-    Gaussians (Choromanski et al. 2018)."""
-    size = min(N, m)
-    groups = -(-N // size)
-    z = gaussian(keys, EXPLORE, torch.arange(groups * size, device=keys.device), m).unflatten(1, (groups, size))
-    q, r = torch.linalg.qr(z.mT)  # (B, groups, m, size), (B, groups, size, size); r's signs are the algorithm's choice
-    lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, size)
-    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N]
-
-
 @torch.no_grad()
 def reinforce_direction(reward, x, labels, keys, args):
     """From rewards alone. The policy is a Gaussian on the finished picture, white in each channel's lowest f x f
@@ -113,6 +95,24 @@ def pathwise_direction(reward, x, labels, keys, args):
 def reward_in_chunks(reward, x, labels, chunk):
     """reward(x, labels) of any number of pictures, `chunk` at a time: a decoder or a judge fills the memory."""
     return torch.cat([reward(*part) for part in zip(x.split(chunk), labels.split(chunk))])
+
+
+def cosines(side, count, device=None):
+    """The `count` lowest frequencies of the orthonormal DCT-II as rows: (count, side)."""
+    k, place = torch.arange(count, device=device)[:, None], torch.arange(side, device=device) + 0.5
+    return torch.cos(math.pi / side * k * place) * torch.where(k > 0, 2 / side, 1 / side).sqrt()
+
+
+def orthogonal_noise(keys, N, m):
+    """(B,) keys -> (B, N, m): N standard normal vectors per picture, those of each group of m (of N, if fewer) at right
+    angles: so calls do not ask the same twice. Their directions are uniform, their lengths those of independent
+    Gaussians (Choromanski et al. 2018)."""
+    size = min(N, m)
+    groups = -(-N // size)
+    z = gaussian(keys, EXPLORE, torch.arange(groups * size, device=keys.device), m).unflatten(1, (groups, size))
+    q, r = torch.linalg.qr(z.mT)  # (B, groups, m, size), (B, groups, size, size); r's signs are the algorithm's choice
+    lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, size)
+    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
