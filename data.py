@@ -1,9 +1,10 @@
 """Pictures and latents: where every training batch, reference image and decoded sample comes from.
 
-Three kinds of data, one class (`Data`):
+What --data takes, all of one class (`Data`):
   shapes     8 classes of coloured shapes, drawn on the fly; nothing to download
   cifar10    the official binary files               python data.py --get cifar10
   PATH       any image folder, PATH/train/<class>/*  (and PATH/test, PATH/val or PATH/validation for the other split)
+  CACHE      a folder of latents that this program has made of such a one
 Images below 64 px are used as pixels and decoded into memory at each start. Larger ones become KL-16 latents, once:
     python data.py --get kl16                                          # downloads what it names, and nothing else
     python data.py --data PATH --vae pretrained_models/vae/kl16.ckpt   # or torchrun --nproc_per_node=8 data.py ...
@@ -140,7 +141,7 @@ def walk(folder, above=()):
         if os.path.isdir(path):  # also if its name ends like a picture's
             if os.path.realpath(path) not in above:
                 yield from walk(path, above)
-        elif name.lower().endswith(SUFFIXES):
+        elif name.lower().endswith(SUFFIXES) and os.path.isfile(path):  # not a link to nowhere
             yield path
 
 
@@ -172,9 +173,10 @@ def find_images(folder, need_classes=False):
 def native_size(path, split, pixels=False):
     """px at which a folder is used unless told otherwise: its first image's if below 64 or if `pixels`, else 256."""
     folder = split_folder(path, split)
-    for file in walk(folder):  # the first is enough: to list all of ImageNet takes long
-        side = min(read_image(file).shape[1:])
-        return side if pixels or side < PIXEL_LIMIT else 256
+    for file in walk(folder):  # the first that is whole is enough: to list all of ImageNet takes long
+        with contextlib.suppress(UserError):
+            side = min(read_image(file).shape[1:])
+            return side if pixels or side < PIXEL_LIMIT else 256
     raise UserError(f"{folder}: no images in it")
 
 
@@ -229,17 +231,19 @@ def default_cache(path, img_size):
     return Path("out/cache") / f"{Path(path).resolve().name}-{img_size}-latents"
 
 
-def start_cache(out, folder, files, meta):
+def start_cache(out, folder, pictures, img_size, vae):
     """Make the files of a cache, or make sure that those which are there are of the same pictures."""
     lock_folder(out)  # two builders would write over each other's rows
-    path, count, side = out / "cache.json", len(files), meta["img_size"] // 16
+    class_names, files, labels = pictures
+    path, count, side = out / "cache.json", len(files), img_size // 16
     need, free = count * 2 * 32 * side**2 * 2, shutil.disk_usage(out).free  # bytes
     say(f"{out}: {count:,} pictures, {need / 1e9:.2f} GB; if stopped, the same command goes on")
     digest, start = hashlib.sha256(), len(os.path.join(folder, ""))
     for file in files:  # half a minute for ImageNet on a local disk
         stat = os.stat(file)
         digest.update(os.fsencode(f"{file[start:]} {stat.st_size} {stat.st_mtime_ns}\n"))
-    meta["digest"] = digest.hexdigest()
+    meta = {"img_size": img_size, "vae_sha256": file_hash(vae)[:16], "digest": digest.hexdigest(),
+            "classes": dict(zip(class_names, np.bincount(labels).tolist()))}
     if not path.exists():
         if need > free:
             raise UserError(f"{out}: only {free / 1e9:.2f} GB are free: make room, or give another --out")
@@ -264,11 +268,10 @@ def build_cache(args):
     out = Path(args.out or default_cache(args.data, size))
     device, rank, world = setup(args.device)
     vae = load_vae(args.vae).to(device)
-    class_names, files, labels = find_images(folder, need_classes=True)  # of ImageNet slow: last
+    pictures = _, files, _ = find_images(folder, need_classes=True)  # of ImageNet slow: last
     barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0:
-        start_cache(out, folder, files, {"img_size": size, "vae_sha256": file_hash(args.vae)[:16],
-                                         "classes": dict(zip(class_names, np.bincount(labels).tolist()))})
+        start_cache(out, folder, pictures, size, args.vae)
     barrier()
     with reading(out, "latent cache", ": delete it"):
         moments, done = (np.load(out / f"{name}.npy", "r+") for name in ("moments", "done"))
@@ -378,15 +381,16 @@ def open_data(name, split="train", img_size=None, pixels=False):
         return open_cifar10(split, img_size)
     if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder; --data takes shapes, cifar10 or a folder with train/<class>/*.jpg")
-    if not pixels and Path(name, "cache.json").exists():
+    if Path(name, "cache.json").exists():
+        if pixels:
+            raise UserError(f"{name}: a latent cache, which holds no pixels: give the folder of the images")
         return open_cache(name)
     img_size = img_size or native_size(name, split, pixels)
     if pixels or img_size < PIXEL_LIMIT:
         return open_images(name, split, img_size)
-    cache = default_cache(name, img_size)
     raise UserError(f"{name}: images of {img_size} px become latents, once, by: python data.py --data "
                     f"{shlex.quote(name)} --img_size {img_size} --vae {PUBLIC['kl16'][1]}; then give --data "
-                    f"{cache}; or use them as pixels (distill.py --pixels)")
+                    f"{default_cache(name, img_size)}; or use them as pixels (distill.py --pixels)")
 
 
 def open_images(name, split, img_size):
@@ -774,7 +778,7 @@ def main(argv=None):
     flag("--batch", type=int, default=64, help="images encoded at once; less if memory is short")
     flag("--device", default="auto", help="cpu, cuda, mps, or auto: cuda where there is one")
     flag("--get", nargs="+", default=[], choices=PUBLIC, metavar="NAME", help=f"download: {', '.join(PUBLIC)}")
-    flag("--folder", default=".", help="where --get puts files; fid.py and rl.py need the same")
+    flag("--folder", default=".", help="where --get puts judges' weights; fid.py and rl.py need the same")
     args = p.parse_args(argv)
     check_numbers(args, one="img_size batch")
     if bool(args.get) == bool(args.data):

@@ -6,10 +6,11 @@ are needed. Each row is added to OUT/results.jsonl, a line of JSON with what its
 
     python data.py --get inception adm_reference               # once; also: clip bpe pickscore ...
     python fid.py samples.npz --ref pretrained_models/fid/VIRTUAL_imagenet256_labeled.npz
-    torchrun --nproc_per_node=8 fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=8 -- fid.py --ckpt student.pt --vae kl16.ckpt --ref VIRTUAL_imagenet256_labeled.npz
     python fid.py --ckpt a.pt b.pt --vae kl16.ckpt --judges clip pickscore imagereward --guidance 1 2   # a row per way
     python fid.py --ckpt out/shapes/student.pt --judges classifier --classifier out/shapes/classifier_0.pt --num 2048
     python fid.py FOLDER --size 256 --save_stats mine.npz      # statistics of your own images, a later --ref
+(Without the --, torchrun takes --num for an abbreviation of its own flags.)
 """
 import contextlib
 import functools
@@ -70,12 +71,11 @@ def inception_score(logits, splits=10, shuffle=False):
 
     shuffle: permute first with numpy's seed 2020, as torch-fidelity does; without, as ADM. Samples in class order need
     it, else each split knows a tenth of the classes. Salimans et al. 2016, arXiv 1606.03498."""
-    x = logits
+    N, scores = len(logits), []
     if shuffle:
-        x = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
-    scores = []
+        logits = logits[torch.from_numpy(np.random.RandomState(2020).permutation(N))]
     for i in range(splits):
-        log_p = x[i * len(x) // splits:(i + 1) * len(x) // splits].double().log_softmax(1)
+        log_p = logits[i * N // splits:(i + 1) * N // splits].double().log_softmax(1)
         p = log_p.exp()
         scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -326,7 +326,7 @@ def load_or_train_classifier(data, folder, seed=0, device="cpu"):
 def load_classifier(path, device="cpu"):
     """The Classifier in a file. It judges without data: the file holds the data's statistics too."""
     saved = read_checkpoint(path)
-    with reading(path, "classifier", ": delete it, and it is made anew from --data"):
+    with reading(path, "classifier", ": give the classifier_0.pt that a run of distill.py leaves in its folder"):
         made_from, reference = saved["made_from"], saved["reference"]
         net = fill_model(lambda: Classifier(len(made_from["classes"]), made_from["img_size"]), saved["model"], path)
         net.made_from, net.reference, net.accuracy = made_from, reference, saved["accuracy"]
@@ -784,9 +784,10 @@ def checkpoint_pictures(path, args, device, vae, classifier):
         counts = torch.tensor([known[name] for name in names])
     labels = labels_like(counts, args.num).numpy()
 
+    again = functools.cache(lambda: bf16_weights(load_mar(path).to(device)))  # the memory holds one row's network
+
     def read(how, numbers):
-        bf16_weights(model.to(device))  # here: a GPU holds one row's network. Again, it does nothing
-        return draw(model, labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
+        return draw(again(), labels[numbers], start=int(numbers[0]), vae=vae, batch=args.batch, **how)
 
     said = lambda how: ", ".join(f"{name} {value}" for name, value in how.items())
     return [Pictures(f"{path} ({said(how)})", model.class_names, model.config.img_size, labels,
@@ -1015,6 +1016,7 @@ def main(argv=None):
         if args.save_stats:
             check_output(args.save_stats, ".npz")
         os.makedirs(args.out, exist_ok=True)
+        results = open(Path(args.out) / "results.jsonl", "a")  # complains now, not after the work
     if images:
         said = collect(images, lambda part, _: {"pool": inception(part)[0]}, args.batch, rank, world)
         if rank == 0:
@@ -1029,8 +1031,7 @@ def main(argv=None):
         said = collect(pictures, ask, args.batch, rank, world)
         if rank == 0:
             rows.append(make_row(pictures, said, reference, classifier, args))
-            with open(Path(args.out) / "results.jsonl", "a") as file:  # at once: a later fault takes no row with it
-                file.write(json.dumps(rows[-1]) + "\n")
+            print(json.dumps(rows[-1]), file=results, flush=True)  # at once: a later fault takes no row with it
     if rank == 0:
         say("\n".join(dict.fromkeys(line for row in rows for line in row["conventions"])))
         columns = ["n", *(name for name in FIGURES if any(name in row for row in rows))]

@@ -108,7 +108,7 @@ def cosine_schedule(steps=1000):
     learned variance), coef_x0, coef_xt (posterior mean)."""
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     abar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
-    # the stride added up, as in the public code, whose rounding it decides: at 21, 23, 27, ... i * stride differs
+    # the stride added up, as in the public code, whose rounding it decides: at 21, 23, 31, ... i * stride differs
     t = np.cumsum([0.0] + [999 / (steps - 1)] * (steps - 1)).round().astype(int)
     abar = abar[t]
     abar_prev = np.append(1.0, abar[:-1])
@@ -624,18 +624,17 @@ def load_mar(path, ema=True, **config_overrides):
     made (the flags of its run; {} in public files), class_names (None where it has none)."""
     file = read_checkpoint(path)
     state, ours = weights_in(file, ema), "config" in file
-    head = "head_net." if "head_net.input_proj.weight" in state else "diffloss.net."  # the public name
+    head = "head_net." if ours and "head_net.input_proj.weight" in state else "diffloss.net."  # the public name
     if not {"class_emb.weight", "z_proj.weight", head + "input_proj.weight"} <= set(state):
-        raise UserError(f"{path} is no MAR checkpoint: it holds {sorted(map(str, file))[:6]}")
+        raise UserError(f"{path} is no MAR checkpoint{'' if ema else ' with weights as trained'}: it holds "
+                        f"{sorted(map(str, file))[:6]}")
     stage, names = file.get("stage") or "teacher", file.get("class_names")
     if stage not in STAGES:
         raise UserError(f"{path}: stage {stage!r} is none of {', '.join(STAGES)}: how it is drawn is not known")
     with reading(path, "MAR checkpoint"):
-        if ours:
-            config = MARConfig(**file["config"])
-            made = dict(file.get("args") or {})
-        else:
-            config, made = config_of_public(state, file.get("args"), config_overrides.get("heads"), path), {}
+        made = dict(file.get("args") or {}) if ours else {}
+        config = (MARConfig(**file["config"]) if ours else
+                  config_of_public(state, file.get("args"), config_overrides.get("heads"), path))
         config = replace(config, **config_overrides)
         check_settings(config, made, path)
         if names is not None and [type(name) for name in names] != [str] * config.num_classes:
@@ -680,6 +679,8 @@ def fill_model(build, state, path, names=(), turned=(), advice=""):
     if wrong:
         raise UserError(f"{path} is no {type(model).__name__} file that fits: {'; '.join(wrong[:4])} "
                         f"({len(wrong)} in all){advice}")
+    for count in model.buffers():  # of batches seen, which files may lack
+        count.zero_()
     for name in wanted:
         places[name].copy_(state[name].reshape(places[name].shape))
     return model.eval().requires_grad_(False)

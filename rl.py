@@ -40,7 +40,7 @@ from PIL import Image
 from data import LATENT_SCALE, PUBLIC, Parser, load_vae, open_data, read_class_names, run_main, setup
 from distill import (MAX_NORM, Gradients, Run, Watch, check_names, defaults_of, labels_and_seeds, make_optimizer,
                      micro_batches, read_flags, set_lr, update_ema)
-from fid import (TEMPLATE, WEIGHTS, classifier_beside, frechet_distance, judge, load_classifier, load_inception,
+from fid import (TEMPLATE, WEIGHTS, classifier_beside, finite, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, need_file,
                    read_checkpoint, reveal_plan, say, take, token_orders)
@@ -346,7 +346,7 @@ def make_figures(args, classifiers, functions, weights, device):
         if classifier:
             row.update(judge(classifier, images, labels))
         elif args.ref:
-            pool = torch.cat([inception(part.to(device))[0].cpu() for part in images.split(args.chunk)])
+            pool = torch.cat([finite(inception(part.to(device))[0]) for part in images.split(args.chunk)])
             row["fid"] = frechet_distance(*mean_and_covariance(pool), *reference)
         return row
     return figures
