@@ -11,9 +11,9 @@ Needed before: nothing for shapes; for ImageNet the public teacher (data.py --ge
 The paper (MARVAL, arXiv 2511.15190) distils with guided score implicit matching, GSIM: `distil` is the loop,
 `gsim_loss` the loss. Here
 1. the loss is weighted by sigma^2 / alpha, which states it in units of x0: without it small t drowns the rest;
-2. both losses of an update are taken at the same weights, the critic's and then the student's, and both step after
-   it: so neither gradient accumulation nor the number of ranks matters (but to a VAE's noise, and to stage 0's
-   dropout); betas (0, .99): no momentum, as in SiD (Zhou et al. 2024), because the critic's target moves;
+2. an update takes the critic's loss and then the student's at the same weights, and then both step. So accumulation
+   and ranks change nothing, but for a VAE's noise and stage 0's dropout; betas (0, .99): no momentum, as in SiD (Zhou
+   et al. 2024), because the critic's target moves;
 3. t_init, learning rates and update ratio (1 : 1), which the paper does not state, are ours (assets/measurements.md);
 4. guidance g means 1.0 = none; the paper's "1.2" is read as g = 1.2;
 5. for shapes the teacher is guided at t < 500 only and 100 <= t < 400 counts a tenth: else the student loses modes of
@@ -238,8 +238,8 @@ def noised(x0, keys, purpose, positions, low=0, high=999):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 1: distillation
 
-# of stage 0 too: the last share of the updates, in which the learning rate falls to 0; limit of a gradient's norm
-DECAY, MAX_NORM = 0.4, 1.0
+DECAY = 0.4  # last share of a stage's updates, in which the learning rate falls to 0
+MAX_NORM = 1.0  # of a gradient
 
 
 def distil(args, teacher, data, run, watch):
@@ -535,7 +535,7 @@ def read_flags(p, argv, recipe, **defaults):
     known, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**recipe(known))
     args = p.parse_args(argv)
-    # two: a covariance is taken of the images, and a mean of each call's neighbours
+    # two: a covariance is taken of the images, and REINFORCE divides by calls - 1
     check_numbers(args, one="teacher_batch t_init teacher_head_steps chunk batch accumulate ar_steps eval_every "
                   "save_every log_every", two="eval_images calls", share="ema")
     return args
@@ -652,7 +652,7 @@ def main(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # What all training needs, rl.py's too: optimiser, averages, the run's folder, data parallelism
 
-# signal -> exit code once the checkpoint is written. 0, or torchrun --max-restarts would start a stopped run again
+# signal in a loop -> exit code once a checkpoint is written. 0, or torchrun --max-restarts would start the run again
 SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
@@ -703,7 +703,8 @@ class Run:
         for steps, batch in (("steps", "batch"), ("teacher_steps", "teacher_batch")):
             if vars(args).get(steps) and vars(args)[batch] % (world * args.accumulate):
                 raise UserError(f"--{batch} must be a multiple of {world} processes x --accumulate {args.accumulate}")
-        hashes = {f"{flag}_sha256": file_hash(vars(args)[flag])[:16] for flag in files if vars(args)[flag]}
+        paths = {flag: vars(args)[flag] for flag in files}
+        hashes = {f"{flag}_sha256": path and file_hash(path)[:16] for flag, path in paths.items()}
         vars(args).update(hashes)  # in config.json and checkpoints they stand beside the flags
         self.resumed = read_checkpoint(path) if args.resume else {}
         if self.resumed:
@@ -776,7 +777,7 @@ class Run:
         if not self.heard:
             self.heard, self.heard_at = number, time.time()
             if self.rank == 0:  # not by print, which may be what the signal interrupts
-                when = "this update" if self.world == 1 else "the next log line"
+                when = "an update" if self.world == 1 else "the next log line"
                 os.write(2, f"\nstopping after {when}; once more ends now\n".encode())
         elif time.time() - self.heard_at > 1:  # torchrun passes on what the terminal has sent already
             signal.signal(number, signal.SIG_DFL)
@@ -833,6 +834,8 @@ class Run:
             self.write("resume", model.config, **{name: x.state_dict() for name, x in self.state.items()},
                        log_bytes=os.path.getsize(self.path("log.jsonl")))
         self.kept = self.step
+        if self.world == 1:  # a signal while the files were written is obeyed, too
+            self.stopping = self.heard
         if self.stopping:
             if self.world > 1:
                 dist.barrier()  # when one rank is gone torchrun ends the others: not before rank 0 has written

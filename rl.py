@@ -29,7 +29,6 @@ import copy
 import io
 import math
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -43,7 +42,7 @@ from distill import (MAX_NORM, Gradients, Run, Watch, check_names, defaults_of, 
 from fid import (TEMPLATE, WEIGHTS, classifier_beside, finite, frechet_distance, judge, load_classifier, load_inception,
                  load_or_train_classifier, mean_and_covariance, prompt_scorer, read_npz, statistics_in)
 from model import (START, TRAIN, UserError, bf16_weights, gaussian, image_keys, load_mar, mask_counts, need_file,
-                   read_checkpoint, reveal_plan, say, take, token_orders)
+                   read_checkpoint, reveal_plan, say, take, token_orders, write_json)
 from sample import steps_of
 
 EXPLORE = TRAIN + 1024  # purpose (model.py) of the policy's noise, beyond all of distill.py's
@@ -74,7 +73,7 @@ def reinforce_direction(reward, x, labels, keys, args):
     waves = cosines(side, f, x.device)  # (f, side): Q's rows are products
     spread = lambda z: torch.einsum("bncfg,fh,gw->bnchw", z.unflatten(2, (channels, f, f)), waves, waves)
     z = orthogonal_noise(keys, N, channels * f * f)  # (B, N, c f f)
-    tried = (x[:, None] + s * spread(z)).flatten(0, 1)  # (B N, c, h, w)
+    tried = (x[:, None] + s * spread(z)).flatten(0, 1)  # (B N, c, h, w): 128 MiB for ImageNet's 64 x 128 latents
     r = reward_in_chunks(reward, tried, labels.repeat_interleave(N), args.chunk).view(B, N)
     advantage = (r - r.mean(1, keepdim=True)) / (s * (N - 1))
     v = spread(torch.einsum("bn,bnm->bm", advantage, z)[:, None])[:, 0]  # (B, c, h, w)
@@ -107,12 +106,14 @@ def orthogonal_noise(keys, N, m):
     """(B,) keys -> (B, N, m): N standard normal vectors per picture, those of each group of m (of N, if fewer) at right
     angles: so calls do not ask the same twice. Their directions are uniform, their lengths those of independent
     Gaussians (Choromanski et al. 2018)."""
-    size = min(N, m)
+    size, device = min(N, m), keys.device
     groups = -(-N // size)
+    if device.type == "mps":  # which has no QR in PyTorch before 2.11
+        keys = keys.cpu()
     z = gaussian(keys, EXPLORE, torch.arange(groups * size, device=keys.device), m).unflatten(1, (groups, size))
     q, r = torch.linalg.qr(z.mT)  # (B, groups, m, size), (B, groups, size, size); r's signs are the algorithm's choice
     lengths = r.diagonal(dim1=2, dim2=3).sign() * z.norm(dim=3)  # (B, groups, size)
-    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N]
+    return (q * lengths[:, :, None]).mT.flatten(1, 2)[:, :N].to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,8 +162,8 @@ def prompt_reward(kind):
 
 def writable_folder(ckpt):
     """The folder of a student; for one in assets/, which is shipped, that of the same name in out/."""
-    folder = Path(ckpt).parent
-    return Path("out", folder.name) if "assets" in folder.absolute().parts else folder
+    folder, shipped = Path(ckpt).parent, Path(__file__).resolve().parent / "assets"
+    return Path("out", folder.name) if folder.resolve().is_relative_to(shipped) else folder
 
 
 def open_classifier(ckpt, data, seed, device):
@@ -210,9 +211,12 @@ def parse_rewards(words):
         name, _, weight = word.partition(":")
         if name not in REWARDS or name in weights:
             raise UserError(f"reward {name} is unknown or named twice: there are {', '.join(REWARDS)}")
-        if not re.fullmatch(r"(-?\d*\.?\d+)?", weight):
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
             raise UserError(f"reward {word}: the weight {weight} is no number; write {name}:0.5")
-        weights[name] = float(weight or 1)
     return weights
 
 
@@ -220,7 +224,8 @@ def guarded(name, f):
     """f, made safe: it may change its arguments, return counts, truth values or doubles, or drop the dimension of a
     single picture."""
     def reward(images, labels):
-        r = torch.as_tensor(f(images.clone(), labels.clone()), device=images.device)
+        r = f(images.clone(), labels.clone())
+        r = torch.as_tensor([] if r is None else r, device=images.device)
         if r.numel() != len(images):
             raise UserError(f"reward {name} must return a number per image, not {tuple(r.shape)} for {len(images)}")
         return r.float().reshape(len(images))
@@ -229,10 +234,11 @@ def guarded(name, f):
 
 def build_rewards(args, config, classifiers, names, device, rank):
     """-> functions {name: f} of all rewards trained on or, by rank 0 alone, watched, weights {name: float} of those
-    trained on. Each is tried on two pictures: a wrong one ends here, not after an episode."""
+    trained on. Each is tried on two pictures, so that most faults show here, not after an episode."""
     weights, watched = parse_rewards(args.reward), parse_rewards(args.watch) if rank == 0 else {}
     images = torch.linspace(0, 1, 2 * 3 * config.img_size**2, device=device).view(2, 3, config.img_size, -1)
-    labels, functions = torch.tensor([0, config.num_classes - 1], device=device), {}
+    labels = torch.tensor([0, config.num_classes - 1], device=device)
+    functions = {}
     for name in weights | watched:
         functions[name] = guarded(name, REWARDS[name](args, classifiers, names, device))
         differentiated = args.estimator == "pathwise" and name in weights
@@ -247,7 +253,7 @@ def build_rewards(args, config, classifiers, names, device, rank):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-MAX_RISE, MIN_MODES = 1.2, 0.9  # best.pt has at most so many times the start's distance to the data, at least .9 modes
+MAX_DISTANCE, MIN_MODES = 1.2, 0.9  # of best.pt, in the start's distance to the data and in its number of modes
 
 
 def train(args, start, reward, run, watch):
@@ -301,6 +307,7 @@ def train(args, start, reward, run, watch):
 
         run.log_and_save("student", ema)  # where due: only here does the loop itself wait for the device
     evaluate(run, watch, ema, run.step)
+    watch.show(run.step)  # with the last row "best"
 
 
 def evaluate(run, watch, ema, step):
@@ -309,7 +316,7 @@ def evaluate(run, watch, ema, step):
     if run.rank == 0 and is_best(row, watch.rows):
         run.write("best", ema.config, step=step, ema=ema.state_dict())
         watch.rows["best"] = row
-        watch.show(step)
+        write_json(run.path("results.json"), watch.rows)
         say(f"best.pt is now that of step {step}")
 
 
@@ -319,7 +326,7 @@ def is_best(row, rows):
     distance, before = "fd" if "fd" in row else "fid", rows.get("before", {})
     if distance not in row.keys() & before.keys():
         return False
-    near = row[distance] <= MAX_RISE * before[distance]
+    near = row[distance] <= MAX_DISTANCE * before[distance]
     varied = row.get("modes", 0) >= MIN_MODES * before.get("modes", 0)
     return near and varied and row["reward"] > rows.get("best", before)["reward"]
 
@@ -385,7 +392,8 @@ def parse_args(argv=None):
     p = Parser("Post-train a one-step student with rewards.")
     flag = p.add_argument
     # files and data
-    flag("--data", default=None, help="what distill.py was run on; left out, the classifiers are those beside --ckpt")
+    flag("--data", default=None, help="for students of pixels, what distill.py was run on; left out: the classifiers "
+         "beside --ckpt")
     flag("--ckpt", default=None, help="the student (default out/<name of the data, or imagenet>/student.pt)")
     flag("--out", default=None, help="folder of the run (default rl/ beside the student)")
     flag("--vae", default=PUBLIC["kl16"][1], help="KL-16 file, for students of latents")
@@ -399,7 +407,7 @@ def parse_args(argv=None):
          help="rewards that are only watched: they may fall when the trained one is being hacked")
     flag("--kl", type=float, default=None, help="pull towards the start, in reward per nat per dimension; raise it if "
          "FD rises or modes go, lower it if the reward does not move; twice the --noise_std wants it 4 times as strong "
-         f"(left out: the rewards' weights times {DEFAULT_KL}, 0.2 for others)")
+         f"(left out: the sum of |weight| of each reward times {DEFAULT_KL}, 0.2 for others)")
     # its gradient
     flag("--estimator", default="reinforce", choices=["reinforce", "pathwise"],
          help="pathwise: differentiate the reward; less noise, differentiable rewards only")
@@ -451,7 +459,7 @@ def main(argv=None):
     args.vae = None if config.pixels else need_file(args.vae, "kl16")
     # same: what figures mean, and of which pictures they are. Rows of others could not be compared
     run = Run(args, device, rank, world, ["rl"], names, files=["ckpt", "ref", "vae"],
-              same=["reward", "watch", "prompt", "ref", "data", "seed", "eval_images", "ar_steps"])
+              same=["reward", "watch", "prompt", "data", "seed", "eval_images", "ar_steps"])
     if config.pixels and args.ref:
         raise UserError("--ref is for students of latents, and this one draws pixels: leave it out")
     if args.data and not config.pixels:

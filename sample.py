@@ -269,8 +269,11 @@ def export(model, path):
     state = {name.replace("head_net.", "diffloss.net."): value for name, value in model.state_dict().items()}
     ours = {"config": asdict(model.config), "stage": model.stage, "args": model.made, "class_names": model.class_names}
     save_checkpoint({**ours, "model": state, "model_ema": state}, path)
-    say(f"{path}: {model.config}\nLTH14/mar needs README's patch to draw a student, with t = "
-        f"{model.config.t_init}, and cannot draw a teacher of pixels: it clamps none")
+    say(f"{path}: {model.config}")
+    if model.stage != "teacher":
+        say(f"LTH14/mar draws a student only with README's patch of DiffLoss.sample, t = {model.config.t_init} in it")
+    elif model.config.pixels:
+        say("LTH14/mar cannot draw a teacher of pixels: it clamps none of them")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def parse_args(argv=None):
     if bool(args.edit) != bool(args.box):
         raise UserError("--edit PICTURE and --box LEFT TOP RIGHT BOTTOM belong together: give both")
     unused = {"gif": ["out", "batch"], "num": ["per_class"],
-              "export": vars(args).keys() - {"ckpt", "export", "device"}}
+              "export": sorted(vars(args).keys() - {"ckpt", "export", "device"})}
     for name in unused.get(job, []):
         if getattr(args, name) != p.get_default(name):
             raise UserError(f"--{job} does not use --{name}: leave it out")
@@ -373,9 +376,9 @@ def main(argv=None):
     if job == "export":
         check_output(args.export, ".pth", ".pt")
         return export(model, args.export)
-    if model.stage != "teacher" and (args.head_steps or args.guidance or args.guidance_schedule):
+    if model.stage != "teacher" and (args.head_steps not in (None, 1) or args.guidance not in (None, [1])):
         raise UserError(f"{args.ckpt} is a student, whose guidance and one head step are built in: "
-                        "leave --head_steps, --guidance and --guidance_schedule out")
+                        "leave --head_steps and --guidance out")
     ways = ways_to_draw(args, model)
     if len(ways) > 1 and job in ("gif", "num"):
         raise UserError(f"several --ar_steps or --guidance make a grid; --{job} takes one")
