@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 import zlib
 from argparse import ArgumentParser, Namespace
 from contextlib import chdir, contextmanager, ExitStack, redirect_stderr, redirect_stdout, suppress
@@ -204,7 +205,7 @@ def fresh(*argv, **env):
 
 def on_ranks(world, work):
     """work() on `world` gloo processes, told by torchrun's variables who they are: -> rank 0's stdout."""
-    port = 10_000 + os.getpid() % 20_000  # another for each test, below those that systems hand out
+    port = 10_000 + os.getpid() % 20_000  # another for each test, below those that systems hand out; may be taken
     ranks = [Command(work, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(world)]
     while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
@@ -1193,7 +1194,7 @@ class Blind:
     """Stands in for the judges of distill.py and rl.py, where only training is looked at."""
     rows = {}
     __init__ = lambda *_: None
-    look = lambda *_, **__: {}
+    look = show = lambda *_, **__: {}
 
 
 def untrained_classifier(data, seed, device="cpu"):
@@ -1327,7 +1328,7 @@ def test_one_two_and_four_processes_train_alike(folder):
                 g, h = ({i: state["exp_avg"] for i, state in z[0][optimizer]["state"].items()} for z in (many, one))
                 for what, ours, theirs in (("gradient", g, h), ("parameters", many[1][network], one[1][network])):
                     key = f"{name} {network}", what
-                    worst[key] = max(worst.get(key, 0), apart(ours, theirs))
+                    worst[key] = max(apart(ours, theirs), worst.get(key, 0))  # in this order a NaN stays
                 moved = apart(one[1][network], one[0][network])
                 assert moved > 1e-4, f"{name} hardly moved: {moved}"
     assert LOOSE.keys() < worst.keys() and len(worst) == 12, worst
@@ -1440,14 +1441,16 @@ def test_flags_of_the_loss_change_the_student(folder):
     """By more than a thirtieth of the way that it goes without them."""
     tiny_mar(folder, "teacher", **PIXELS_16, decoder_depth=3)
     students = {}
-    for flags in ((), ("--loss", "vsd"), ("--dtype", "bfloat16"), ("--guidance", 1)):
-        out = folder / f"run{flags}"
-        blind_distill(out, "--teacher", folder / "teacher.pt", "--steps", 2, *flags)
-        students[flags] = saved(out)["model"]
-    plain = students.pop(())
+    for flags, by_size in (((), {}), (("--loss", "vsd"), {}), (("--dtype", "bfloat16"), {}), (("--guidance", 1), {}),
+                           ((), {"t_guided": 1000}), ((), {"low_weight": 1.0}), ((), {"fine_weight": 9.0})):
+        name = f"{flags}{by_size}"
+        with patch.dict(distill.DEFAULTS["shapes"], by_size):
+            blind_distill(folder / name, "--teacher", folder / "teacher.pt", "--steps", 2, *flags)
+        students[name] = saved(folder / name)["model"]
+    plain = students.pop("(){}")
     moved = apart(read_checkpoint(folder / "teacher.pt")["ema"], plain)
-    for flags, other in students.items():
-        assert apart(other, plain) > 0.03 * moved, flags
+    for name, other in students.items():
+        assert apart(other, plain) > 0.03 * moved, name
 
 
 def test_help_shows_the_defaults_that_hold():
@@ -1547,6 +1550,7 @@ def test_a_run_that_ends_anywhere_and_resumes_is_bit_exact(folder):
         (rl, (rl, "update_ema"), 4, KILL, -KILL, "rl", 3, 3),  # "after" and "best" of step 3 come before the next one
         (rl, (distill, "save_checkpoint"), 4, KILL, -KILL, "rl", 2, 1),  # between student.pt and resume.pt
         (rl, (distill, "write_json"), 3, KILL, -KILL, "rl", 3, 1),
+        (rl, (distill, "save_checkpoint"), 5, KILL, -KILL, "rl", 3, 2),  # between the row "after" and best.pt
         (rl, (distill, "draw_together"), 4, TERM, 0, "rl", 4, 3),
         (rl, (distill, "draw_together"), 6, TERM, -TERM, "rl", 6, 3)]  # after the loop all is saved: at once
     write_student(folder)
@@ -1619,7 +1623,8 @@ def test_kill_9_at_random_moments_and_inside_a_write_loses_nothing(folder):
                 "without_data": lambda out, *more: blind_distill(out, *NO_DATA, folder / "teacher.pt", *often, *more),
                 "rl": lambda out, *more: run_rl(folder, *often, "--out", out, *more)}
     write_student(folder), write_student(folder, "teacher")
-    with patch.object(rl, "Watch", Blind):
+    drops = patch.dict(globals(), TINY_SHAPES=replace(TINY_SHAPES, dropout=0.1))  # the teacher's: by (seed, step)
+    with patch.object(rl, "Watch", Blind), drops:
         for name, go in programs.items():
             start, out = time.time(), folder / f"{name}_killed"
             go(folder / name)
@@ -1643,7 +1648,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(fol
     disk, run = folder / "disk", folder / "disk/run"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2300k", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         raise Skip("only root may mount a small tmpfs")
     try:
         train = lambda out, *more: blind_distill(out, "--teacher_steps", 4, "--steps", 0, *more)
@@ -1674,12 +1679,13 @@ def twelve_updates(folder, name, *more):
 
 
 def updates_with_accidents(folder):
-    """The same under torchrun. Rank 1 is killed at step 5 in its first life. In its second, which goes on from step 3,
-    SIGTERM comes to it at step 6, and to rank 0 a step later."""
+    """The same under torchrun. Rank 1 is killed at step 5 in its first life. In its second, which goes on from step 4,
+    SIGTERM comes to it at step 7, and to rank 0 while it writes the last checkpoint."""
     rank_and_life = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-    batch, number = {("1", "0"): (6, signal.SIGKILL), ("1", "1"): (4, signal.SIGTERM),
-                     ("0", "1"): (5, signal.SIGTERM)}.get(rank_and_life, (0, 0))
-    with happens_at(batch, lambda: os.kill(os.getpid(), number), (distill, "training_batch")):
+    place, count, number = {("1", "0"): ("training_batch", 6, signal.SIGKILL),
+                            ("1", "1"): ("training_batch", 4, signal.SIGTERM),
+                            ("0", "1"): ("save_checkpoint", 3, signal.SIGTERM)}.get(rank_and_life, ("uniform", 0, 0))
+    with happens_at(count, lambda: os.kill(os.getpid(), number), (distill, place)):
         twelve_updates(folder, "hurt")
 
 
@@ -2765,22 +2771,17 @@ def test_reinforce_does_not_depend_on_batch_or_chunk():
 
 def held_by(work):
     """The most bytes that autograd holds for backward at a time during work()."""
-    now = most = 0
+    alive, sums = weakref.WeakSet(), []
 
-    class Held:
-        def __init__(self, tensor):
-            nonlocal now, most
-            self.tensor = tensor
-            now += tensor.nbytes
-            most = max(most, now)
+    def hold(tensor):
+        held = lambda: tensor
+        alive.add(held)
+        sums.append(sum(one().nbytes for one in alive))
+        return held
 
-        def __del__(self):
-            nonlocal now
-            now -= self.tensor.nbytes
-
-    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda held: held()):
         work()
-    return most
+    return max(sums)
 
 
 def test_chain_memory_is_that_of_one_step():
@@ -3041,12 +3042,9 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --teacher beside/teacher.pt | beside/classifier_0.pt | truncated
         --data shapes --teacher_head_steps 1001 | below 1001
         --data shapes --ar_steps 17 | 1..16
-        --data shapes --ar_steps 0 | --ar_steps | at least 1
         --data shapes --eval_images 1 | --eval_images 1 | at least 2
-        --data shapes --steps -1 | --steps | at least 0
         --data shapes --lr nan | --lr
         --data shapes --ema 1.5 | --ema | below 1
-        --data shapes --seed 5000000000 | --seed
         --data shapes --size medium | --size
         --data shapes --t_init 999 | t_init
         --data shapes --batch 10 --accumulate 4 | multiple
@@ -3066,7 +3064,6 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --ckpt student.pt --classes 9 --num 4 --out new | 0..7
         --ckpt student.pt --classes cat | ring
         --ckpt student.pt --ar_steps 17 | 1..16
-        --ckpt student.pt --ar_steps 0 | at least 1
         --ckpt student.pt --head_steps 100 | student
         --ckpt student.pt --guidance 2 | student
         --ckpt student.pt --gif x.gif --out y.gif | --gif does not use --out
@@ -3129,6 +3126,7 @@ REFUSED = {  # of each program a line a case: what is typed where `bad_files` li
         --ckpt student.pt --reward red --watch --resume --out new | resume.pt
         --ckpt student.pt --reward nan --watch | reward nan is not finite
         --ckpt student.pt --reward shape --watch | reward shape must return a number per image | () for 2
+        --ckpt student.pt --reward none --watch | reward none must return a number per image
         --ckpt student.pt --reward red jpeg --watch --estimator pathwise | no gradient | jpeg"""}
 
 
@@ -3171,7 +3169,8 @@ def bad_files(folder):
 def refuses_bad_input(program):
     """The lines of REFUSED[program], typed where `bad_files` lie, are refused before anything long starts, and no file
     or folder is made. As a user sees it, that is one line and exit code 2."""
-    rewards = {"nan": lambda a, i: a.mean((1, 2, 3)) * math.nan, "shape": lambda a, i: a.mean()}
+    rewards = {"nan": lambda a, i: torch.tensor([0.0] * 7 + [math.nan])[i],  # a trial asks for the last class too
+               "shape": lambda a, i: a.mean(), "none": lambda a, i: None}
     with (judging() as judged, scratch() as folder, patch.object(distill.Run, "steps") as trains,
           patch.dict(rl.REWARDS, {name: lambda *_, f=f: f for name, f in rewards.items()}),
           chdir(shutil.copytree(bad_files(), folder, dirs_exist_ok=True))):

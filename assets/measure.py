@@ -224,7 +224,8 @@ def memory_on_fake_gpu():
         for size, flags in itertools.product(("base", "large", "huge"), ([], ["--recompute"])):
             live = fake_distillation("student", SIZES[size], size, "--batch", "32", "--log_every", "2", *flags,
                                      mode=LiveBytes)
-            print(f"distill {size}, 32 images {' '.join(flags)}: alive {live.peak / 2**30:.1f} GiB")
+            name = " ".join([f"distill {size}, 32 images", *flags])
+            print(f"{name}: alive {live.peak / 2**30:.1f} GiB")
         for size, *flags in (["base"], ["base", "--estimator", "pathwise"], ["large"], ["huge"],
                              ["huge", "--recompute"]):
             live = fake_rl(SIZES[size], "--ar_steps", "16", *flags, mode=LiveBytes)
