@@ -374,7 +374,7 @@ def diversity(images, labels):
 # The command
 
 # By reward, the least pull that kept the modes of shapes. ImageReward's and others' own are not known: 0.2
-DEFAULT_KL = {"classifier": 1.0, "judge": 1.0, "red": 5.0, "jpeg": 20.0}
+DEFAULT_KL = {"classifier": 2.0, "judge": 2.0, "red": 5.0, "jpeg": 20.0}
 # What the student's size or `--data` changes; an explicit flag wins. How found: assets/measurements.md.
 COMMON = dict(reward=["classifier"], watch=["judge", "jpeg"], log_every=10, chunk=2048)
 DEFAULTS = {

@@ -2965,7 +2965,7 @@ def test_rl_red_and_jpeg_mean_what_they_say():
     close(size, size.round(), 1e-5)
     assert rl.parse_rewards(["jpeg:-1", "red"]) == {"jpeg": -1.0, "red": 1.0}  # larger files and more red
     kls = [rl.parse_args(["--reward", *words]).kl for words in (["clip"], ["classifier"], ["jpeg"], ["red:-2", "clip"])]
-    assert kls == [0.2, 1.0, 20.0, 10.2], kls
+    assert kls == [0.2, 2.0, 20.0, 10.2], kls
 
 
 def test_rl_of_latents_scores_decoded_pictures(folder):
