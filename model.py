@@ -317,6 +317,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """(..., D) -> (..., D), four times as wide inside."""
+
     def __init__(self, width, dropout):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
