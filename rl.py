@@ -307,7 +307,8 @@ def train(args, start, reward, run, watch):
 
         run.log_and_save("student", ema)  # where due: only here does the loop itself wait for the device
     evaluate(run, watch, ema, run.step)
-    watch.show(run.step)  # with the last row "best"
+    if "best" in watch.rows:  # which the last table may not have had
+        watch.show(run.step)
 
 
 def evaluate(run, watch, ema, step):
