@@ -268,7 +268,8 @@ def build_cache(args):
     out = Path(args.out or default_cache(args.data, size))
     device, rank, world = setup(args.device)
     vae = load_vae(args.vae).to(device)
-    pictures = _, files, _ = find_images(folder, need_classes=True)  # of ImageNet slow: last
+    pictures = find_images(folder, need_classes=True)  # of ImageNet slow: last
+    files = pictures[1]
     barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0:
         start_cache(out, folder, pictures, size, args.vae)
@@ -686,7 +687,7 @@ def run_main(main):
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = getattr(error, "filename", None) or f"{type(error).__name__} in line {place.lineno} of {place.filename}"
         code = f"error: {where}: {getattr(error, 'strerror', None) or error}; what was written before is kept"
-    except KeyboardInterrupt:  # before a run listens (distill.py), or where none does
+    except KeyboardInterrupt:  # outside a training loop, which listens itself (distill.py)
         code = 130
     except SystemExit as end:  # --help, a stopped run
         code = end.code or 0
@@ -708,7 +709,7 @@ def lock_folder(folder):
     try:  # the system's lock, which ends with the process
         import fcntl
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # POSIX lets a system choose
         raise UserError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
     except (OSError, ImportError):  # some network disks, and Windows, have no such locks
         pass

@@ -225,7 +225,7 @@ def guarded(name, f):
     single picture."""
     def reward(images, labels):
         r = f(images.clone(), labels.clone())
-        r = torch.as_tensor([] if r is None else r, device=images.device)
+        r = torch.as_tensor([] if r is None else r, device=images.device)  # None: a forgotten return
         if r.numel() != len(images):
             raise UserError(f"reward {name} must return a number per image, not {tuple(r.shape)} for {len(images)}")
         return r.float().reshape(len(images))
